@@ -1,0 +1,47 @@
+"""Random numbers as functions of what they are for, never of what was drawn before.
+
+Every draw names its key: (seed, purpose, step, sample) or the like. So a run can stop anywhere and go on, a batch can
+be split over any number of processes, and image k looks the same in any batch. The generator is the counter-based
+Philox (Salmon et al. 2011), drawn on the CPU so that every device gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """Make the generator of one purpose ("noise", "order", …) at one place in the run.
+
+    Args:
+        seed: the run's or the image's seed, ≥ 0.
+        purpose: keeps streams with equal keys apart.
+        key: further coordinates, each ≥ 0, such as the step and the sample's number.
+    """
+    entropy = [seed, zlib.crc32(purpose.encode()), *key]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+def torch_generator(seed: int, purpose: str, *key: int) -> torch.Generator:
+    """Make a CPU torch generator for code that wants one, such as initialisation."""
+    return torch.Generator().manual_seed(int(generator(seed, purpose, *key).integers(2**63)))
+
+
+def normal(seeds: Sequence[int], size: int, purpose: str, *key: int) -> Tensor:
+    """Draw standard normals, row i from seeds[i] alone. Returns (len(seeds), size), float32, on the CPU."""
+    rows = [generator(seed, purpose, *key).standard_normal(size, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, size)
+
+
+@contextmanager
+def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
+    """Give torch's global generator a state of its own inside the block, for initialisers that know no other."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(generator(seed, purpose, *key).integers(2**63)))
+        yield
