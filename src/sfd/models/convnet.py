@@ -1,0 +1,107 @@
+"""A small residual convolutional network: the body of the embedded semantic encoder and of the evaluation classifier.
+
+Pre-activation residual blocks (He et al. 2016, arXiv 1603.05027) with GroupNorm in place of BatchNorm (Wu and He 2018,
+arXiv 1803.08494), so that an image's features do not depend on its batch. Everything runs in channels_last, the layout
+in which convolutions are fast on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfd.errors import SFDError
+from sfd.settings import Settings
+
+GROUP = 8  # channels normalised together
+
+
+class ConvNetConfig(Settings):
+    """Shape of a `ConvNet`."""
+
+    widths: tuple[int, ...] = Field((32, 64, 128), min_length=1, description="channels of each stage")
+    blocks: int = Field(1, ge=1, description="residual blocks in each stage")
+    stem_stride: int = Field(2, ge=1, description="by which the first convolution shrinks the image")
+    image_channels: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ConvNetConfig:
+        if any(w < GROUP or w % GROUP for w in self.widths):
+            raise ValueError(f"widths must be positive multiples of {GROUP}, got {self.widths}")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Channels of the output."""
+        return self.widths[-1]
+
+    @property
+    def downsample(self) -> int:
+        """Image pixels on a side of one output position: the stem's stride, then 2 for each further stage."""
+        return self.stem_stride * 2 ** (len(self.widths) - 1)
+
+
+class ConvNet(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to features (B, config.channels, H / downsample, W / downsample)."""
+
+    def __init__(self, config: ConvNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        # One pixel of overlap on every side; at stride 1 the usual 3×3.
+        self.stem = nn.Conv2d(config.image_channels, widths[0], config.stem_stride + 2, config.stem_stride, padding=1)
+        stages: list[nn.Module] = []
+        for stage, width in enumerate(widths):
+            for block in range(config.blocks):
+                first = stage > 0 and block == 0
+                stages.append(_Block(widths[stage - 1] if first else width, width, stride=2 if first else 1))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.GroupNorm(widths[-1] // GROUP, widths[-1])
+        self.apply(_initialise)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's stubs
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the features.
+
+        Raises:
+            SFDError: an image side is no multiple of `config.downsample`.
+        """
+        height, width = images.shape[-2:]
+        if height % self.config.downsample or width % self.config.downsample:
+            raise SFDError(
+                f"images of {height}×{width} do not divide by this network's downsampling of {self.config.downsample}; "
+                f"choose an image size that is a multiple of {self.config.downsample}"
+            )
+        hidden = self.stages(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        return F.silu(self.norm(hidden))
+
+
+class _Block(nn.Module):
+    """(B, width_in, h, w) to (B, width, h / stride, w / stride): two 3×3 convolutions beside a shortcut."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(width_in // GROUP, width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1)
+        self.norm2 = nn.GroupNorm(width // GROUP, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        same = width_in == width and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(width_in, width, stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+
+
+def _initialise(module: nn.Module) -> None:
+    """He initialisation; the second convolution of a block starts small, so that blocks start near the identity."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # these convolutions all have a bias
+    if isinstance(module, _Block):
+        with torch.no_grad():
+            module.conv2.weight.mul_(math.sqrt(0.1))
