@@ -1,8 +1,8 @@
 """Composite latents: an ordered set of named streams that one network denoises together.
 
 A composite latent travels packed, (B, N): the streams one after another, each flattened from (channels, grid, grid).
-Splitting gives views, so packing costs nothing and solvers see one tensor. Where all grids agree, packed order is that of
-channels stacked in stream order, which is how the published latents are stored (texture first).
+Splitting gives views, so packing costs nothing and solvers see one tensor. Where all grids agree, packed order is that
+of channels stacked in stream order, which is how the published latents are stored (texture first).
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Stream(Settings):
     @model_validator(mode="after")
     def _check(self) -> Stream:
         if self.grid % self.patch_size:
-            raise ValueError(f"stream {self.name!r}: grid {self.grid} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"stream {self.name!r}: grid {self.grid} is not a multiple of patch_size {self.patch_size}"
+            )
         for label, values in (("mean", self.mean), ("std", self.std)):
             if values and len(values) != self.channels:
                 raise ValueError(f"stream {self.name!r}: {label} has {len(values)} values for {self.channels} channels")

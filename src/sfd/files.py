@@ -1,0 +1,160 @@
+"""Files that are either whole or not there: written beside, flushed, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+from torch import Tensor
+
+from sfd.errors import SFDError
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to; rename it to `path` at the end, or remove it if the block fails.
+
+    The block may write a file or make a folder. A folder that stands at `path` is replaced.
+
+    Raises:
+        SFDError: the disk is full, or the place cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _flush(partial)
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
+    except OSError as error:
+        _remove(partial)
+        raise explained(error, path) from error
+    except BaseException as error:
+        _remove(partial)
+        # The safetensors library wraps the operating system's errors in its own.
+        if "No space left" in str(error):
+            raise _disk_full(path) from error
+        raise
+
+
+def explained(error: OSError, path: Path) -> SFDError:
+    """Say in a sentence why a path cannot be written or read."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _disk_full(path)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return SFDError(f"{path} cannot be written ({error.strerror}); choose another folder or change its permissions")
+    return SFDError(f"{path}: {error.strerror or error}")
+
+
+def _disk_full(path: Path) -> SFDError:
+    return SFDError(f"no space left on the disk that holds {path.parent}; free some and run the same command again")
+
+
+def _flush(path: Path) -> None:
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with written(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        SFDError: it is missing or damaged; `what` ("model directory", …) says what should have been there.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SFDError(f"{path.parent} is no {what}: {path.name} is missing") from None
+    except OSError as error:
+        raise explained(error, path) from None
+    except ValueError as error:
+        raise SFDError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise SFDError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with written(path) as partial:
+        plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+        save_file(plain, str(partial), dict(metadata) if metadata else None)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        SFDError: it is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except FileNotFoundError:
+        raise SFDError(f"{path} is missing; expected a safetensors file there") from None
+    except OSError as error:
+        raise explained(error, path) from None
+    except SafetensorError as error:
+        raise SFDError(f"{path} is no intact safetensors file ({error}); make or fetch it again") from None
+
+
+def checksum(path: Path) -> str:
+    """Compute the SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as handle:
+        digest = hashlib.sha256()
+        for block in iter(lambda: handle.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone.
+
+    Raises:
+        SFDError: another process holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise SFDError(f"{folder} is in use by another run; wait for it to end or choose another folder") from None
+    except OSError as error:
+        raise explained(error, folder) from None
+    try:
+        yield
+    finally:
+        lock.release()

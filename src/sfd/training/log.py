@@ -1,0 +1,64 @@
+"""The training log: one JSON object a line, the same numbers to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfd import files
+
+
+class TrainingLog:
+    """Averages the scalars between two lines, so that the step itself never waits for the device.
+
+    Lines past the step that a run resumes from are taken off: the log reads as if nothing had happened.
+    """
+
+    def __init__(self, folder: Path, step: int, batch_size: int, *, enabled: bool) -> None:
+        self.path, self.batch_size, self.enabled, self.note = folder / "log.jsonl", batch_size, enabled, ""
+        self._sums: dict[str, Tensor] = {}
+        self._count, self._start = 0, time.monotonic()
+        self._board: Any = None
+        if enabled:
+            self._cut(step)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def _cut(self, step: int) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        files.write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def collect(self, values: dict[str, Tensor]) -> None:
+        """Add a step's scalars to the running average."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._count += 1
+
+    def write(self, step: int, values: dict[str, Tensor], extra: dict[str, float]) -> str:
+        """Add a step's scalars, write the line, and give the note for the progress bar."""
+        self.collect(values)
+        now = time.monotonic()
+        line: dict[str, float] = {"step": step}
+        line |= {name: float(total) / self._count for name, total in self._sums.items()} | extra
+        line["images_per_second"] = self._count * self.batch_size / max(now - self._start, 1e-9)
+        self.note = f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s"
+        if self.enabled:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, step)
+        self._sums, self._count, self._start = {}, 0, now
+        return self.note
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._board is not None:
+            self._board.close()
