@@ -35,6 +35,7 @@ def written(path: Path) -> Iterator[Path]:
         if path.is_dir():
             shutil.rmtree(path)
         partial.replace(path)
+        _flush_folder(path.parent)
     except OSError as error:
         _remove(partial)
         raise explained(error, path) from error
@@ -63,6 +64,16 @@ def _flush(path: Path) -> None:
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    # The rename itself lasts through a power cut only once the folder is on disk; Windows cannot open folders.
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _remove(path: Path) -> None:

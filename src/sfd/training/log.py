@@ -38,7 +38,7 @@ class TrainingLog:
     def collect(self, values: dict[str, Tensor]) -> None:
         """Add a step's scalars to the running average."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+            self._sums[name] = value + self._sums[name].to(value.device) if name in self._sums else value
         self._count += 1
 
     def write(self, step: int, values: dict[str, Tensor], extra: dict[str, float]) -> str:
@@ -57,6 +57,16 @@ class TrainingLog:
                     self._board.add_scalar(name, value, step)
         self._sums, self._count, self._start = {}, 0, now
         return self.note
+
+    def state(self) -> dict[str, Any]:
+        """Give what has been collected since the last line, for a checkpoint."""
+        return {"count": self._count, "sums": {name: float(total) for name, total in self._sums.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state`; an empty one changes nothing."""
+        if state:
+            self._count = int(state["count"])
+            self._sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
 
     def close(self) -> None:
         """Flush what is buffered."""

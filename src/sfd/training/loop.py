@@ -141,10 +141,11 @@ class _Run:
             fused=True,
         )
         self.average = copy.deepcopy(self.bare).eval().requires_grad_(False) if settings.ema is not None else None
-        self._resume(optimizer)
+        log_state = self._resume(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         self.raw_optimizer = optimizer
         self.log = TrainingLog(folder, self.step, settings.batch_size, enabled=self.accelerator.is_main_process)
+        self.log.restore(log_state)
 
     def advance(self, batches: Iterator[dict[str, Tensor]]) -> str:
         """Take one step; give the note for the progress bar."""
@@ -182,7 +183,7 @@ class _Run:
                     torch._foreach_lerp_(list(self.average.parameters()), list(self.bare.parameters()), weight)
         elif self.skipped >= MAX_SKIPPED_STEPS:
             raise SFDError(
-                f"{self.task.name}: the gradient was not finite {self.skipped} steps in a row (up to step {self.step}); "
+                f"{self.task.name}: the gradient was not finite {self.skipped} steps in a row, up to step {self.step}; "
                 "lower learning_rate or use precision: float32, and run again from the last checkpoint"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -239,14 +240,15 @@ class _Run:
                 "task": self.task.name,
                 "settings": self.settings.model_dump(mode="json"),
                 "skipped": self.skipped,
+                "log": self.log.state(),
             }
             checkpoints.save(self.folder / "checkpoints", self.step, tensors, record, self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
+    def _resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         checkpoint = checkpoints.newest(self.folder / "checkpoints")
         if checkpoint is None:
-            return
+            return {}
         self._check_same_run(checkpoint.record)
         _load_exactly(self.bare, checkpoint.group("model"), self.folder)
         if self.average is not None:
@@ -257,6 +259,7 @@ class _Run:
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.step, self.skipped = checkpoint.step, int(checkpoint.record["skipped"])
+        return dict(checkpoint.record["log"])
 
     def _check_same_run(self, record: dict[str, Any]) -> None:
         then, now = record["settings"], self.settings.model_dump(mode="json")
