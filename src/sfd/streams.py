@@ -7,12 +7,14 @@ of channels stacked in stream order, which is how the published latents are stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from sfd.errors import SFDError
 from sfd.settings import Settings
@@ -125,6 +127,19 @@ class Composite(Settings):
         """Repeat one value a stream, (…, K), over that stream's entries: (…, N)."""
         sizes = torch.tensor([s.size for s in self.streams], device=values.device)
         return values.repeat_interleave(sizes, dim=-1, output_size=self.size)
+
+    def positions(self, packed: Tensor) -> Tensor:
+        """Line up the entries of (B, N) by place: (B, ΣC, P), the channels of all streams at each of P positions.
+
+        Where all grids agree, positions are the latents' own. Otherwise every stream is folded, space to depth, onto
+        the coarsest grid that they share, the greatest common divisor of their grids.
+        """
+        grid = math.gcd(*(s.grid for s in self.streams))
+        if all(s.grid == grid for s in self.streams):
+            return packed.unflatten(1, (-1, grid**2))
+        latents = self.split(packed)
+        folded = [pixel_unshuffle(latents[s.name], s.grid // grid) for s in self.streams]
+        return torch.cat(folded, dim=1).flatten(2)
 
     def normalize(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Standardise each stream per channel with the data set's statistics."""

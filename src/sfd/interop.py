@@ -1,0 +1,201 @@
+"""Published transformer checkpoints: their tensor names and layouts to ours and back.
+
+The published network embeds the channels of all streams, texture first, with one convolution and reads them out with
+one linear layer; here each stream has its own. Both hold the same numbers: the convolution's input channels are split
+by stream, and so are the output layer's rows. Every tensor is accounted for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfd.errors import SFDError
+from sfd.models.layers import position_table, rotary_tables
+from sfd.models.transformer import Transformer, TransformerConfig
+from sfd.streams import Composite, Stream
+
+# Ours → published. What is not here needs more than a new name.
+_NAMES = {
+    "embedding_bias": "x_embedder.proj.bias",
+    "class_embedding.weight": "y_embedder.embedding_table.weight",
+    "final_norm.weight": "final_layer.norm_final.weight",
+}
+_MODULES = {"final_modulation": "final_layer.adaLN_modulation.1", "projector": "repa_projector"}
+_BLOCK = {
+    "attention_norm": "norm1",
+    "mlp_norm": "norm2",
+    "attention.qkv": "attn.qkv",
+    "attention.out": "attn.proj",
+    "mlp.w12": "mlp.w12",
+    "mlp.w3": "mlp.w3",
+    "modulation": "adaLN_modulation.1",
+}
+_CLOCKS = {"semantic": "t_embedder_sem", "texture": "t_embedder_tex"}
+# The published tables are recomputed here; theirs were made in float32 by another order of operations.
+_TABLE_TOLERANCE = 1e-4
+_FEATURES = {"s": 384, "b": 768, "l": 1024, "g": 1536}  # channels of DINOv2, by the letter after "vit"
+
+
+def published_config(values: Mapping[str, Any]) -> TransformerConfig:
+    """Read the published network's configuration (`dit_*.json`, field `config`).
+
+    Raises:
+        SFDError: a field is missing, or asks for another architecture than the published models have.
+    """
+    try:
+        for flag, expected in _SWITCHES.items():
+            if values[flag] is not expected:
+                raise SFDError(f"published configuration has {flag} = {values[flag]!r}; only {expected!r} is supported")
+        semantic, offset, repa = values["semantic_chans"], values["semfirst_delta_t"], values["use_repa"]
+        shared = {"grid": values["input_size"], "patch_size": values["patch_size"]}
+        return TransformerConfig(
+            depth=values["depth"],
+            width=values["hidden_size"],
+            heads=values["num_heads"],
+            composite=Composite(
+                streams=(
+                    Stream(name="texture", channels=values["in_channels"] - semantic, **shared),
+                    Stream(name="semantic", channels=semantic, weight=2.0, **shared),
+                )
+            ),
+            num_classes=values["num_classes"],
+            clocks=("semantic", "texture") if offset > 0 else (),
+            repa_block=values["repa_depth"] if repa else None,
+            repa_width=values["repa_projector_dim"] if repa else 2048,
+            repa_channels=_feature_channels(values["repa_dino_version"]) if repa else None,
+        )
+    except KeyError as missing:
+        raise SFDError(f"published configuration lacks the field {missing}") from None
+
+
+_SWITCHES = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False}
+
+
+def _feature_channels(version: str) -> int:
+    letter = version.partition("_vit")[2][:1]
+    if letter not in _FEATURES:
+        raise SFDError(f"unknown encoder {version!r} in published configuration; expected one like 'dinov2_vitb14_reg'")
+    return _FEATURES[letter]
+
+
+def to_published(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """Turn our transformer's state dict into the published one's, position tables included.
+
+    Raises:
+        SFDError: tensors are missing, spare or of another shape than `config` says, or the published network cannot
+            hold this composite (it knows the streams texture and semantic, on one grid).
+    """
+    _check_names(state, _shapes(config), "transformer weights")
+    return _publish(state, config)
+
+
+def from_published(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """Turn the published state dict into our transformer's, for `load_state_dict(…, strict=True)`.
+
+    Raises:
+        SFDError: tensors are missing, spare or of another shape than `config` says, or the checkpoint's position tables
+            are not those that this network computes.
+    """
+    _check_names(state, published_shapes(config), "published checkpoint")
+    for name, table in _tables(config).items():
+        error = (state[name].float().cpu() - table).abs().max().item()
+        if not error <= _TABLE_TOLERANCE:
+            raise SFDError(f"published checkpoint: {name} differs by {error:.2g} from the table this network computes")
+    ours = {name: state[theirs] for name, theirs in _renamed(config).items()}
+    streams = config.composite.streams
+    channels = [s.channels for s in streams]
+    convolution = state["x_embedder.proj.weight"].permute(0, 2, 3, 1).split(channels, dim=3)  # width, p, p, C
+    for k, columns in enumerate(convolution):
+        ours[f"embeddings.{k}.weight"] = columns.flatten(1).contiguous()
+    patch = streams[0].patch_size
+    for kind in ("weight", "bias"):
+        rows = state[f"final_layer.linear.{kind}"].unflatten(0, (patch, patch, sum(channels))).split(channels, dim=2)
+        for k, part in enumerate(rows):
+            ours[f"heads.{k}.{kind}"] = part.flatten(0, 2).contiguous()
+    for b in range(config.depth):
+        pair = [state[f"blocks.{b}.attn.{name}_norm.weight"] for name in "qk"]
+        ours[f"blocks.{b}.attention.qk_norm.weight"] = torch.stack(pair)[:, None]
+    return ours
+
+
+def published_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the published checkpoint of this network.
+
+    Raises:
+        SFDError: the published network cannot hold this composite.
+    """
+    with torch.device("meta"):
+        published = _publish(Transformer(config).state_dict(), config)
+    return {name: tuple(tensor.shape) for name, tensor in published.items()}
+
+
+def _publish(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    streams = config.composite.streams
+    if len({(s.grid, s.patch_size) for s in streams}) > 1 or config.composite.names != ("texture", "semantic"):
+        given = ", ".join(f"{s.name} {s.grid}×{s.grid} patch {s.patch_size}" for s in streams)
+        raise SFDError(f"the published network holds the streams texture, semantic on one grid; this one has {given}")
+    theirs = {name: state[ours] for ours, name in _renamed(config).items()}
+    patch = streams[0].patch_size
+    columns = [state[f"embeddings.{k}.weight"].unflatten(1, (patch, patch, s.channels)) for k, s in enumerate(streams)]
+    theirs["x_embedder.proj.weight"] = torch.cat(columns, dim=3).permute(0, 3, 1, 2).contiguous()
+    for kind in ("weight", "bias"):
+        rows = [state[f"heads.{k}.{kind}"].unflatten(0, (patch, patch, s.channels)) for k, s in enumerate(streams)]
+        theirs[f"final_layer.linear.{kind}"] = torch.cat(rows, dim=2).flatten(0, 2)
+    for b in range(config.depth):
+        for name, weight in zip("qk", state[f"blocks.{b}.attention.qk_norm.weight"][:, 0], strict=True):
+            theirs[f"blocks.{b}.attn.{name}_norm.weight"] = weight.contiguous()
+    return theirs | _tables(config)
+
+
+def _tables(config: TransformerConfig) -> dict[str, Tensor]:
+    grid = config.composite.token_grid
+    cos, sin = rotary_tables(config.width // config.heads, grid)
+    return {
+        "pos_embed": position_table(config.width, grid)[None],
+        "feat_rope.freqs_cos": cos,
+        "feat_rope.freqs_sin": sin,
+    }
+
+
+def _renamed(config: TransformerConfig) -> dict[str, str]:
+    """Our name → the published one, for all tensors that are the same in both."""
+    names = dict(_NAMES)
+    modules = {ours: theirs for ours, theirs in _MODULES.items() if ours != "projector"}
+    if config.repa_channels is not None:
+        modules |= {f"projector.{i}": f"{_MODULES['projector']}.{i}" for i in (0, 2, 4)}
+    for k, clock in enumerate(config.clocks or ("",)):
+        for i in (0, 2):
+            modules[f"time_embedders.{k}.mlp.{i}"] = f"{_CLOCKS.get(clock, 't_embedder')}.mlp.{i}"
+    for b in range(config.depth):
+        modules |= {f"blocks.{b}.{ours}": f"blocks.{b}.{theirs}" for ours, theirs in _BLOCK.items()}
+    for ours, theirs in modules.items():
+        names[f"{ours}.weight"] = f"{theirs}.weight"
+        if not ours.endswith("_norm"):
+            names[f"{ours}.bias"] = f"{theirs}.bias"
+    return names
+
+
+def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+
+
+def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    missing = [name for name in expected if name not in state]
+    spare = [name for name in state if name not in expected]
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} where {shape} was expected"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    problems = [
+        f"{label}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for label, names in (("missing", missing), ("spare", spare), ("of another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise SFDError(f"{what} and configuration do not fit: {'; '.join(problems)}")

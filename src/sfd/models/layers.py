@@ -1,0 +1,172 @@
+"""Building blocks of the transformer: norms, position tables, rotary attention, SwiGLU, time embedding, patches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPSILON = 1e-6
+TIME_FREQUENCIES = 256
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + 1e-6) · weight over the last dimension (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) → (…, width), float32."""
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * self.weight
+
+
+def position_table(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embedding (Dosovitskiy et al. 2021 in the form of He et al. 2022).
+
+    The first half of the width encodes the column, the second the row, each as sines, then cosines.
+
+    Returns:
+        (grid², width), tokens row by row.
+    """
+    place = torch.arange(grid, dtype=torch.float64)
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = place[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column = axis.expand(grid, grid, -1)
+    row = axis[:, None].expand(grid, grid, -1)
+    return torch.cat([column, row], dim=2).reshape(grid**2, width).float()
+
+
+def rotary_tables(head_width: int, grid: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the 2-D rotary embedding (Su et al. 2021), base 10000.
+
+    The first half of a head's channels turns with the row, the second with the column; channels (0, 1), (2, 3), … are
+    the pairs that turn together.
+
+    Returns:
+        cos and sin, each (grid², head_width), tokens row by row; both channels of a pair have the same entry.
+    """
+    half = head_width // 2
+    frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
+    axis = (torch.arange(grid, dtype=torch.float64)[:, None] * frequency).repeat_interleave(2, dim=1)
+    row = axis[:, None].expand(grid, grid, -1)
+    column = axis.expand(grid, grid, -1)
+    angle = torch.cat([row, column], dim=2).reshape(grid**2, head_width)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (a, b) of neighbouring channels to (a·cos − b·sin, b·cos + a·sin).
+
+    Args:
+        x: (…, D).
+        cos: broadcasts against `x`.
+        sin: as `cos`, with the sign of the formula in it: negative at the first channel of a pair.
+    """
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+class Attention(nn.Module):
+    """Self-attention with RMS-normalised queries and keys and rotary positions.
+
+    Queries and keys share one norm call and one rotation: half the kernels of doing each for itself.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.qk_norm = RMSNorm(width // heads)
+        self.qk_norm.weight = nn.Parameter(torch.ones(2, 1, width // heads))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, T, width) → (B, T, width); `cos` and `sin` are (T, 1, 1, head width), see `rotate`."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        qk = rotate(self.qk_norm(qkv[:, :, :2]), cos, sin).to(qkv.dtype)
+        q, k = qk.transpose(1, 3).unbind(2)
+        mixed = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def swiglu_width(width: int) -> int:
+    """⌊2/3 · 4 · width⌋, which gives SwiGLU the parameters of a plain MLP of ratio 4."""
+    return 8 * width // 3
+
+
+class SwiGLU(nn.Module):
+    """w3(SiLU(a) · b) with (a, b) = w12(x) (Shazeer 2020)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * swiglu_width(width))
+        self.w3 = nn.Linear(swiglu_width(width), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) → (…, width)."""
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class TimeEmbedder(nn.Module):
+    """A time in [0, 1] as 256 sinusoids of t itself, then a SiLU MLP."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = TIME_FREQUENCIES // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) → (B, width)."""
+        angle = t.float()[:, None] * self.frequencies
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class Block(nn.Module):
+    """One transformer block; shift, scale and gate of both its halves come from the condition (adaLN-zero, DiT)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = RMSNorm(width)
+        self.mlp = SwiGLU(width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, T, width) → the same; `condition` is (B, width), already through its SiLU."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        x = x + gate_a * self.attention(modulate(self.attention_norm(x), shift_a, scale_a), cos, sin)
+        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def patchify(latent: Tensor, patch_size: int) -> Tensor:
+    """(B, C, G, G) → (B, T, p·p·C): tokens row by row, each holding its patch row by row, channels last."""
+    if patch_size == 1:
+        return latent.flatten(2).mT
+    cut = latent.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # B, C, row, p, column, p
+    return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, grid: int) -> Tensor:
+    """Undo `patchify`: (B, T, p·p·C) → (B, C, grid, grid)."""
+    if patch_size == 1:
+        return tokens.mT.unflatten(2, (grid, grid))
+    side = grid // patch_size
+    cut = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (side, side))
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
