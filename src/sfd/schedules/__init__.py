@@ -1,6 +1,7 @@
 """Schedules: base time u → each stream's time and rate.
 
-A new file here is a new schedule (docs/extending-schedules.md). Each module holds `Config`, a `Settings` record, and `build(config, streams)`, which returns a `Schedule`.
+A new file here is a new schedule (docs/extending-schedules.md). Each module holds `Config`, a `Settings` record, and
+`build(config, streams)`, which returns a `Schedule`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a schedule is: one monotone map τ_k from base time u to each stream's time, its rate τ_k′ and its knots.
 
-Training noises stream k at τ_k(u), the network is told τ_k(u), sampling integrates dx_k/du = τ_k′(u)·v_k and never steps
-across a knot: all of it is read from here, so no other place knows which stream leads, or by how much.
+Training noises stream k at τ_k(u), the network is told τ_k(u), sampling integrates dx_k/du = τ_k′(u)·v_k and never
+steps across a knot: all of it is read from here, so no other place knows which stream leads, or by how much.
 """
 
 from __future__ import annotations

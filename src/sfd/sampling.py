@@ -1,0 +1,212 @@
+"""Sampling: noise by image seed, then dx_k/du = τ_k′(u)·v_k from u = 0 to u = 1, one segment after another.
+
+The rates τ_k′ jump at the schedule's knots. A step across a jump costs any solver its order, so each segment between
+knots is integrated by itself, with one-sided rates at its ends, over the streams that move in it; the others are not
+part of its state. The sampler knows nothing of classes, networks or autoencoders: it gets a velocity function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfd import randomness
+from sfd.errors import SFDError
+from sfd.guidance import VelocityField
+from sfd.schedules import Schedule
+from sfd.solvers import Solver, check_steps, load_solver
+from sfd.streams import Composite
+
+
+class Progress(NamedTuple):
+    """What a callback learns after each step."""
+
+    u: float  # base time that the step arrived at
+    times: Tensor  # (K,) stream times there, on the CPU
+    x: Tensor  # (B, N) packed state there
+    evaluations: int  # velocity evaluations so far
+
+
+class Result(NamedTuple):
+    """What integration returns."""
+
+    x: Tensor  # (B, N) packed samples
+    evaluations: int  # velocity evaluations spent
+
+
+def initial_noise(seeds: Sequence[int], composite: Composite) -> Tensor:
+    """Draw where sampling starts, image k from seeds[k] alone: (len(seeds), N), float32, on the CPU.
+
+    Raises:
+        SFDError: a negative seed.
+    """
+    for seed in seeds:
+        if seed < 0:
+            raise SFDError(f"a seed must be a whole number of at least 0, got {seed}")
+    return randomness.normal(seeds, composite.size, "noise")
+
+
+def integrate(
+    velocity: VelocityField,
+    noise: Tensor,
+    schedule: Schedule,
+    composite: Composite,
+    *,
+    solver: str = "heun",
+    steps: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    shift: float = 1.0,
+    knots: bool = True,
+    callback: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Carry noise to data.
+
+    Args:
+        velocity: v(x, times) with x (B, N) packed and times (K,) on the CPU in x's dtype; returns (B, N).
+        noise: (B, N), the state at u = 0; not written to.
+        schedule: times and rates of the composite's streams.
+        composite: the streams.
+        solver: name of a module in `sfd.solvers`.
+        steps: how many in all, divided over the segments by length, at least one each; None for adaptive solvers.
+        options: settings of the solver.
+        shift: s > 0 maps an even grid w of steps to u = s·w / (1 + (s − 1)·w); 1 keeps it even, less than 1 puts more
+            steps near noise. Adaptive solvers take no shift.
+        knots: whether to stop at knots. False integrates [0, 1] as one piece, blind to them, as the published sampler
+            does: a fixed step has each stream's rates at the points where it evaluates. Only to compare with it.
+        callback: called after each step.
+
+    Returns:
+        the state at u = 1 and the number of velocity evaluations.
+
+    Raises:
+        SFDError: schedule and composite have other streams, noise has another size, or solver, steps, options and
+            shift do not fit together.
+    """
+    _check_shapes(noise, schedule, composite)
+    method, settings = load_solver(solver, options)
+    segments = _moving_segments(schedule) if knots else [_Segment(None, 0.0, 1.0, (True,) * len(composite.names))]
+    grids = _grids(method, solver, segments, steps, shift)
+    counter = _Counter(velocity)
+    x = noise
+    for segment, points in zip(segments, grids, strict=True):
+        piece = _Piece(counter, x, schedule, composite, segment)
+        report = _report(callback, piece, counter) if callback is not None else None
+        x = piece.whole(method.solve(piece.derivative, x[:, piece.columns], points, settings, report))
+    return Result(x, counter.calls)
+
+
+def split_steps(steps: int, lengths: Sequence[float]) -> list[int]:
+    """Divide steps in proportion to lengths by largest remainder, at least one each. Needs steps ≥ len(lengths)."""
+    total = math.fsum(lengths)
+    quotas = [steps * length / total for length in lengths]
+    counts = [max(1, math.floor(q)) for q in quotas]
+    while sum(counts) < steps:
+        counts[int(np.argmax(np.subtract(quotas, counts)))] += 1
+    while sum(counts) > steps:  # the ones raised to 1 are paid for by whoever has the most above its quota
+        excess = [c - q if c > 1 else -math.inf for c, q in zip(counts, quotas, strict=True)]
+        counts[int(np.argmax(excess))] -= 1
+    return counts
+
+
+class _Segment(NamedTuple):
+    number: int | None  # which of the schedule's; None: all of [0, 1], with right-continuous rates
+    start: float
+    end: float
+    moving: tuple[bool, ...]  # per stream
+
+
+class _Counter:
+    """A velocity that counts its calls."""
+
+    def __init__(self, velocity: VelocityField) -> None:
+        self._velocity = velocity
+        self.calls = 0
+
+    def __call__(self, x: Tensor, times: Tensor) -> Tensor:
+        self.calls += 1
+        return self._velocity(x, times)
+
+
+class _Piece:
+    """The differential equation of one segment, for the entries of the streams that move in it."""
+
+    def __init__(
+        self, velocity: VelocityField, x: Tensor, schedule: Schedule, composite: Composite, segment: _Segment
+    ) -> None:
+        self._velocity = velocity
+        self._start = x
+        self._schedule = schedule
+        self._composite = composite
+        self._segment = segment
+        moving = composite.expand(torch.tensor(segment.moving))
+        self.columns = moving.nonzero()[:, 0].to(x.device)  # (M,)
+
+    def whole(self, state: Tensor) -> Tensor:
+        """Put moving entries (B, M) among the resting ones: (B, N)."""
+        return self._start.index_copy(1, self.columns, state)
+
+    def times_and_rates(self, u: float) -> tuple[Tensor, Tensor]:
+        """Look up (K,) stream times and rates at u, with this segment's one-sided limits; on the CPU, in x's dtype."""
+        # Looked up in float64: in float32 a base time may round to the other side of a knot.
+        time, rate = self._schedule.at(torch.tensor(u, dtype=torch.float64), self._segment.number)
+        return time.to(self._start.dtype), rate.to(self._start.dtype)
+
+    def derivative(self, u: float, state: Tensor) -> Tensor:
+        """Evaluate dx/du = τ_k′(u)·v_k, (B, M)."""
+        time, rate = self.times_and_rates(u)
+        v = self._velocity(self.whole(state), time)
+        return (self._composite.expand(rate.to(v.device)) * v)[:, self.columns]
+
+
+def _report(callback: Callable[[Progress], None], piece: _Piece, counter: _Counter) -> Callable[[float, Tensor], None]:
+    def report(u: float, state: Tensor) -> None:
+        callback(Progress(u, piece.times_and_rates(u)[0], piece.whole(state), counter.calls))
+
+    return report
+
+
+def _moving_segments(schedule: Schedule) -> list[_Segment]:
+    """List the segments in which something moves; monotone times that agree at both ends have stood still between."""
+    segments = []
+    for j, (start, end) in enumerate(schedule.segments):
+        ends = schedule.at(torch.tensor([start, end], dtype=torch.float64), j).time
+        moving = tuple((ends[1] > ends[0]).tolist())
+        if any(moving):
+            segments.append(_Segment(j, start, end, moving))
+    return segments
+
+
+def _grids(
+    method: Solver, name: str, segments: Sequence[_Segment], steps: int | None, shift: float
+) -> list[list[float]]:
+    """Place each segment's points: its ends, and the steps between if the solver does not choose them itself."""
+    if not (math.isfinite(shift) and shift > 0):
+        raise SFDError(f"the time shift must be finite and greater than 0 (1: none), got {shift}")
+    check_steps(method, name, steps, len(segments))
+    if steps is None:
+        if shift != 1:
+            raise SFDError(f"solver {name!r} chooses its own steps, so a time shift does nothing; leave it out")
+        return [[s.start, s.end] for s in segments]
+    # Steps are even in w, where u = s·w / (1 + (s − 1)·w); knots are carried there by the inverse, so they are still hit.
+    ends = [(s.start / (shift + (1 - shift) * s.start), s.end / (shift + (1 - shift) * s.end)) for s in segments]
+    grids = []
+    for segment, (low, high), count in zip(segments, ends, split_steps(steps, [b - a for a, b in ends]), strict=True):
+        w = np.linspace(low, high, count + 1)
+        u = shift * w / (1 + (shift - 1) * w)
+        grids.append([segment.start, *u[1:-1].tolist(), segment.end])
+    return grids
+
+
+def _check_shapes(noise: Tensor, schedule: Schedule, composite: Composite) -> None:
+    if schedule.streams != composite.names:
+        raise SFDError(
+            f"the schedule drives streams {', '.join(schedule.streams)}, but the latent has "
+            f"{', '.join(composite.names)}; build the schedule with the names of the latent, in its order"
+        )
+    if noise.dim() != 2 or noise.shape[1] != composite.size:
+        raise SFDError(f"noise must have shape (images, {composite.size}), got {tuple(noise.shape)}")
