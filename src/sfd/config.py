@@ -1,0 +1,221 @@
+"""Recipes: everything that a run depends on, in one frozen and checked record.
+
+A recipe is YAML. It may name another one to start from (`extends: other.yaml`, relative to itself); the command line
+overrides single fields (`train.steps=500`). What results is validated whole before anything is computed, and saved with
+the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from sfd import files, registry
+from sfd.data.latents import LatentSettings
+from sfd.data.open import DataSettings
+from sfd.errors import SFDError, unknown
+from sfd.evaluation.extractors.classifier import ClassifierSettings
+from sfd.generate import SampleSettings
+from sfd.models.transformer import SIZES
+from sfd.settings import Settings, parse
+from sfd.training.diffusion import LossSettings
+from sfd.training.loop import TrainSettings
+
+MAX_EXTENDS = 8
+RECIPE_BYTES = 1 << 20
+
+
+class EncoderSettings(Settings):
+    """An encoder: which one, its own settings, and how it is trained here, or where a trained one lies."""
+
+    name: str = Field(description="a module of sfd.encoders")
+    config: dict[str, Any] = Field({}, description="its architecture")
+    objective: dict[str, Any] = Field({}, description="its training loss")
+    train: TrainSettings | None = Field(None, description="null: not trained here, `folder` has it")
+    folder: str | None = Field(None, description="a trained encoder's directory; null: train one in the run")
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderSettings:
+        module = registry.find("sfd.encoders", self.name, "encoder")
+        parse(module.Config, self.config, f"settings of encoder {self.name!r}")
+        if self.objective:
+            parse(module.Objective, self.objective, f"objective of encoder {self.name!r}")
+        if (self.train is None) == (self.folder is None):
+            raise ValueError("give either `train` (train one in the run) or `folder` (a trained encoder's directory)")
+        return self
+
+
+class CompressorSettings(Settings):
+    """What makes the semantic latent of the encoder's features: a SemVAE or PCA."""
+
+    name: Literal["semvae", "pca"] = "semvae"
+    channels: int = Field(8, gt=0, description="of the semantic latent")
+    hidden: int = Field(128, gt=0, description="SemVAE: width of its transformer blocks")
+    heads: int = Field(4, gt=0, description="SemVAE")
+    blocks: int = Field(2, gt=0, description="SemVAE: transformer blocks in encoder and decoder each")
+    whiten: bool = Field(False, description="PCA: divide each component by its standard deviation")
+    fit_images: int = Field(4096, gt=0, description="PCA: images that it is fitted on")
+    kl: float = Field(1e-7, ge=0, description="SemVAE: weight of the KL divergence")
+    cosine_dimension: Literal["features", "tokens"] = Field(
+        "features", description="SemVAE: the published code takes the cosine over tokens"
+    )
+    train: TrainSettings | None = Field(None, description="SemVAE")
+
+    @model_validator(mode="after")
+    def _check(self) -> CompressorSettings:
+        if (self.name == "semvae") != (self.train is not None):
+            raise ValueError("a semvae needs `train`, and pca takes none")
+        return self
+
+
+class StreamSettings(Settings):
+    """What the network makes of one stream; its channels and grid are those of its latents."""
+
+    weight: float = Field(1.0, ge=0, description="of its channels in the velocity loss")
+    patch_size: int = Field(1, gt=0)
+
+
+class TransformerSettings(Settings):
+    """The network's size; the rest of its architecture follows from the latents."""
+
+    size: str = Field("tiny", description=f"one of {', '.join(SIZES)}")
+    depth: int | None = Field(None, gt=0, description="in place of the size's own")
+    width: int | None = Field(None, gt=0, description="in place of the size's own")
+    heads: int | None = Field(None, gt=0, description="in place of the size's own")
+    clocks: Literal["streams", "one"] = Field("streams", description="a time embedder a stream, or one for all")
+    repa_block: int | None = Field(2, ge=1, description="block (from 1) whose tokens REPA aligns; null: no projector")
+    repa_width: int = Field(2048, gt=0)
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+
+    @model_validator(mode="after")
+    def _check(self) -> TransformerSettings:
+        if self.size not in SIZES:
+            raise unknown("transformer size", self.size, SIZES)
+        return self
+
+
+class EvaluationSettings(Settings):
+    """What the finished model is asked for and how it is judged."""
+
+    samples_per_class: int = Field(64, gt=0, description="of an unconditional model: in all")
+    seed: int = Field(0, ge=0, description="image i has seed + i")
+    unguided: bool = Field(True, description="also measure samples without guidance")
+    extractor: Literal["classifier"] = "classifier"
+    classifier: ClassifierSettings = ClassifierSettings()
+
+
+class Recipe(Settings):
+    """One run, from images to report."""
+
+    name: str = Field(min_length=1)
+    note: str = Field("", description="what it is for")
+    seed: int = Field(0, ge=0)
+    data: DataSettings
+    texture: EncoderSettings
+    semantic: EncoderSettings
+    compressor: CompressorSettings
+    latents: LatentSettings = LatentSettings()
+    streams: dict[str, StreamSettings] = {"texture": StreamSettings(), "semantic": StreamSettings(weight=2.0)}
+    schedule: dict[str, Any] = {"name": "offset", "delta": 0.3}
+    transformer: TransformerSettings = TransformerSettings()
+    loss: LossSettings = LossSettings()
+    train: TrainSettings
+    sample: SampleSettings = SampleSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        from sfd.schedules import build_schedule
+
+        for name in self.streams:
+            if name not in ("texture", "semantic"):
+                raise unknown("stream", name, ("texture", "semantic"))
+        if "texture" not in self.streams:
+            raise SFDError("streams must hold 'texture': it is what pixels are decoded from")
+        schedule = build_schedule(self.schedule, tuple(self.streams))
+        if self.transformer.clocks == "one" and schedule.knots:
+            raise SFDError(
+                f"transformer.clocks 'one' gives the network a single time, but the schedule {self.schedule['name']!r} "
+                "gives each stream its own; use clocks: streams, or the synchronous schedule"
+            )
+        if self.loss.repa and self.transformer.repa_block is None:
+            raise SFDError("loss.repa is set, but transformer.repa_block is null; set it, or set loss.repa to 0")
+        if self.data.holdout == 0 and self.evaluation.extractor == "classifier":
+            raise SFDError("data.holdout is 0, but evaluation trains its classifier on held-out images; give a share")
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, with `extends` followed and overrides applied.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.field=value`, the value as YAML.
+
+    Raises:
+        SFDError: the file is missing or no YAML, or a field is unknown or of the wrong type.
+    """
+    values = _read(path, MAX_EXTENDS)
+    for override in overrides:
+        _apply(values, override)
+    return parse(Recipe, values, path.name)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe out in full, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path, depth: int) -> dict[str, Any]:
+    if depth == 0:
+        raise SFDError(f"{path}: more than {MAX_EXTENDS} recipes extend one another; is one extending itself?")
+    try:
+        if path.stat().st_size > RECIPE_BYTES:
+            raise SFDError(
+                f"{path} is {path.stat().st_size} bytes long, too much for a recipe (at most {RECIPE_BYTES})"
+            )
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SFDError(f"there is no recipe {path}; give a YAML file such as recipes/shapes-demo.yaml") from None
+    except OSError as error:
+        raise files.explained(error, path) from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SFDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SFDError(f"{path}: a recipe is a mapping of fields to values, but {type(values).__name__} was found")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / str(base), depth - 1), values)
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace fields of `base`, mapping by mapping; one with another `name` is another thing, and replaces all."""
+    merged = dict(base)
+    for key, value in changes.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and value.get("name") in (None, before.get("name")):
+            value = _merge(before, value)
+        merged[key] = value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    field, equals, text = override.partition("=")
+    if not equals or not field:
+        raise SFDError(f"{override!r} is no override; write field=value, such as train.steps=500")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SFDError(f"the value in {override!r} is not valid YAML; quote it if it has special characters") from None
+    *parents, last = field.split(".")
+    place = values
+    for name in parents:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise SFDError(f"{override!r}: {name!r} holds no fields of its own")
+    place[last] = value

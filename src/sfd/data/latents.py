@@ -1,0 +1,275 @@
+"""Latent shards: every image encoded once, in both orientations, with a manifest that says what they are.
+
+A shard holds, for each stream k, `k` and `k_flip` (n, channels, grid, grid), `labels` (n), and perhaps `features` and
+`features_flip`: the encoder's own output, which REPA aligns with. `manifest.json` holds counts, shapes, statistics,
+the identities of the tokenizers and a checksum a shard; it is written last, so where it stands the rest is whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sfd import files
+from sfd.data.images import ImageSource, to_tensor
+from sfd.data.statistics import ChannelStatistics
+from sfd.errors import SFDError
+from sfd.progress import bar
+from sfd.settings import Settings, parse
+from sfd.streams import Composite, Stream
+
+MANIFEST = "manifest.json"
+FEATURES = "features"
+FORMAT = 1
+# Checksums of anything larger would take longer at every start than they are worth; `verify` is there for those.
+CHECKED_AT_OPENING = 2 << 30
+
+Encode = Callable[[Tensor], Mapping[str, Tensor]]
+
+
+class LatentSettings(Settings):
+    """How images become latent shards."""
+
+    shard_size: int = Field(4096, gt=0, description="images a shard")
+    batch_size: int = Field(256, gt=0, description="images encoded at a time")
+    workers: int = Field(2, gt=0, description="threads that read images ahead of the encoder")
+    dtype: Literal["float32", "float16"] = "float32"
+    features: bool = Field(True, description="keep the encoder's features, in half precision, for REPA")
+
+
+class StreamRecord(Settings):
+    """What the manifest says of one stream."""
+
+    channels: int = Field(gt=0)
+    grid: int = Field(gt=0)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    tokenizer: str
+
+
+class ShardRecord(Settings):
+    """What the manifest says of one shard."""
+
+    file: str = Field(pattern=r"^shard-\d{5}\.safetensors$")
+    count: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: str
+
+
+class Manifest(Settings):
+    """The contents of `manifest.json`."""
+
+    format: Literal[1]
+    data: str
+    count: int = Field(gt=0)
+    classes: tuple[str, ...]
+    dtype: str
+    streams: dict[str, StreamRecord]
+    features: dict[str, Any] | None
+    shards: tuple[ShardRecord, ...]
+
+
+def prepare(
+    source: ImageSource,
+    encode: Encode,
+    tokenizers: Mapping[str, str],
+    folder: Path,
+    settings: LatentSettings,
+    *,
+    device: torch.device,
+) -> Manifest:
+    """Encode a whole source into shards, or go on where an earlier call stopped.
+
+    Args:
+        source: the images.
+        encode: images (B, 3, S, S) in [-1, 1] → one latent (B, C, g, g) a stream, and perhaps "features".
+        tokenizers: the identity of what makes each stream, and of the encoder of "features".
+        folder: where the shards and the manifest go.
+        settings: shard size, precision and the like.
+        device: where `encode` computes.
+
+    Raises:
+        SFDError: the folder holds latents of other images or tokenizers, or the disk is full.
+    """
+    job = {"data": source.identity, **{f"tokenizer.{k}": v for k, v in tokenizers.items()}}
+    job |= {name: str(value) for name, value in settings.model_dump().items() if name not in ("batch_size", "workers")}
+    statistics: dict[str, ChannelStatistics] = {}
+    records = []
+    with bar("preparing latents", len(source)) as shown, ThreadPoolExecutor(settings.workers) as pool:
+        for number in range(math.ceil(len(source) / settings.shard_size)):
+            indices = np.arange(number * settings.shard_size, min((number + 1) * settings.shard_size, len(source)))
+            path = folder / f"shard-{number:05d}.safetensors"
+            if path.exists():
+                tensors = _finished(path, job)
+                shown.advance(len(indices))
+            else:
+                tensors = {"labels": torch.from_numpy(source.labels[indices])}
+                tensors |= _encode(source, indices, encode, settings, device, pool, shown.advance)
+                _write_shard(path, tensors, job)
+            for name in tokenizers:
+                if name != FEATURES:
+                    statistics.setdefault(name, ChannelStatistics(tensors[name].shape[1])).add(tensors[name])
+            records.append({"file": path.name, "count": len(indices), "bytes": path.stat().st_size})
+            records[-1]["sha256"] = files.checksum(path)
+    manifest = {
+        "format": FORMAT,
+        "data": source.identity,
+        "count": len(source),
+        "classes": list(source.classes),
+        "dtype": settings.dtype,
+        "streams": {name: _stream_record(tensors[name], statistics[name], tokenizers[name]) for name in statistics},
+        "features": _features_record(tensors, tokenizers) if settings.features and FEATURES in tensors else None,
+        "shards": records,
+    }
+    files.write_json(folder / MANIFEST, manifest)
+    return parse(Manifest, manifest, MANIFEST)
+
+
+def _encode(
+    source: ImageSource,
+    indices: np.ndarray,
+    encode: Encode,
+    settings: LatentSettings,
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """Encode one shard's images, reading ahead."""
+    chunks = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
+    parts: dict[str, list[Tensor]] = {}
+    dtypes = {FEATURES: torch.float16}
+    for chunk, images in zip(chunks, pool.map(source.load, chunks), strict=True):
+        batch = to_tensor(images).to(device)
+        for suffix, view in (("", batch), ("_flip", batch.flip(-1))):
+            with torch.no_grad():
+                latents = encode(view)
+            for name, value in latents.items():
+                if name != FEATURES or settings.features:
+                    dtype = dtypes.get(name, getattr(torch, settings.dtype))
+                    parts.setdefault(name + suffix, []).append(value.to(dtype).cpu())
+        advance(len(chunk))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor], job: Mapping[str, str]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise SFDError(f"encoding gave non-finite values in {name!r}; retrain the encoder or use dtype: float32")
+    files.write_tensors(path, tensors, job)
+
+
+def _finished(path: Path, job: Mapping[str, str]) -> dict[str, Tensor]:
+    """Read a shard that an earlier call finished."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as handle:
+            before = handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise SFDError(f"{path} is damaged ({error}); remove it and run the same command again") from None
+    for key, value in job.items():
+        if before.get(key) != value:
+            raise SFDError(
+                f"{path.parent} holds latents made with {key} {before.get(key)}, but this run has {value}; "
+                "use another folder, or remove that one to encode anew"
+            )
+    return files.read_tensors(path)
+
+
+def _stream_record(latents: Tensor, statistics: ChannelStatistics, tokenizer: str) -> dict[str, Any]:
+    mean, std = statistics.mean.tolist(), statistics.std.tolist()
+    return {"channels": latents.shape[1], "grid": latents.shape[2], "mean": mean, "std": std, "tokenizer": tokenizer}
+
+
+def _features_record(tensors: Mapping[str, Tensor], tokenizers: Mapping[str, str]) -> dict[str, Any]:
+    _, channels, grid, _ = tensors[FEATURES].shape
+    return {"channels": channels, "grid": grid, "dtype": "float16", "tokenizer": tokenizers[FEATURES]}
+
+
+class LatentSet:
+    """Prepared latents, read through memory maps: opening costs nothing, and memory holds only what is used."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder that `prepare` made.
+
+        Raises:
+            SFDError: the manifest or a shard is missing, damaged, or does not belong to the others.
+        """
+        self.folder = folder
+        self.manifest = parse(Manifest, files.read_json(folder / MANIFEST, "folder of latents"), str(folder / MANIFEST))
+        self.verify(checksums=sum(s.bytes for s in self.manifest.shards) <= CHECKED_AT_OPENING)
+        self._shards = [_mapped(folder / shard.file) for shard in self.manifest.shards]
+        self._starts = np.cumsum([0] + [shard.count for shard in self.manifest.shards])
+        self.labels = torch.cat([shard["labels"] for shard in self._shards])
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def verify(self, *, checksums: bool) -> None:
+        """Check that every shard is there, has its size and, if asked for, its checksum.
+
+        Raises:
+            SFDError: the first shard that fails, by name.
+        """
+        if sum(shard.count for shard in self.manifest.shards) != self.manifest.count:
+            raise SFDError(f"{self.folder / MANIFEST} is damaged: its shards do not add up to {self.manifest.count}")
+        for shard in self.manifest.shards:
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise SFDError(f"{path} is missing; run the command that prepared the latents again")
+            if path.stat().st_size != shard.bytes or (checksums and files.checksum(path) != shard.sha256):
+                raise SFDError(f"{path} is damaged; remove it and run the command that prepared the latents again")
+
+    def composite(self, patch_sizes: Mapping[str, int], weights: Mapping[str, float]) -> Composite:
+        """Describe the streams for a network; those not named have patch size 1 and weight 1."""
+        streams = tuple(
+            Stream(
+                name=name,
+                patch_size=patch_sizes.get(name, 1),
+                weight=weights.get(name, 1.0),
+                **record.model_dump(),
+            )
+            for name, record in self.manifest.streams.items()
+        )
+        return Composite(streams=streams)
+
+    def read(self, name: str, indices: np.ndarray, flips: np.ndarray) -> Tensor:
+        """Gather one stream's latents, or "features".
+
+        Args:
+            name: a stream, or "features".
+            indices: (B,) image numbers.
+            flips: (B,) booleans: which of the two orientations.
+
+        Returns:
+            (B, C, g, g) float32, as encoded (not normalised).
+        """
+        owners = np.searchsorted(self._starts, indices, side="right") - 1
+        out: Tensor | None = None
+        for owner in np.unique(owners):
+            for flip in (False, True):
+                places = np.flatnonzero((owners == owner) & (flips == flip))
+                if len(places):
+                    stored = self._shards[owner][name + ("_flip" if flip else "")]
+                    rows = stored[torch.from_numpy(indices[places] - self._starts[owner])].float()
+                    if out is None:
+                        out = rows.new_empty(len(indices), *rows.shape[1:])
+                    out[torch.from_numpy(places)] = rows
+        if out is None:
+            raise SFDError("no indices were given to read")
+        return out
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    handle = safe_open(path, "pt")
+    return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118

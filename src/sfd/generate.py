@@ -1,0 +1,137 @@
+"""From seeds and classes to images: noise, guided integration, decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sfd.data.images import to_uint8
+from sfd.errors import SFDError
+from sfd.guidance import VelocityField, guide
+from sfd.model import TEXTURE_STREAM, Model
+from sfd.models.transformer import Transformer
+from sfd.sampling import Progress, initial_noise, integrate
+from sfd.settings import Settings
+
+
+class SampleSettings(Settings):
+    """How images are sampled."""
+
+    solver: str = Field("heun", description="a module of sfd.solvers")
+    steps: int | None = Field(25, description="over the whole interval; null for a solver that chooses its own")
+    options: dict[str, Any] = Field({}, description="of the solver, such as rtol")
+    shift: float = Field(1.0, description="time shift; below 1 puts more steps near noise")
+    guidance: float | dict[str, float] = Field(1.0, description="scale for all streams, or by stream; 1: none")
+    interval: tuple[float, float] | dict[str, tuple[float, float]] | None = Field(
+        None, description="stream times within which to guide, for all streams or by stream; null: throughout"
+    )
+    batch_size: int = Field(64, gt=0, description="images at a time; does not change them")
+    precision: Literal["float32", "bf16"] = "float32"
+
+
+class Generated(NamedTuple):
+    """One batch of images."""
+
+    first: int  # number of the batch's first image
+    images: np.ndarray  # uint8 (B, S, S, 3)
+    latents: Tensor  # (B, N) packed, normalised, on the CPU
+    evaluations: int  # velocity evaluations spent, a guided one counted once
+
+
+def generate(
+    model: Model,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    *,
+    weak: Model | None = None,
+    callback: Callable[[Progress], None] | None = None,
+) -> Iterator[Generated]:
+    """Sample image i with labels[i] from seeds[i] alone, batch by batch.
+
+    Args:
+        model: the generator.
+        labels: class indices; the null class (the number of classes) asks for none.
+        seeds: one an image, ≥ 0.
+        settings: solver, steps, guidance.
+        weak: a weaker model for AutoGuidance; None: the null class is the weak model (classifier-free guidance).
+        callback: called after each solver step of each batch.
+
+    Raises:
+        SFDError: settings that do not fit the model or each other. Raised before anything is computed.
+    """
+    if len(labels) != len(seeds):
+        raise SFDError(f"{len(labels)} labels were given for {len(seeds)} seeds; give one label a seed")
+    _check_weak(model, weak)
+    for start in range(0, len(seeds), settings.batch_size):
+        end = start + settings.batch_size
+        batch_labels = torch.tensor(labels[start:end], dtype=torch.long, device=model.device)
+        velocity = _guided(model, weak, batch_labels, settings)
+        result = integrate(
+            velocity,
+            initial_noise(seeds[start:end], model.composite).to(model.device),
+            model.schedule,
+            model.composite,
+            solver=settings.solver,
+            steps=settings.steps,
+            options=settings.options,
+            shift=settings.shift,
+            callback=callback,
+        )
+        yield Generated(start, decode(model, result.x), result.x.cpu(), result.evaluations)
+
+
+@torch.no_grad()
+def decode(model: Model, packed: Tensor) -> np.ndarray:
+    """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3)."""
+    latents = model.composite.denormalize(model.composite.split(packed))[TEXTURE_STREAM]
+    return to_uint8(model.texture.decode(latents.to(model.device)))
+
+
+def velocity_field(network: Transformer, labels: Tensor, precision: str = "float32") -> VelocityField:
+    """Make a velocity function of a network and one label an image, without gradients."""
+    device = labels.device
+
+    @torch.no_grad()
+    def velocity(x: Tensor, times: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+            return network(x, times.to(x).expand(len(x), -1), labels).velocity
+
+    return velocity
+
+
+def _guided(model: Model, weak: Model | None, labels: Tensor, settings: SampleSettings) -> VelocityField:
+    strong = velocity_field(model.transformer, labels, settings.precision)
+    null = torch.full_like(labels, model.transformer.null_class)
+    if weak is not None:
+        weaker: VelocityField | None = velocity_field(weak.transformer, labels, settings.precision)
+    else:
+        # Without classes the null class is the model itself, and there is nothing to be guided away from.
+        weaker = velocity_field(model.transformer, null, settings.precision) if model.classes else None
+    return guide(strong, weaker, settings.guidance, model.composite, settings.interval)
+
+
+def _check_weak(model: Model, weak: Model | None) -> None:
+    if weak is None:
+        return
+    if weak.classes != model.classes:
+        raise SFDError(
+            f"the guiding model has classes {', '.join(weak.classes)}, the guided one {', '.join(model.classes)}; "
+            "guide with a model of the same data"
+        )
+    if weak.composite.names != model.composite.names:
+        raise SFDError(
+            "the guiding model has other streams than the guided one; guide with a model of the same latents"
+        )
+    for ours, theirs in zip(model.composite.streams, weak.composite.streams, strict=True):
+        for field in ("shape", "tokenizer", "mean", "std"):
+            if getattr(ours, field) != getattr(theirs, field):
+                raise SFDError(
+                    f"stream {ours.name!r} of the guiding model has {field} {getattr(theirs, field)}, "
+                    f"of the guided one {getattr(ours, field)}; guide with a model of the same latents"
+                )

@@ -1,0 +1,148 @@
+"""A model directory: all that sampling needs, and nothing that the user would have to say again.
+
+model.json            architecture, streams with statistics and tokenizer identities, schedule, classes, history
+model.safetensors     the transformer's (averaged) weights
+texture/              the encoder whose decoder turns the texture stream into pixels
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from sfd import files
+from sfd.encoders import TextureEncoder, load_texture_encoder
+from sfd.errors import SFDError
+from sfd.models.transformer import Transformer, TransformerConfig
+from sfd.schedules import Schedule, build_schedule
+from sfd.settings import Settings, parse
+from sfd.streams import Composite
+from sfd.weights import Part, load_tensors
+
+RECORD, WEIGHTS, TEXTURE_FOLDER = "model.json", "model.safetensors", "texture"
+TEXTURE_STREAM = "texture"
+
+
+class ModelRecord(Settings):
+    """The contents of `model.json`."""
+
+    format: int
+    identity: str
+    transformer: TransformerConfig
+    schedule: dict[str, Any]
+    classes: tuple[str, ...]
+    history: dict[str, Any]
+
+
+@dataclass
+class Model:
+    """A trained generator."""
+
+    transformer: Transformer
+    schedule: Schedule
+    texture: TextureEncoder
+    classes: tuple[str, ...]
+    history: dict[str, Any] = field(default_factory=dict)
+    """What it was trained on and for how long; for people, never read back."""
+
+    @property
+    def composite(self) -> Composite:
+        """The streams that it generates."""
+        return self.transformer.config.composite
+
+    @property
+    def identity(self) -> str:
+        """Sixteen hexadecimal digits that stand for these weights (at half precision) in this architecture."""
+        digest = hashlib.sha256(self.transformer.config.model_dump_json().encode())
+        for name, tensor in sorted(self.transformer.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().half().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.position.device
+
+    def to(self, device: torch.device) -> Model:
+        """Move all networks to a device."""
+        self.transformer.to(device)
+        self.texture.to(device)
+        return self
+
+    def class_indices(self, names: list[str]) -> list[int]:
+        """Look classes up by name or by number.
+
+        Raises:
+            SFDError: there is no such class, or the model is unconditional.
+        """
+        from sfd.errors import unknown
+
+        if not self.classes:
+            raise SFDError("this model is unconditional: it has no classes; leave --classes away")
+        indices = []
+        for name in names:
+            if name in self.classes:
+                indices.append(self.classes.index(name))
+            elif name.isdecimal() and int(name) < len(self.classes):
+                indices.append(int(name))
+            else:
+                raise unknown("class", name, self.classes)
+        return indices
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the directory, whole or not at all; weights as `dtype` (float16 halves the size for publication)."""
+        check_tokenizer(self.composite, self.texture, str(folder))
+        with files.written(folder) as partial:
+            partial.mkdir()
+            weights = {name: t.to(dtype) for name, t in self.transformer.state_dict().items()}
+            files.write_tensors(partial / WEIGHTS, weights)
+            cast(Part, self.texture).save(partial / TEXTURE_FOLDER, dtype)
+            record = {
+                "format": 1,
+                "identity": self.identity,
+                "transformer": self.transformer.config.model_dump(mode="json"),
+                "schedule": self.schedule.spec,
+                "classes": list(self.classes),
+                "history": self.history,
+            }
+            files.write_json(partial / RECORD, record)
+
+
+def load_model(folder: Path, device: torch.device) -> Model:
+    """Load a model directory, in evaluation mode, as float32.
+
+    Raises:
+        SFDError: something is missing or damaged, weights and configuration do not fit, or the texture encoder is
+            another one than the latents were made with.
+    """
+    record = parse(ModelRecord, files.read_json(folder / RECORD, "model directory"), str(folder / RECORD))
+    transformer = Transformer(record.transformer)
+    load_tensors(transformer, files.read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    transformer.eval().requires_grad_(False)
+    schedule = build_schedule(record.schedule, record.transformer.composite.names)
+    texture = load_texture_encoder(folder / TEXTURE_FOLDER)
+    check_tokenizer(record.transformer.composite, texture, str(folder))
+    model = Model(transformer, schedule, texture, record.classes, record.history)
+    if model.identity != record.identity:
+        raise SFDError(
+            f"{folder / WEIGHTS} is not the file that {RECORD} was written with; restore both from one source"
+        )
+    return model.to(device)
+
+
+def check_tokenizer(composite: Composite, texture: TextureEncoder, where: str) -> None:
+    """Refuse to decode latents with another encoder than the one that made them: the result would be noise.
+
+    Raises:
+        SFDError: names both.
+    """
+    expected = composite[TEXTURE_STREAM].tokenizer
+    if expected and expected != texture.identity:
+        raise SFDError(
+            f"{where}: the texture latents were made by tokenizer {expected}, but the texture encoder here is "
+            f"{texture.identity}; use the encoder that the latents were prepared with"
+        )
