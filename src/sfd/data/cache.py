@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.progress import track
 
 from sfd.data.images import ImageSource, Indices
+from sfd.progress import bar
 
 # Bytes of decoded images that are kept in memory.
 BUDGET = 2 * 2**30
@@ -24,9 +24,11 @@ class CachedSource:
         self.identity = source.identity
         self.resident = True
         self._pixels = np.empty((len(source), size, size, 3), np.uint8)
-        for start in track(range(0, len(source), _CHUNK), "Loading images", transient=True):
-            stop = min(start + _CHUNK, len(source))
-            self._pixels[start:stop] = source.load(range(start, stop))
+        with bar("Loading images", len(source)) as progress:
+            for start in range(0, len(source), _CHUNK):
+                stop = min(start + _CHUNK, len(source))
+                self._pixels[start:stop] = source.load(range(start, stop))
+                progress.advance(stop - start)
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -42,7 +44,7 @@ def nbytes(count: int, image_size: int) -> int:
 
 
 def cached(source: ImageSource, budget: int = BUDGET) -> ImageSource:
-    """Decode a source into memory if that takes at most `budget` bytes; else, or if it is there, return it unchanged."""
+    """Decode a source into memory if that takes at most `budget` bytes; else, or if it is there, return it as is."""
     if source.resident or nbytes(len(source), source.image_size) > budget:
         return source
     return CachedSource(source)

@@ -1,8 +1,8 @@
 """The procedural data set: what is drawn where (semantics) and how it is coloured (texture) are independent and known.
 
-Every image shows one of ten shapes over a background. Its semantic factors are the shape, its position, size and rotation;
-its texture factors are a pattern with two colours for the shape and for the background. Image i depends on the
-seed and i alone, and looks the same at every size but for its resolution.
+Every image shows one of ten shapes over a background. Its semantic factors are the shape, its position, size and
+rotation; its texture factors are a pattern with two colours for the shape and for the background. Image i depends on
+the seed and i alone, and looks the same at every size but for its resolution.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _draw_texture(draws: np.ndarray, light: np.ndarray) -> np.ndarray:
 
 
 def _srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> np.ndarray:
-    """Turn Oklab colours in polar form into sRGB (…, 3) in [0, 1] (Ottosson 2020); equal lightness looks equally light."""
+    """Turn polar Oklab colours, (n,) each, into sRGB (n, 3) in [0, 1] (Ottosson 2020): equal lightness looks so."""
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
     to_cones = np.array(
         [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]]
@@ -148,9 +148,8 @@ def render(factors: np.ndarray, image_size: int) -> np.ndarray:
     axis = ((np.arange(image_size) + 0.5) / image_size - 0.5).astype(np.float32)
     x, y = axis[None, None, :], axis[None, :, None]
     cover = _coverage(factors, x, y, image_size)[..., None]
-    images = cover * _paint(factors["figure"], x, y, image_size) + (1 - cover) * _paint(
-        factors["ground"], x, y, image_size
-    )
+    figure, ground = (_paint(factors[layer], x, y, image_size) for layer in ("figure", "ground"))
+    images = ground + cover * (figure - ground)
     return (images * 255).round().astype(np.uint8)
 
 
@@ -210,8 +209,8 @@ def _gradient(along: np.ndarray, across: np.ndarray, period: np.ndarray, phase: 
     return (0.5 + 1.2 * along).clip(0, 1)
 
 
-# Signed distances to the shapes at unit size, negative inside; x to the right, y up. Each fits in a circle of radius 1.05,
-# is its own mirror image, and no two look alike within the range of rotations.
+# Signed distances to the shapes at unit size, negative inside; x to the right, y up. Each fits in a circle of radius
+# 1.06, is its own mirror image, and no two look alike within the range of rotations.
 
 
 def _disk(x: np.ndarray, y: np.ndarray) -> np.ndarray:
