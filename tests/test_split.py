@@ -1,0 +1,117 @@
+"""Splits are stratified, disjoint, complete and repeatable; cached sources are the sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sfd.data.cache import cached
+from sfd.data.folder import FolderSource, write_folder
+from sfd.data.images import ImageSource
+from sfd.data.open import DataSettings, open_source
+from sfd.data.shapes import ShapesSource
+from sfd.data.split import Subset, split
+from sfd.errors import SFDError
+
+
+def of_labels(labels: list[int]) -> Subset:
+    """Shapes with these labels."""
+    source = ShapesSource(300, 0)
+    pools = [iter(np.flatnonzero(source.labels == label)) for label in range(10)]
+    return Subset(source, np.array([next(pools[label]) for label in labels]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.01, 0.99), st.integers(0, 5), st.lists(st.integers(2, 9), min_size=10, max_size=10))
+def test_every_class_is_on_both_sides_in_proportion(holdout: float, seed: int, counts: list[int]) -> None:
+    source = of_labels([label for label, count in enumerate(counts) for _ in range(count)])
+    training, held_out = split(source, holdout, seed)
+    assert isinstance(training, Subset)
+    assert isinstance(held_out, Subset)
+    assert sorted([*training.indices, *held_out.indices]) == list(range(len(source)))
+    for label, count in enumerate(counts):
+        kept = int((held_out.labels == label).sum())
+        assert 1 <= kept <= count - 1
+        assert abs(kept - holdout * count) < 1.01 or kept in (1, count - 1)
+
+
+def test_a_split_is_a_function_of_its_seed() -> None:
+    source = ShapesSource(200, 0)
+    assert split(source, 0.5, 1)[0].identity == split(source, 0.5, 1)[0].identity
+    assert split(source, 0.5, 1)[0].identity != split(source, 0.5, 2)[0].identity
+    assert split(source, 0.5, 1)[0].identity != split(source, 0.5, 1)[1].identity
+
+
+def test_subsets_give_the_images_of_their_indices() -> None:
+    source = ShapesSource(50, 0)
+    subset = Subset(source, np.array([7, 3, 44]))
+    assert np.array_equal(subset.load([2, 0]), source.load([44, 7]))
+    assert np.array_equal(subset.labels, source.labels[[7, 3, 44]])
+
+
+def test_without_holdout_all_is_training() -> None:
+    source = ShapesSource(20, 0)
+    training, held_out = split(source, 0, 0)
+    assert training is source
+    assert len(held_out) == 0
+    assert held_out.load([]).shape == (0, 32, 32, 3)
+
+
+def test_a_class_with_one_image_is_explained() -> None:
+    source = of_labels([0, 0, *[k for k in range(2, 10) for _ in range(2)], 1])
+    with pytest.raises(SFDError, match=r"class 'ring' has 1 image, .* takes 2"):
+        split(source, 0.5, 0)
+    assert len(split(source, 0, 0)[0]) == len(source)
+
+
+@pytest.mark.parametrize("holdout", [-0.1, 1.0, float("nan")])
+def test_a_share_out_of_range_is_explained(holdout: float) -> None:
+    with pytest.raises(SFDError, match="holdout is"):
+        split(ShapesSource(50, 0), holdout, 0)
+
+
+def test_an_unconditional_source_splits_too(tmp_path: Path) -> None:
+    write_folder(ShapesSource(12, 0), tmp_path / "classes")
+    (tmp_path / "flat").mkdir()
+    for file in (tmp_path / "classes").rglob("*.png"):
+        file.rename(tmp_path / "flat" / file.name)
+    training, held_out = split(FolderSource(tmp_path / "flat", 32), 0.25, 0)
+    assert (len(training), len(held_out)) == (9, 3)
+
+
+def test_a_cached_source_is_the_source() -> None:
+    source: ImageSource = ShapesSource(600, 0)
+    kept = cached(source)
+    assert kept.resident
+    assert (kept.identity, kept.classes, len(kept)) == (source.identity, source.classes, 600)
+    assert np.array_equal(kept.load([3, 599, 3]), source.load([3, 599, 3]))
+
+
+def test_loaded_images_are_the_callers_own() -> None:
+    kept = cached(ShapesSource(4, 0))
+    kept.load([0])[:] = 0
+    assert kept.load([0]).any()
+
+
+def test_what_does_not_fit_is_not_cached() -> None:
+    source = ShapesSource(10, 0)
+    assert cached(source, budget=10 * 32 * 32 * 3 - 1) is source
+
+
+def test_nothing_is_cached_twice() -> None:
+    kept = cached(ShapesSource(10, 0))
+    training, _ = split(kept, 0.0, 0)
+    assert cached(training) is kept
+
+
+def test_a_recipe_opens_shapes_or_a_folder(tmp_path: Path) -> None:
+    shapes = open_source(DataSettings(source="shapes", count=30, seed=2))
+    assert shapes.identity == ShapesSource(30, 2).identity
+    write_folder(shapes, tmp_path / "out")
+    folder = open_source(DataSettings(source=str(tmp_path / "out"), image_size=16))
+    assert folder.image_size == 16
+    assert len(folder) == 30
