@@ -152,8 +152,9 @@ class _Piece:
 
     def times_and_rates(self, u: float) -> tuple[Tensor, Tensor]:
         """Look up (K,) stream times and rates at u, with this segment's one-sided limits; on the CPU, in x's dtype."""
-        # Looked up in float64: in float32 a base time may round to the other side of a knot.
-        time, rate = self._schedule.at(torch.tensor(u, dtype=torch.float64), self._segment.number)
+        # An adaptive solver may probe beyond the segment. In float32 a base time could round across a knot.
+        inside = min(max(u, self._segment.start), self._segment.end)
+        time, rate = self._schedule.at(torch.tensor(inside, dtype=torch.float64), self._segment.number)
         return time.to(self._start.dtype), rate.to(self._start.dtype)
 
     def derivative(self, u: float, state: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def _grids(
         if shift != 1:
             raise SFDError(f"solver {name!r} chooses its own steps, so a time shift does nothing; leave it out")
         return [[s.start, s.end] for s in segments]
-    # Steps are even in w, where u = s·w / (1 + (s − 1)·w); knots are carried there by the inverse, so they are still hit.
+    # Steps are even in w, where u = s·w / (1 + (s − 1)·w); the inverse carries knots there, so they are still hit.
     ends = [(s.start / (shift + (1 - shift) * s.start), s.end / (shift + (1 - shift) * s.end)) for s in segments]
     grids = []
     for segment, (low, high), count in zip(segments, ends, split_steps(steps, [b - a for a, b in ends]), strict=True):

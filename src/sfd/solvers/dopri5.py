@@ -54,7 +54,7 @@ def solve(
     """
     ends = torch.tensor([points[0], points[-1]], dtype=torch.float64, device=x.device)
     try:
-        # step_t: without it the last step reaches beyond the knot, where the velocity has a kink, and interpolates back.
+        # step_t: without it the last step reaches beyond the knot, where the velocity bends, and interpolates back.
         solution = odeint(
             _Derivative(velocity, points[0], callback),
             x,

@@ -1,0 +1,96 @@
+"""The mixture's velocity is the conditional expectation that it claims to be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfd.analytic import GaussianMixture
+from sfd.errors import SFDError
+from sfd.streams import Composite, Stream
+
+PAIR = Composite(streams=(Stream(name="texture", channels=1, grid=1), Stream(name="semantic", channels=1, grid=1)))
+
+
+def double(*values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture
+def mixture() -> GaussianMixture:
+    """Two components whose streams tell of each other."""
+    return GaussianMixture(PAIR, double(0.3, 0.7), double([-1.5, 1.0], [1.0, -0.5]), double([0.3, 0.5], [0.6, 0.2]))
+
+
+def by_integration(mixture: GaussianMixture, x: Tensor, times: Tensor) -> Tensor:
+    """E[x1 − x0 | x] for one x (2,) by summing over data on a fine grid; noise follows, x0 = (x − t·x1) / (1 − t)."""
+    axis = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    x1 = torch.cartesian_prod(axis, axis)
+    x0 = (x - times * x1) / (1 - times)
+    density = torch.zeros(len(x1), dtype=torch.float64)
+    for w, m, s in zip(mixture.weights, mixture.means, mixture.stds, strict=True):
+        density += w * torch.exp(-0.5 * (((x1 - m) / s) ** 2).sum(dim=1)) / s.prod()
+    density *= torch.exp(-0.5 * (x0**2).sum(dim=1))
+    return (density[:, None] * (x1 - x0)).sum(dim=0) / density.sum()
+
+
+@pytest.mark.parametrize("times", [(0.0, 0.0), (0.0, 0.3), (0.2, 0.5), (0.7, 0.7), (0.6, 0.9)])
+def test_velocity_is_the_conditional_expectation(times, mixture):
+    x = double([0.2, -0.4], [-1.0, 0.8], [1.3, 0.1])
+    expected = torch.stack([by_integration(mixture, row, double(*times)) for row in x])
+    torch.testing.assert_close(mixture.velocity(x, double(*times)), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_pure_noise_moves_towards_the_mean(mixture):
+    x = double([0.5, -2.0])
+    torch.testing.assert_close(mixture.velocity(x, double(0, 0)), mixture.weights @ mixture.means - x)
+
+
+def test_a_clear_stream_tells_of_the_other(mixture):
+    """Texture is noise; semantics at its second mean say which component it is."""
+    x = double([0.0, -0.5])
+    assert mixture.responsibilities(x, double(0, 0.95))[0, 1] > 0.99
+    assert mixture.velocity(x, double(0, 0.95))[0, 0] == pytest.approx(1.0, abs=0.05)
+
+
+def test_transport_solves_the_flow(mixture):
+    """Along t ↦ t·m + √V·x0 the derivative is the velocity."""
+    one = mixture.component(0)
+    noise, t, h = double([0.7, -1.1]), 0.4, 1e-5
+
+    def path(t: float) -> Tensor:
+        return t * one.means + (t**2 * one.stds**2 + (1 - t) ** 2).sqrt() * noise
+
+    torch.testing.assert_close(path(1.0), one.transport(noise))
+    slope = (path(t + h) - path(t - h)) / (2 * h)
+    torch.testing.assert_close(one.velocity(path(t), double(t, t)), slope, rtol=1e-8, atol=1e-8)
+
+
+def test_samples_have_the_mixtures_moments(mixture):
+    x = mixture.sample(40_000, seed=0)
+    torch.testing.assert_close(x.mean(dim=0), mixture.weights @ mixture.means, rtol=0, atol=0.03)
+    second = mixture.weights @ (mixture.means**2 + mixture.stds**2)
+    torch.testing.assert_close((x**2).mean(dim=0), second, rtol=0, atol=0.05)
+    assert torch.equal(x, mixture.sample(40_000, seed=0))
+
+
+def test_velocity_is_finite_far_from_the_data(mixture):
+    assert mixture.velocity(double([1e3, -1e3]), double(1, 1)).isfinite().all()
+
+
+def test_weights_are_normalised():
+    mixture = GaussianMixture(PAIR, double(2.0, 6.0), torch.zeros(2, 2).double(), torch.ones(2, 2).double())
+    assert mixture.weights.tolist() == [0.25, 0.75]
+    assert math.isclose(mixture.component(1).weights.item(), 1.0)
+
+
+def test_mistakes_are_explained(mixture):
+    with pytest.raises(SFDError, match=r"must have shape \(1, 2\)"):
+        GaussianMixture(PAIR, double(1.0), torch.zeros(1, 3), torch.ones(1, 2))
+    with pytest.raises(SFDError, match="greater than 0"):
+        GaussianMixture(PAIR, double(1.0), torch.zeros(1, 2), torch.zeros(1, 2))
+    with pytest.raises(SFDError, match="known for one Gaussian"):
+        mixture.transport(torch.zeros(1, 2))

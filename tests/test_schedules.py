@@ -1,0 +1,225 @@
+"""Every schedule is a monotone map from 0 to 1 whose rate is its derivative away from its knots."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sfd.errors import SFDError
+from sfd.schedules import PiecewiseLinear, Schedule, StreamTimes, build_schedule, check
+
+STREAMS = ("texture", "semantic")
+DELTAS = st.floats(0, 4) | st.sampled_from([0.0, 0.3, 1.0, 1e-17, 1e-8, 1 - 1e-12, 1e6])
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> dict[str, Any]:
+    """Monotone points on a grid of thousandths, flat stretches among them, another number of points a stream."""
+    points = {}
+    for name in STREAMS:
+        base = sorted(draw(st.sets(st.integers(1, 999), max_size=6)))
+        time = sorted(draw(st.lists(st.integers(0, 1000), min_size=len(base), max_size=len(base))))
+        inner = [[u / 1000, t / 1000] for u, t in zip(base, time, strict=True)]
+        points[name] = [[0, 0], *inner, [1, 1]]
+    return {"name": "table", "points": points}
+
+
+SPECS = (
+    st.builds(lambda delta: {"name": "offset", "delta": delta}, DELTAS)
+    | tables()
+    | st.sampled_from([{"name": "synchronous"}, {"name": "sequential"}])
+)
+
+
+def grid(schedule: Schedule, segment: int, count: int = 33) -> Tensor:
+    low, high = schedule.segments[segment]
+    return torch.linspace(low, high, count, dtype=torch.float64)
+
+
+@given(SPECS)
+def test_endpoints_are_exact(spec):
+    for dtype in (torch.float32, torch.float64):
+        time, _ = build_schedule(spec, STREAMS).at(torch.tensor([0.0, 1.0], dtype=dtype))
+        assert torch.equal(time, torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=dtype))
+
+
+@given(SPECS)
+def test_monotone(spec):
+    schedule = build_schedule(spec, STREAMS)
+    u = torch.cat([grid(schedule, j) for j in range(len(schedule.segments))])
+    time, rate = schedule.at(u)
+    assert (time.diff(dim=0) >= -1e-15).all()
+    assert ((time >= 0) & (time <= 1)).all()
+    assert (rate >= 0).all()
+
+
+@given(SPECS)
+def test_segments_cover_the_interval(spec):
+    segments = build_schedule(spec, STREAMS).segments
+    assert segments[0][0] == 0
+    assert segments[-1][1] == 1
+    assert all(a[1] == b[0] for a, b in pairwise(segments))
+    assert all(low < high for low, high in segments)
+
+
+@given(SPECS)
+def test_rate_is_the_derivative_within_segments(spec):
+    schedule = build_schedule(spec, STREAMS)
+    for j, (low, high) in enumerate(schedule.segments):
+        h = (high - low) / 100
+        if h < 1e-6:
+            continue  # a difference of neighbouring floats says nothing
+        u = torch.linspace(low + 2 * h, high - 2 * h, 17, dtype=torch.float64)
+        difference = (schedule.at(u + h).time - schedule.at(u - h).time) / (2 * h)
+        torch.testing.assert_close(schedule.at(u).rate, difference, rtol=1e-7, atol=1e-9)
+        assert torch.equal(schedule.at(u).rate, schedule.at(u, j).rate)
+
+
+@given(SPECS)
+def test_time_is_the_integral_of_the_rate(spec):
+    """So rate, knots and time belong together: a knot left out or misplaced would show."""
+    schedule = build_schedule(spec, STREAMS)
+    total = torch.zeros(2, dtype=torch.float64)
+    for j, (low, high) in enumerate(schedule.segments):
+        ends = schedule.at(torch.tensor([low, high], dtype=torch.float64), j)
+        assert torch.equal(ends.rate[0], ends.rate[1])
+        total += (high - low) * ends.rate[0]
+        torch.testing.assert_close(ends.time[1], total, rtol=0, atol=1e-9)
+
+
+@given(SPECS)
+def test_some_rate_jumps_at_every_knot(spec):
+    schedule = build_schedule(spec, STREAMS)
+    for j, knot in enumerate(schedule.knots):
+        u = torch.tensor(knot, dtype=torch.float64)
+        before, after = schedule.at(u, j), schedule.at(u, j + 1)
+        torch.testing.assert_close(before.time, after.time, rtol=0, atol=1e-15)
+        assert not torch.equal(before.rate, after.rate)
+        assert torch.equal(schedule.at(u).rate, after.rate)
+
+
+@given(SPECS)
+def test_spec_builds_an_equal_schedule(spec):
+    schedule = build_schedule(spec, STREAMS)
+    again = build_schedule(schedule.spec, STREAMS)
+    u = torch.linspace(0, 1, 101)
+    assert again.spec == schedule.spec
+    assert again.knots == schedule.knots
+    assert torch.equal(again.at(u).time, schedule.at(u).time)
+
+
+@given(st.floats(0, 4), st.floats(0, 1))
+def test_offset_is_the_published_formula(delta, u):
+    time, _ = build_schedule({"name": "offset", "delta": delta}, STREAMS).at(torch.tensor(u, dtype=torch.float64))
+    expected = [max(0.0, (1 + delta) * u - delta), min(1.0, (1 + delta) * u)]
+    assert time.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_offset_phases():
+    schedule = build_schedule({"name": "offset", "delta": 0.3}, STREAMS)
+    assert schedule.knots == pytest.approx((0.3 / 1.3, 1 / 1.3), abs=0)
+    rates = schedule.at(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).rate
+    torch.testing.assert_close(rates, torch.tensor([[0, 1.3], [1.3, 1.3], [1.3, 0]], dtype=torch.float64))
+    assert rates[0, 0] == 0
+    assert rates[2, 1] == 0
+
+
+def test_offset_zero_is_synchronous():
+    u = torch.linspace(0, 1, 1001)
+    none, synchronous = (build_schedule(s, STREAMS) for s in ({"name": "offset", "delta": 0}, {"name": "synchronous"}))
+    assert none.knots == ()
+    assert torch.equal(none.at(u).time, u[:, None].expand(-1, 2))
+    assert torch.equal(none.at(u).time, synchronous.at(u).time)
+    assert torch.equal(none.at(u).rate, synchronous.at(u).rate)
+
+
+def test_sequential_is_offset_one():
+    u = torch.linspace(0, 1, 1001)
+    sequential, one = (build_schedule(s, STREAMS) for s in ({"name": "sequential"}, {"name": "offset", "delta": 1}))
+    assert sequential.knots == one.knots == (0.5,)
+    assert torch.equal(sequential.at(u).time, one.at(u).time)
+
+
+def test_several_leaders():
+    spec = {"name": "offset", "delta": 0.5, "leaders": ["a", "c"]}
+    time, _ = build_schedule(spec, ("a", "b", "c")).at(torch.tensor(0.25, dtype=torch.float64))
+    assert time.tolist() == pytest.approx([0.375, 0.0, 0.375])
+
+
+def test_table_takes_points_on_a_line_for_no_knot():
+    line = [[0, 0], [0.1, 0.1], [0.7, 0.7], [1, 1]]
+    bent = [[0, 0], [0.3, 0.6], [1, 1]]
+    assert build_schedule({"name": "table", "points": {"texture": line, "semantic": line}}, STREAMS).knots == ()
+    assert build_schedule({"name": "table", "points": {"texture": line, "semantic": bent}}, STREAMS).knots == (0.3,)
+
+
+def test_shapes_and_dtypes_follow_the_base_time():
+    schedule = build_schedule({"name": "offset"}, STREAMS)
+    for u in (torch.rand(()), torch.rand(5), torch.rand(2, 3, dtype=torch.float64)):
+        time, rate = schedule.at(u)
+        assert time.shape == rate.shape == (*u.shape, 2)
+        assert time.dtype == rate.dtype == u.dtype
+
+
+class Smooth(Schedule):
+    """τ(u) = u^p, one p a stream."""
+
+    def __init__(self, powers: dict[str, float]) -> None:
+        super().__init__(tuple(powers))
+        self.powers = torch.tensor(list(powers.values()), dtype=torch.float64)
+
+    def at(self, u: Tensor, segment: int | None = None) -> StreamTimes:
+        v, p = u.double()[..., None], self.powers
+        return StreamTimes((v**p).to(u.dtype), (p * v ** (p - 1)).to(u.dtype))
+
+
+def test_a_smooth_schedule_needs_one_method():
+    schedule = Smooth({"texture": 2.0, "semantic": 1.0})
+    check(schedule, "smooth")
+    assert schedule.segments == ((0.0, 1.0),)
+
+
+def test_check_names_what_is_wrong_with_a_map():
+    class Falling(Smooth):
+        def at(self, u: Tensor, segment: int | None = None) -> StreamTimes:
+            time, rate = super().at(u)
+            return StreamTimes(time + 0.3 * torch.sin(6.283185307179586 * u)[..., None], rate)
+
+    with pytest.raises(SFDError, match=r"'texture' must run from time 0 to 1, but it runs from 0\.0 to 0\.5"):
+        check(PiecewiseLinear((0.0, 1.0), {"texture": (0.0, 0.5)}), "mine")
+    with pytest.raises(SFDError, match="'texture' must never fall"):
+        check(Falling({"texture": 1.0}), "mine")
+    with pytest.raises(SFDError, match="must be finite and at least 0"):
+        check(Smooth({"texture": 0.5}), "mine")  # infinite at u = 0
+
+
+TABLE = {"texture": [[0, 0], [1, 1]], "semantic": [[0, 0], [0.5, 1], [1, 1]]}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "ofset"}, "no schedule 'ofset'; did you mean 'offset'"),
+        ({"delta": 0.3}, "needs a name"),
+        ({"name": "offset", "dleta": 0.3}, "no field 'dleta'; did you mean 'delta'"),
+        ({"name": "offset", "delta": -0.1}, "'delta': Input should be greater than or equal to 0"),
+        ({"name": "offset", "delta": "0.3"}, "'delta': Input should be a valid number"),
+        ({"name": "offset", "leaders": ["semantics"]}, "did you mean 'semantic'"),
+        ({"name": "offset", "leaders": []}, "leaders are none"),
+        ({"name": "offset", "leaders": ["texture", "semantic"]}, "streams that follow"),
+        ({"name": "table", "points": {"texture": [[0, 0], [1, 1]]}}, "stream 'semantic' has none"),
+        ({"name": "table", "points": TABLE | {"depth": [[0, 0], [1, 1]]}}, "no stream 'depth'"),
+        ({"name": "table", "points": TABLE | {"texture": [[0, 0.1], [1, 1]]}}, r"must begin at \(0, 0\)"),
+        ({"name": "table", "points": TABLE | {"texture": [[0, 0], [0.5, 0.7], [0.6, 0.6], [1, 1]]}}, "must not fall"),
+        ({"name": "table", "points": TABLE | {"texture": [[0, 0], [0.5, 0.2], [0.5, 0.6], [1, 1]]}}, "must ascend"),
+    ],
+)
+def test_mistakes_are_explained(spec, message):
+    with pytest.raises(SFDError, match=message):
+        build_schedule(spec, STREAMS)

@@ -1,0 +1,119 @@
+"""Each solver alone, on equations with known solutions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfd.errors import SFDError
+from sfd.registry import names
+from sfd.solvers import check_steps, load_solver
+
+SOLVERS = names("sfd.solvers")
+START = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+
+
+def decay(u: float, x: Tensor) -> Tensor:
+    """dx/du = −2u·x, so x(u) = x(0)·exp(−u²)."""
+    return -2 * u * x
+
+
+def points(name: str, steps: int) -> list[float]:
+    adaptive = load_solver(name)[0].ADAPTIVE
+    return [0.0, 1.0] if adaptive else [k / steps for k in range(steps + 1)]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_constant_velocity_is_exact(name):
+    solver, options = load_solver(name)
+    x = solver.solve(lambda u, x: torch.full_like(x, 3.0), START, points(name, 4), options)
+    torch.testing.assert_close(x, START + 3, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_order(name, order):
+    solver, options = load_solver(name)
+
+    def error(steps: int) -> float:
+        return (solver.solve(decay, START, points(name, steps), options) - START / math.e).abs().max().item()
+
+    assert math.log2(error(64) / error(128)) == pytest.approx(order, abs=0.05)
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-6, 1e-9])
+def test_dopri5_keeps_its_tolerance(rtol):
+    solver, options = load_solver("dopri5", {"rtol": rtol, "atol": rtol / 10})
+    error = (solver.solve(decay, START, [0.0, 1.0], options) - START / math.e).abs().max().item()
+    assert error < 3 * rtol
+
+
+def test_dopri5_defaults_are_the_published_ones():
+    assert load_solver("dopri5")[1].model_dump() == {"rtol": 1e-3, "atol": 1e-6}
+
+
+def test_dopri5_does_not_feel_what_lies_beyond_the_end():
+    def kinked(u: float, x: Tensor) -> Tensor:
+        return x if u <= 1 + 1e-12 else 1e3 * x
+
+    solver, options = load_solver("dopri5", {"rtol": 1e-6, "atol": 1e-8})
+    error = (solver.solve(kinked, START, [0.0, 1.0], options) - START * math.e).abs().max().item()
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_callback_reports_every_step_up_to_the_end(name):
+    solver, options = load_solver(name)
+    seen: list[tuple[float, Tensor]] = []
+    x = solver.solve(decay, START, points(name, 5), options, lambda u, x: seen.append((u, x)))
+    at = [u for u, _ in seen]
+    assert at == sorted(set(at))
+    assert at[0] > 0
+    assert at[-1] == 1
+    assert torch.equal(seen[-1][1], x)
+    for u, state in seen:
+        torch.testing.assert_close(state, START * math.exp(-(u**2)), rtol=0, atol=0.3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_input_is_not_written_to(name):
+    solver, options = load_solver(name)
+    start = START.clone()
+    solver.solve(decay, start, points(name, 3), options)
+    assert torch.equal(start, START)
+
+
+def test_dopri5_says_when_it_cannot_go_on():
+    solver, options = load_solver("dopri5")
+    with pytest.raises(SFDError, match="dopri5 cannot go on"):
+        solver.solve(lambda u, x: x * float("nan"), START, [0.0, 1.0], options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("huen", {}, "no solver 'huen'; did you mean 'heun'"),
+        ("dopri5", {"rtoll": 1e-3}, "no field 'rtoll'; did you mean 'rtol'"),
+        ("dopri5", {"rtol": 0}, "'rtol': Input should be greater than 0"),
+        ("euler", {"rtol": 1e-3}, "no field 'rtol'"),
+    ],
+)
+def test_wrong_names_are_explained(name, options, message):
+    with pytest.raises(SFDError, match=message):
+        load_solver(name, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "message"),
+    [
+        ("dopri5", 50, "chooses its own steps, but 50"),
+        ("heun", None, "needs a number of steps, at least 3"),
+        ("heun", 0, "at least 1, got 0"),
+        ("heun", 2, "3 segments between knots and each needs a step, but 2"),
+    ],
+)
+def test_a_step_count_must_fit(name, steps, message):
+    with pytest.raises(SFDError, match=message):
+        check_steps(load_solver(name)[0], name, steps, least=3)
