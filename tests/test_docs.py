@@ -1,0 +1,68 @@
+"""The documentation's Python is true: every block runs, in order, in an empty folder.
+
+A block whose first line is `# src/sfd/PACKAGE/NAME.py` is that file: it is written to the folder and found there, as if
+it lay in the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NEW_FILE = re.compile(r"# src/(sfd/\w+)/(\w+)\.py\n")
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """Line number and text of every Python block."""
+    text = page.read_text(encoding="utf-8")
+    found = [(text.count("\n", 0, match.start(1)), match[1]) for match in BLOCK.finditer(text)]
+    assert len(found) == len(re.findall(r"```py", text)), f"{page}: fence Python as ```python, not indented"
+    return found
+
+
+def with_code(pages: list[Path]) -> list[Path]:
+    return [page for page in pages if page.exists() and blocks(page)]
+
+
+def add_file(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Write a block that is a new file of a package; False if it is none."""
+    declared = NEW_FILE.match(code)
+    if declared is None:
+        return False
+    target = folder / declared[1] / f"{declared[2]}.py"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(code, encoding="utf-8")
+    package = importlib.import_module(declared[1].replace("/", "."))
+    assert not (ROOT / "src" / declared[1] / target.name).exists(), f"{target.name} exists; take another example"
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(target.parent)])
+    importlib.invalidate_caches()
+    return True
+
+
+@pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = set(sys.modules)
+    # A module of its own: records look up the names in their annotations there.
+    module = ModuleType(f"docs_{page.stem.replace('-', '_')}")
+    sys.modules[module.__name__] = module
+    try:
+        for line, code in blocks(page):
+            if not add_file(code, tmp_path, monkeypatch):
+                exec(compile("\n" * line + code, str(page), "exec"), module.__dict__)
+    finally:
+        for name in set(sys.modules) - loaded:
+            if name == module.__name__ or str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+
+
+def test_pages_with_code_are_found():
+    assert {"extending-schedules.md", "extending-solvers.md"} <= {page.name for page in with_code(PAGES)}
