@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfd.errors import SFDError
-from sfd.guidance import guide
+from sfd.guidance import VelocityField, guide
 from sfd.streams import Composite, Stream
 
 COMPOSITE = Composite(streams=(Stream(name="texture", channels=3, grid=2), Stream(name="semantic", channels=2, grid=2)))
@@ -66,6 +66,14 @@ def test_a_stream_without_a_scale_gets_the_strong_velocity_exactly(x, strong, we
     v = COMPOSITE.split(guide(strong, weak, {"semantic": 3.0}, COMPOSITE)(x, HALF))
     assert torch.equal(v["texture"], COMPOSITE.split(strong(x, HALF))["texture"])
     assert not torch.equal(v["semantic"], COMPOSITE.split(strong(x, HALF))["semantic"])
+
+
+def test_scales_are_not_rounded_to_a_networks_dtype(x):
+    def half(slope: float) -> VelocityField:
+        return lambda x, times: (slope * x).bfloat16()
+
+    v = guide(half(2.0), half(-0.7), 1.9, COMPOSITE)(x, HALF)
+    torch.testing.assert_close(v, torch.lerp((-0.7 * x).bfloat16().float(), (2.0 * x).bfloat16().float(), 1.9))
 
 
 def test_intervals_are_on_each_streams_own_time(x, strong, weak):

@@ -65,7 +65,9 @@ def guide(
         if all(g == 1 for g in now):
             return wanted
         # lerp is exact at weights 0 and 1, so a stream that is not guided gets v_c to the last bit.
-        return torch.lerp(weak_field(x, times), wanted, composite.expand(wanted.new_tensor(now)))
+        # In x's dtype, because a network in bf16 may return its own and would round the scales too.
+        weights = composite.expand(x.new_tensor(now))
+        return torch.lerp(weak_field(x, times).to(x.dtype), wanted.to(x.dtype), weights)
 
     return guided
 
