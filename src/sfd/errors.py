@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -11,6 +12,14 @@ class SFDError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Interrupted(Exception):
+    """Work was asked to stop, saved its state and left. `code` is the process's exit code (128 + signal)."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; run the same command to go on")
+        self.code = 128 + signal_number
 
 
 def unknown(kind: str, given: str, choices: Iterable[str]) -> SFDError:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into what JSON would give back: tuples become lists, keys text."""
+    return json.loads(json.dumps(value))
+
+
+def now() -> str:
+    """Give the present time in UTC, to the microsecond, as ISO 8601."""
+    return datetime.now(timezone.utc).isoformat()
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

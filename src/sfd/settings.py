@@ -42,7 +42,8 @@ def _explain(error: Exception, kind: type[BaseModel], where: str) -> SFDError:
     prefix = f"{where}: " if where else ""
     if not isinstance(error, ValidationError):
         return SFDError(f"{prefix}{error}")
-    first = error.errors()[0]
+    # A misspelt field is unknown under one name and missing under another; the first says more.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     field = ".".join(location)
     if first["type"] == "extra_forbidden":

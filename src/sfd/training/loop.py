@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sfd.errors import SFDError
+from sfd.errors import Interrupted, SFDError
 from sfd.progress import bar
 from sfd.settings import Settings
 from sfd.training import checkpoints
@@ -71,14 +71,6 @@ class Previewing(Protocol):
     def preview(self, step: int, model: nn.Module, folder: Path) -> None:
         """Write pictures of the present state under `folder`."""
         ...
-
-
-class Interrupted(Exception):
-    """Training was asked to stop, saved its state and left. `code` is the exit code (128 + signal)."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; run the same command to go on")
-        self.code = 128 + signal_number
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:

@@ -1,0 +1,34 @@
+# `make demo` sets up and runs the main job; `make test` sets up and passes the tests. Nothing else is needed first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/shapes-demo
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	$(BIN)/sfd run recipes/shapes-demo.yaml --out $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# requirements.txt pins every package; the project itself is installed in place, so that changes to it take effect.
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV)

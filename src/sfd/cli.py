@@ -1,0 +1,211 @@
+"""The command `sfd`. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sfd import __version__
+from sfd.errors import Interrupted, SFDError
+
+if TYPE_CHECKING:
+    from sfd.pipeline import Pipeline
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps …")
+
+
+class Group(click.Group):
+    """Turns what a user can mend into one sentence and exit code 2."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command; see `click.Group.main`."""
+        try:
+            return super().main(*args, **extra)
+        except SFDError as error:
+            _leave(str(error), 2)
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            from sfd import files
+
+            _leave(str(files.explained(error, Path(error.filename or "."))), 2)
+        except Interrupted as error:
+            _leave(str(error), error.code)
+
+
+def _leave(message: str, code: int) -> None:
+    click.echo(f"sfd: {message}" if code != 2 else f"sfd: error: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sfd")
+def main() -> None:
+    """Semantic-first diffusion: train an image generator on a folder of images, and sample from it.
+
+    `sfd run RECIPE --out DIR` does everything; the other commands are its stages, and what comes after.
+    """
+
+
+def recipe_command(function: Command) -> Command:
+    """Give a command a recipe, its overrides and a run's folder."""
+    decorators = (
+        click.argument("recipe", type=FOLDER),
+        click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
+        click.option("--out", required=True, type=FOLDER, help="the run's folder; made if it is not there"),
+        click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates; do nothing"),
+        device_option,
+    )
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def _stage(
+    work: Callable[[Pipeline], None], recipe: Path, overrides: tuple[str, ...], out: Path, dry_run: bool, device: str
+) -> None:
+    from sfd import files
+    from sfd.config import load_recipe
+    from sfd.pipeline import Pipeline
+    from sfd.resources import choose_device
+
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        from sfd.estimate import describe
+
+        click.echo(describe(resolved, choose_device(device)))
+        return
+    with files.exclusive(out):
+        pipeline = Pipeline(resolved, out, choose_device(device))
+        pipeline.save_recipe()
+        work(pipeline)
+
+
+@main.command()
+@recipe_command
+def run(**arguments: Any) -> None:
+    """Do all stages of RECIPE: encoders, latents, transformer, samples, metrics, report.
+
+    The same command goes on where it was stopped. FIELD=VALUE overrides a field of the recipe (train.steps=500).
+    """
+
+    def work(pipeline: Pipeline) -> None:
+        from sfd.assessment import assess
+
+        pipeline.all()
+        assess(pipeline)
+        click.echo(f"report: {pipeline.folder.report}")
+
+    _stage(work, **arguments)
+
+
+@main.command("train-texture")
+@recipe_command
+def train_texture(**arguments: Any) -> None:
+    """Train the texture encoder, whose decoder makes pixels."""
+    _stage(lambda pipeline: pipeline.train_texture(), **arguments)
+
+
+@main.command("train-semantic")
+@recipe_command
+def train_semantic(**arguments: Any) -> None:
+    """Train the semantic encoder, which says what is where."""
+    _stage(lambda pipeline: pipeline.train_semantic(), **arguments)
+
+
+@main.command("train-semvae")
+@recipe_command
+def train_semvae(**arguments: Any) -> None:
+    """Train the compressor of the semantic features: a SemVAE, or PCA if the recipe says so."""
+    _stage(lambda pipeline: pipeline.train_compressor(), **arguments)
+
+
+@main.command("prepare")
+@recipe_command
+def prepare(**arguments: Any) -> None:
+    """Encode the training images into latent shards, in both orientations."""
+    _stage(lambda pipeline: pipeline.prepare(), **arguments)
+
+
+@main.command("train")
+@recipe_command
+def train(**arguments: Any) -> None:
+    """Train the transformer on prepared latents."""
+    _stage(lambda pipeline: pipeline.train(), **arguments)
+
+
+@main.command("train-evaluator")
+@recipe_command
+def train_evaluator(**arguments: Any) -> None:
+    """Train the classifier that judges samples, on held-out images."""
+    _stage(lambda pipeline: pipeline.train_evaluator(), **arguments)
+
+
+@main.command("report")
+@recipe_command
+def report(**arguments: Any) -> None:
+    """Sample from a trained run, measure the samples and write report.html."""
+
+    def work(pipeline: Pipeline) -> None:
+        from sfd.assessment import assess
+
+        assess(pipeline)
+        click.echo(f"report: {pipeline.folder.report}")
+
+    _stage(work, **arguments)
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.option("--out", type=FOLDER, default=Path("samples"), show_default=True, help="folder for PNGs and grid.png")
+@click.option("--classes", default="all", show_default=True, help="names or numbers, comma-separated; 'all'")
+@click.option("--seeds", default="0-7", show_default=True, help="such as 0-63 or 1,5,9; each class gets each seed")
+@click.option("--steps", type=int, help="solver steps; leave out for an adaptive solver  [default: 25]")
+@click.option("--solver", default="heun", show_default=True, help="euler, heun, dopri5, or any of sfd.solvers")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="of the solver, such as rtol=1e-4")
+@click.option("--shift", type=float, default=1.0, show_default=True, help="time shift of the steps")
+@click.option(
+    "--guidance", default="1", show_default=True, help="scale: 1.5, or one a stream: semantic=1.9,texture=1.3"
+)
+@click.option("--interval", help="stream times within which to guide: 0.1-0.9, or semantic=0-0.8,texture=0.2-1")
+@click.option("--weak", type=FOLDER, help="a weaker model's directory for AutoGuidance; else the null class is used")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@device_option
+def sample(**arguments: Any) -> None:
+    """Sample images from a MODEL directory (or a run's folder). Image k depends on seed k alone."""
+    from sfd.sample_command import sample_images
+
+    sample_images(**arguments)
+
+
+@main.command()
+@click.argument("samples", type=FOLDER)
+@click.option("--run", "run_folder", type=FOLDER, required=True, help="the run whose evaluator and data to judge by")
+@click.option("--out", type=FOLDER, help="write the metrics to this JSON file too")
+@device_option
+def evaluate(samples: Path, run_folder: Path, out: Path | None, device: str) -> None:
+    """Judge a folder of SAMPLES: Fréchet distance, precision, recall, class accuracy."""
+    from sfd.assessment import evaluate_folder
+    from sfd.resources import choose_device
+
+    click.echo(evaluate_folder(samples, run_folder, out, choose_device(device)))
+
+
+@main.command()
+@click.argument("out", type=FOLDER)
+@click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--image-size", type=click.IntRange(min=8), default=32, show_default=True)
+def shapes(out: Path, count: int, seed: int, image_size: int) -> None:
+    """Write the procedural data set as PNG files, a sub-folder a class."""
+    from sfd.data.shapes import ShapesSource, write_folder
+
+    write_folder(ShapesSource(count, seed, image_size), out)
+    click.echo(f"{count} images in {out}")

@@ -1,0 +1,118 @@
+"""What a recipe will take, before anything is trained: parameters, operations, time and memory."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from sfd import registry
+from sfd.config import EncoderSettings, Recipe, dump_recipe
+from sfd.models.semvae import SemVAE, SemVAEConfig
+from sfd.models.transformer import TransformerConfig, flops, parameter_count
+from sfd.pipeline import architecture
+from sfd.settings import parse
+from sfd.streams import Composite, Stream
+
+# A training step costs a forward and a backward pass, the latter twice the former.
+PASSES_A_STEP = 3
+# Share of the matrix-product rate that small networks reach here in training; seen between 0.3 and 0.5.
+EFFICIENCY = 0.4
+
+
+def describe(recipe: Recipe, device: torch.device) -> str:
+    """Write the resolved recipe and its estimates as text."""
+    config = planned_architecture(recipe)
+    forward, rate = flops(config), matrix_rate(device, recipe.train.precision)
+    images = recipe.train.steps * recipe.train.batch_size
+    seconds = images * forward * PASSES_A_STEP / (rate * EFFICIENCY)
+    rows = {
+        "transformer": f"{parameter_count(config):,} parameters, {config.composite.token_grid**2} tokens",
+        "texture encoder": _encoder_parameters(recipe.texture),
+        "semantic encoder": _encoder_parameters(recipe.semantic),
+        "operations": f"{forward / 1e9:.3g} GFLOP an image forward, {_step_flops(recipe, forward) / 1e12:.3g} T a step",
+        "training": f"{recipe.train.steps:,} steps, {images:,} images seen",
+        "this machine": f"{rate / 1e12:.3g} TFLOP/s in {recipe.train.precision} matrix products on {device}",
+        "estimated time": f"{seconds / 60:.1f} minutes for the transformer, at {EFFICIENCY:.0%} of that rate",
+        "estimated memory": f"{_memory(recipe, config) / 2**30:.2f} GiB in training, the framework's own not counted",
+    }
+    if recipe.compressor.name == "semvae" and "semantic" in recipe.streams:
+        rows["SemVAE"] = f"{_semvae_parameters(recipe):,} parameters"
+    width = max(map(len, rows))
+    return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def planned_architecture(recipe: Recipe) -> TransformerConfig:
+    """Derive the network from the recipe alone; the number of classes, known only with the data, counts as 0."""
+    texture, semantic = _shape(recipe.texture), _shape(recipe.semantic)
+    shapes = {"texture": texture, "semantic": (recipe.compressor.channels, semantic[1])}
+    composite = Composite(
+        streams=tuple(
+            Stream(
+                name=name,
+                channels=shapes[name][0],
+                grid=recipe.data.image_size // shapes[name][1],
+                patch_size=stream.patch_size,
+                weight=stream.weight,
+            )
+            for name, stream in recipe.streams.items()
+        )
+    )
+    return architecture(recipe, composite, 0, semantic[0])
+
+
+def matrix_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:
+    """Measure operations a second of a square matrix product, best of what fits in `seconds`."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best, end = 0.0, time.monotonic() + seconds
+    while time.monotonic() < end or best == 0:
+        start = time.monotonic()
+        (a @ a).sum().item()
+        best = max(best, 2 * size**3 / (time.monotonic() - start))
+    return best
+
+
+def _on_meta(settings: EncoderSettings) -> Any:
+    module = registry.find("sfd.encoders", settings.name, "encoder")
+    with torch.device("meta"):
+        return module.build(parse(module.Config, settings.config))
+
+
+def _shape(settings: EncoderSettings) -> tuple[int, int]:
+    """Give channels and downsampling of an encoder's output."""
+    encoder = _on_meta(settings)
+    return encoder.channels, encoder.downsample
+
+
+def _encoder_parameters(settings: EncoderSettings) -> str:
+    return f"{sum(p.numel() for p in _on_meta(settings).parameters()):,} parameters"
+
+
+def _semvae_parameters(recipe: Recipe) -> int:
+    given = recipe.compressor
+    config = SemVAEConfig(
+        features=_shape(recipe.semantic)[0],
+        channels=given.channels,
+        hidden=given.hidden,
+        heads=given.heads,
+        blocks=given.blocks,
+    )
+    with torch.device("meta"):
+        return sum(p.numel() for p in SemVAE(config).parameters())
+
+
+def _step_flops(recipe: Recipe, forward: int) -> float:
+    return float(forward * PASSES_A_STEP * recipe.train.batch_size)
+
+
+def _memory(recipe: Recipe, config: TransformerConfig) -> float:
+    """Weights, gradients, two moments and the average in float32, and what the backward pass keeps of each block."""
+    copies = 5 if recipe.train.ema is not None else 4
+    state = 4.0 * copies * parameter_count(config)
+    bytes_each = 2 if recipe.train.precision == "bf16" else 4
+    tokens = recipe.train.batch_size // recipe.train.accumulate * config.composite.token_grid**2
+    kept = config.width if config.checkpointing else 24 * config.width  # floats a token a block
+    return state + bytes_each * tokens * config.depth * kept

@@ -1,0 +1,121 @@
+"""What `sfd sample` does: reads its options, samples, writes PNGs, a grid and a record of how they were made."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from sfd import files
+from sfd.errors import SFDError
+from sfd.sample_folder import write_grid, write_samples
+from sfd.generate import SampleSettings
+from sfd.model import RECORD, Model, load_model
+from sfd.registry import find
+from sfd.resources import choose_device
+from sfd.settings import parse
+
+MAX_GRID_IMAGES = 400
+DEFAULT_STEPS = 25
+
+
+def sample_images(
+    model: Path, out: Path, classes: str, seeds: str, weak: Path | None, device: str, **options: Any
+) -> None:
+    """Sample each class with each seed into a folder; see `sfd sample --help`."""
+    settings = sample_settings(**options)
+    chosen_seeds = parse_seeds(seeds)
+    where = choose_device(device)
+    loaded = load_model(model_folder(model), where)
+    weaker = load_model(model_folder(weak), where) if weak else None
+    labels = class_labels(loaded, classes)
+    pairs = [(label, seed) for label in labels for seed in chosen_seeds]
+    with files.exclusive(out):
+        write_samples(out, loaded, [p[0] for p in pairs], [p[1] for p in pairs], settings, weak=weaker)
+        if len(pairs) <= MAX_GRID_IMAGES:
+            write_grid(out, columns=len(chosen_seeds))
+    click.echo(f"{len(pairs)} images in {out}")
+
+
+def model_folder(path: Path) -> Path:
+    """Find the model in a folder that is one, or in a run's folder."""
+    return path / "model" if not (path / RECORD).exists() and (path / "model").is_dir() else path
+
+
+def class_labels(model: Model, classes: str) -> list[int]:
+    """Look up the classes asked for; the null class of an unconditional model."""
+    if classes == "all":
+        return list(range(len(model.classes))) or [model.transformer.null_class]
+    return model.class_indices([name.strip() for name in classes.split(",")])
+
+
+def sample_settings(**options: Any) -> SampleSettings:
+    """Build the settings from the command line's words."""
+    steps = options.pop("steps")
+    if steps is None and not find("sfd.solvers", options["solver"], "solver").ADAPTIVE:
+        steps = DEFAULT_STEPS
+    interval = options.pop("interval")
+    values = {
+        **options,
+        "steps": steps,
+        "options": dict(_assignment(text) for text in options.pop("options")),
+        "guidance": _by_stream(options["guidance"], _number),
+        "interval": _by_stream(interval, _range) if interval else None,
+    }
+    return parse(SampleSettings, values, "sfd sample")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read "0-63" or "1,5,9" or a mixture.
+
+    Raises:
+        SFDError: anything else, a negative seed among it.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise SFDError(f"--seeds {text!r}: {part!r} is no seed; give numbers of at least 0, such as 0-63 or 1,5,9")
+        seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return seeds
+
+
+def _by_stream(text: str, read: Any) -> Any:
+    if "=" not in text:
+        return read(text)
+    return {name: read(value) for name, value in (_pair(part) for part in text.split(","))}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SFDError(f"{text!r} should be stream=value, such as semantic=1.5")
+    return name.strip(), value.strip()
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, value = _pair(text)
+    # YAML takes 1e-4 for text, so numbers are tried first.
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, yaml.safe_load(value)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SFDError(f"{text!r} is no number; give one such as 1.5") from None
+
+
+def _range(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"\s*([\d.]+)\s*-\s*([\d.]+)\s*", text)
+    if not match:
+        raise SFDError(f"--interval: {text!r} is no range; give one such as 0.1-0.9")
+    return _number(match[1]), _number(match[2])

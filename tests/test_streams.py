@@ -1,0 +1,102 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfd.errors import SFDError
+from sfd.settings import parse
+from sfd.streams import Composite, Stream
+
+COMPOSITE = Composite(
+    streams=(
+        Stream(name="texture", channels=4, grid=8, patch_size=2, mean=(1.0, 2.0, 3.0, 4.0), std=(1.0, 2.0, 3.0, 4.0)),
+        Stream(name="semantic", channels=3, grid=4, weight=2.0),
+    )
+)
+
+
+def latents(batch: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {s.name: torch.randn(batch, *s.shape, generator=generator) for s in COMPOSITE.streams}
+
+
+def test_split_undoes_join():
+    given_latents = latents()
+    back = COMPOSITE.split(COMPOSITE.join(given_latents))
+    assert all(torch.equal(back[name], given_latents[name]) for name in given_latents)
+
+
+def test_join_undoes_split():
+    packed = torch.randn(3, COMPOSITE.size)
+    assert torch.equal(COMPOSITE.join(COMPOSITE.split(packed)), packed)
+
+
+def test_split_gives_views():
+    packed = torch.zeros(1, COMPOSITE.size)
+    COMPOSITE.split(packed)["semantic"].fill_(1)
+    assert packed.sum() == COMPOSITE["semantic"].size
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=4), st.integers(1, 3))
+def test_any_number_of_streams_round_trips(shapes, token_grid):
+    streams = tuple(
+        Stream(name=f"s{i}", channels=c, grid=token_grid * p, patch_size=p) for i, (c, p) in enumerate(shapes)
+    )
+    composite = Composite(streams=streams)
+    packed = torch.arange(2.0 * composite.size).view(2, -1)
+    assert torch.equal(composite.join(composite.split(packed)), packed)
+
+
+def test_packed_order_is_stacked_channels_where_grids_agree():
+    composite = Composite(streams=(Stream(name="a", channels=2, grid=3), Stream(name="b", channels=1, grid=3)))
+    stacked = torch.randn(2, 3, 3, 3)
+    packed = composite.join({"a": stacked[:, :2], "b": stacked[:, 2:]})
+    assert torch.equal(packed, stacked.flatten(1))
+
+
+def test_expand_repeats_each_value_over_its_stream():
+    expanded = COMPOSITE.expand(torch.tensor([[1.0, 2.0]]))
+    parts = COMPOSITE.split(expanded)
+    assert (parts["texture"] == 1).all() and (parts["semantic"] == 2).all()
+
+
+def test_normalize_standardises_by_channel():
+    texture = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None].expand(4, 8, 8)[None]
+    normal = COMPOSITE.normalize({**latents(1), "texture": texture})
+    assert (normal["texture"] == 0).all()
+
+
+def test_denormalize_undoes_normalize():
+    given_latents = latents()
+    back = COMPOSITE.denormalize(COMPOSITE.normalize(given_latents))
+    assert torch.allclose(back["texture"], given_latents["texture"], atol=1e-6)
+
+
+def test_a_stream_without_statistics_is_left_alone():
+    given_latents = latents()
+    assert torch.equal(COMPOSITE.normalize(given_latents)["semantic"], given_latents["semantic"])
+
+
+def test_join_names_the_stream_that_does_not_fit():
+    with pytest.raises(SFDError, match=r"'semantic'.*\(3, 4, 4\).*\(3, 5, 5\)"):
+        COMPOSITE.join({**latents(), "semantic": torch.zeros(2, 3, 5, 5)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patch_size": 3}, "not a multiple"),
+        ({"mean": [0.0], "std": [1.0]}, "1 values for 4 channels"),
+        ({"mean": [0.0] * 4}, "given together"),
+        ({"mean": [0.0] * 4, "std": [1.0, 1.0, 1.0, 0.0]}, "positive"),
+    ],
+)
+def test_a_stream_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(SFDError, match=message):
+        parse(Stream, {"name": "texture", "channels": 4, "grid": 8, **fields})
+
+
+def test_streams_must_share_a_token_grid():
+    streams = [{"name": "a", "channels": 1, "grid": 4}, {"name": "b", "channels": 1, "grid": 8}]
+    with pytest.raises(SFDError, match="token grid"):
+        parse(Composite, {"streams": streams})

@@ -1,0 +1,188 @@
+"""The training loop on a real, tiny task."""
+
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sfd import randomness
+from sfd.errors import Interrupted, SFDError
+from sfd.settings import parse
+from sfd.training import checkpoints
+from sfd.training.loop import TrainSettings, fit, learning_rate
+from sfd.training.order import EpochOrder
+
+CPU = torch.device("cpu")
+SETTINGS = TrainSettings(steps=12, batch_size=8, learning_rate=1e-2, ema=0.9, log_every=5, checkpoint_every=4)
+
+
+class Regression:
+    """Learns the sum of eight numbers."""
+
+    name = "regression"
+
+    def __init__(self, width: int = 4, stop_at: int | None = None, number: int = signal.SIGINT):
+        with randomness.seeded(0, "regression"):
+            self.model = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 1))
+        self.stop_at, self.number, self.step = stop_at, number, -1
+
+    def batch(self, step, samples):
+        rows = [randomness.generator(0, "x", step, i).standard_normal(8, dtype=np.float32) for i in samples]
+        return {"x": torch.from_numpy(np.stack(rows)), "step": torch.tensor(step)}
+
+    def loss(self, model, batch):
+        if batch["step"].item() == self.stop_at:
+            os.kill(os.getpid(), self.number)
+        return {"loss": (model(batch["x"])[:, 0] - batch["x"].sum(1)).square().mean()}
+
+
+class Diverging(Regression):
+    def loss(self, model, batch):
+        return {"loss": super().loss(model, batch)["loss"] * float("nan")}
+
+
+def changed(**fields):
+    return SETTINGS.model_copy(update=fields)
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its folder and its result."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(Regression(), SETTINGS, folder, device=CPU)
+
+
+def test_the_same_training_gives_the_same_bytes(whole, tmp_path):
+    assert same_weights(whole[1], fit(Regression(), SETTINGS, tmp_path, device=CPU))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_with_its_own_code(tmp_path, number):
+    with pytest.raises(Interrupted) as stopped:
+        fit(Regression(stop_at=6, number=number), SETTINGS, tmp_path, device=CPU)
+    assert stopped.value.code == 128 + number
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 6, 10])
+def test_a_resumed_run_ends_with_the_same_bytes(whole, tmp_path, stop_at):
+    with pytest.raises(Interrupted):
+        fit(Regression(stop_at=stop_at), SETTINGS, tmp_path, device=CPU)
+    assert same_weights(whole[1], fit(Regression(), SETTINGS, tmp_path, device=CPU))
+
+
+def test_a_resumed_run_has_the_same_log(whole, tmp_path):
+    with pytest.raises(Interrupted):
+        fit(Regression(stop_at=6), SETTINGS, tmp_path, device=CPU)
+    fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    assert log(tmp_path) == log(whole[0])
+
+
+def test_a_finished_run_is_not_trained_again(whole):
+    before = (whole[0] / "log.jsonl").read_text()
+    fit(Regression(stop_at=0), SETTINGS, whole[0], device=CPU)
+    assert (whole[0] / "log.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole):
+    fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    newest = tmp_path / "checkpoints" / "step-000000012" / checkpoints.STATE
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    assert checkpoints.newest(tmp_path / "checkpoints").step == 8
+    assert same_weights(whole[1], fit(Regression(), SETTINGS, tmp_path, device=CPU))
+
+
+def test_old_checkpoints_are_removed(whole):
+    assert sorted(p.name for p in (whole[0] / "checkpoints").iterdir()) == ["step-000000008", "step-000000012"]
+
+
+def test_accumulation_gives_the_same_training(whole, tmp_path):
+    split = fit(Regression(), changed(accumulate=4), tmp_path, device=CPU)
+    for a, b in zip(whole[1].parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_average_lags_behind_the_weights(tmp_path):
+    with_average = fit(Regression(), SETTINGS, tmp_path / "a", device=CPU)
+    without = fit(Regression(), changed(ema=None), tmp_path / "b", device=CPU)
+    assert not same_weights(with_average, without)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    with pytest.raises(SFDError, match="of another configuration"):
+        fit(Regression(width=5), changed(steps=20), tmp_path, device=CPU)
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    with pytest.raises(SFDError, match=r"learning_rate = 0\.01, but 0\.02"):
+        fit(Regression(), changed(steps=20, learning_rate=0.02), tmp_path, device=CPU)
+
+
+def test_a_run_can_be_made_longer(tmp_path):
+    fit(Regression(), SETTINGS, tmp_path / "a", device=CPU)
+    longer = fit(Regression(), changed(steps=20), tmp_path / "a", device=CPU)
+    assert same_weights(longer, fit(Regression(), changed(steps=20), tmp_path / "b", device=CPU))
+
+
+def test_a_run_that_diverges_stops_with_a_reason(tmp_path):
+    with pytest.raises(SFDError, match="not finite 10 steps in a row"):
+        fit(Diverging(), SETTINGS, tmp_path, device=CPU)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
+    with pytest.raises(SFDError, match="multiple of 3"):
+        fit(Regression(), changed(accumulate=3), tmp_path, device=CPU)
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    worker = threading.Thread(target=fit, args=(Regression(), SETTINGS, tmp_path), kwargs={"device": CPU})
+    worker.start()
+    worker.join()
+    assert signal.getsignal(signal.SIGINT) is before and (tmp_path / "checkpoints" / "step-000000012").is_dir()
+
+
+def test_warm_up_rises_linearly():
+    settings = changed(warmup=4)
+    assert [learning_rate(settings, s) for s in range(5)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
+
+
+def test_cosine_ends_at_a_tenth():
+    settings = changed(decay="cosine", steps=100)
+    assert learning_rate(settings, 0) == pytest.approx(0.01)
+    assert learning_rate(settings, 100) == pytest.approx(0.001)
+
+
+def test_unknown_settings_name_the_nearest():
+    with pytest.raises(SFDError, match="did you mean 'learning_rate'"):
+        parse(TrainSettings, {"steps": 1, "batch_size": 1, "learning_rat": 0.1})
+
+
+def test_every_epoch_shows_every_image_once():
+    order = EpochOrder(seed=3, length=10)
+    seen = np.concatenate([order.indices(step, range(4), 4) for step in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:])
+
+
+def test_a_step_s_images_do_not_depend_on_how_it_is_divided():
+    whole_batch = EpochOrder(3, 10).indices(2, range(8), 8)
+    halves = [EpochOrder(3, 10).indices(2, part, 8) for part in (range(4), range(4, 8))]
+    assert np.array_equal(whole_batch, np.concatenate(halves))
