@@ -1,0 +1,207 @@
+"""Compares generated images with real ones and writes down how: numbers never travel without their protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfd import files, randomness
+from sfd.data.images import ImageSource
+from sfd.errors import SFDError
+from sfd.evaluation.extractors._base import Extraction, Extractor
+from sfd.evaluation.metrics import Gaussian, frechet_distance, gaussian, inception_score, precision_recall
+from sfd.progress import bar
+from sfd.settings import Settings, parse
+
+NEIGHBOURS = 3  # k of precision and recall
+BATCH = 256
+
+
+class Protocol(Settings):
+    """What numbers must be told with: they mean nothing beside numbers of another protocol."""
+
+    reference: str  # which real images
+    reference_identity: str
+    reference_count: int
+    extractor: str
+    extractor_identity: str
+    extractor_task: str  # what the extractor was trained to tell
+    extractor_accuracy: float | None  # at that, on images it never saw
+    neighbours: int = NEIGHBOURS
+
+
+class Metrics(Settings):
+    """One row of the results."""
+
+    name: str  # what was measured ("guided", "real training images")
+    real: bool  # real images, not samples
+    n_samples: int
+    balanced: bool  # every class has equally many samples (or one more)
+    frechet_distance: float
+    precision: float
+    recall: float
+    inception_score: float | None  # under the extractor's classes; None if it knows none
+    class_accuracy: float | None  # None if samples or extractor have no classes
+    accuracy_by_class: dict[str, float]  # empty like class_accuracy is None
+    protocol: Protocol
+    sampling: dict[str, Any]  # how the samples were made: solver, steps, guidance …
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        files.write_json(path, self.model_dump(mode="json"))
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read what `Metrics.write` wrote."""
+    return parse(Metrics, files.read_json(path, "folder of metrics"), str(path))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images as an extractor sees them, computed once for any number of comparisons."""
+
+    extractor: Extractor
+    protocol: Protocol
+    classes: tuple[str, ...]
+    features: np.ndarray  # (N, D)
+    statistics: Gaussian
+
+
+def measure(source: ImageSource, extractor: Extractor, name: str) -> Reference:
+    """Look at all images of a source; `name` says in a few words which they are."""
+    seen = _extract(_batches(source, np.arange(len(source))), len(source), extractor, f"features of {name}")
+    protocol = Protocol(
+        reference=name,
+        reference_identity=source.identity,
+        reference_count=len(seen.features),
+        extractor=extractor.name,
+        extractor_identity=extractor.identity,
+        extractor_task=extractor.task,
+        extractor_accuracy=extractor.accuracy,
+    )
+    return Reference(extractor, protocol, tuple(source.classes), seen.features, gaussian(seen.features))
+
+
+def evaluate(
+    samples: np.ndarray | Iterable[np.ndarray],
+    labels: Sequence[int] | np.ndarray | None,
+    reference: Reference,
+    *,
+    name: str,
+    sampling: Mapping[str, Any] | None = None,
+    real: bool = False,
+) -> Metrics:
+    """Compare images with a reference, through its extractor.
+
+    Args:
+        samples: uint8 (N, S, S, 3), or batches of such.
+        labels: the class asked for, one an image, indices into the reference's classes; None: images have none.
+        reference: what to compare with.
+        name: what the samples are, for tables.
+        sampling: how they were made, plain values.
+        real: these are real images.
+
+    Raises:
+        SFDError: too few images, wrong size, labels that do not fit.
+    """
+    batches, total = samples, 0 if labels is None else len(labels)
+    if isinstance(samples, np.ndarray):
+        batches, total = [samples], len(samples)
+    seen = _extract(batches, total, reference.extractor, f"features of {name}")
+    truth = None if labels is None or not reference.classes else np.asarray(labels, dtype=np.int64)
+    _check_labels(truth, len(seen.features), reference.classes)
+    agreement = precision_recall(reference.features, seen.features, NEIGHBOURS)
+    accuracy, by_class = _class_accuracy(seen.probabilities, truth, reference)
+    return Metrics(
+        name=name,
+        real=real,
+        n_samples=len(seen.features),
+        balanced=_balanced(truth, len(reference.classes)),
+        frechet_distance=frechet_distance(reference.statistics, gaussian(seen.features)),
+        precision=agreement.precision,
+        recall=agreement.recall,
+        inception_score=None if seen.probabilities is None else inception_score(seen.probabilities),
+        class_accuracy=accuracy,
+        accuracy_by_class=by_class,
+        protocol=reference.protocol,
+        sampling=dict(sampling or {}),
+    )
+
+
+def evaluate_real(source: ImageSource, reference: Reference, count: int, seed: int = 0) -> Metrics:
+    """Measure real training images as if they were samples: the floor that a perfect model would reach.
+
+    Args:
+        source: real images, none of them in the reference.
+        reference: what to compare with.
+        count: how many, as even over the classes as they go; as many as there are samples makes it comparable.
+        seed: of the choice.
+    """
+    chosen = _balanced_choice(np.asarray(source.labels), min(count, len(source)), seed)
+    labels = np.asarray(source.labels)[chosen] if source.classes else None
+    return evaluate(_batches(source, chosen), labels, reference, name="real training images", real=True)
+
+
+def _batches(source: ImageSource, indices: np.ndarray) -> Iterable[np.ndarray]:
+    return (source.load(indices[start : start + BATCH]) for start in range(0, len(indices), BATCH))
+
+
+def _extract(batches: Iterable[np.ndarray], total: int, extractor: Extractor, description: str) -> Extraction:
+    features: list[np.ndarray] = []
+    probabilities: list[np.ndarray] = []
+    with bar(description, total) as shown:
+        for batch in batches:
+            for start in range(0, len(batch), BATCH):
+                seen = extractor.extract(batch[start : start + BATCH])
+                features.append(seen.features)
+                if seen.probabilities is not None:
+                    probabilities.append(seen.probabilities)
+                shown.advance(len(seen.features))
+    if not features:
+        raise SFDError("there are no images to evaluate; sample some first")
+    return Extraction(np.concatenate(features), np.concatenate(probabilities) if probabilities else None)
+
+
+def _check_labels(labels: np.ndarray | None, count: int, classes: Sequence[str]) -> None:
+    if labels is None:
+        return
+    if labels.shape != (count,):
+        raise SFDError(f"got labels of shape {labels.shape} for {count} images; give one label an image")
+    if count and (labels.min() < 0 or labels.max() >= len(classes)):
+        raise SFDError(
+            f"labels run from {labels.min()} to {labels.max()}, the reference has classes 0 to {len(classes) - 1}; "
+            "evaluate against the data set that the model was trained on"
+        )
+
+
+def _balanced(labels: np.ndarray | None, classes: int) -> bool:
+    if labels is None:
+        return classes <= 1
+    counts = np.bincount(labels, minlength=classes)
+    return int(counts.max() - counts.min()) <= 1
+
+
+def _class_accuracy(
+    probabilities: np.ndarray | None, labels: np.ndarray | None, reference: Reference
+) -> tuple[float | None, dict[str, float]]:
+    """Share of samples taken for the class asked for, overall and by class; (None, {}) where that has no meaning."""
+    classes = reference.classes
+    if probabilities is None or labels is None or tuple(reference.extractor.classes) != classes:
+        return None, {}
+    right = probabilities.argmax(axis=1) == labels
+    by_class = {name: float(right[labels == i].mean()) for i, name in enumerate(classes) if (labels == i).any()}
+    return float(right.mean()), by_class
+
+
+def _balanced_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Choose `count` places, as evenly over the classes as their sizes allow."""
+    order = randomness.generator(seed, "choice of real images").permutation(len(labels))
+    ranks = np.empty(len(labels), dtype=np.int64)  # an image's place among those of its class, in random order
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        ranks[members] = np.arange(len(members))
+    return order[np.argsort(ranks[order], kind="stable")][:count]
