@@ -19,7 +19,7 @@ from sfd.errors import SFDError
 COLOURS = ("#d9822b", "#2b7bba", "#3a9a5b", "#a05bb8", "#c2476a")
 INK = "#808080"  # axes and text of drawings until the page's own colour replaces it
 GAP = 1  # pixels between the images of a grid, before scaling
-MAX_PNG = 100_000  # bytes of a picture in the report beyond which it is stored as JPEG
+MAX_PNG = 100_000  # bytes of a picture in the report beyond which it is stored as WebP
 MAX_POINTS = 400  # of a drawn curve
 
 
@@ -67,14 +67,14 @@ def semantic_colours(latents: np.ndarray) -> np.ndarray:
 
 
 def data_uri(picture: Image.Image | np.ndarray) -> str:
-    """Encode a picture, or uint8 (H, W, 3), as a data URI: PNG where it is small, JPEG where PNG would be large."""
+    """Encode a picture, or uint8 (H, W, 3), as a data URI: PNG, or WebP where that would be large."""
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     kind = "png"
     if buffer.tell() > MAX_PNG:
-        buffer, kind = io.BytesIO(), "jpeg"
-        image.convert("RGB").save(buffer, "JPEG", quality=90)
+        buffer, kind = io.BytesIO(), "webp"
+        image.save(buffer, "WEBP", quality=90)
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -132,11 +132,10 @@ def schedule_drawing(
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Average over a trailing tenth of the curve."""
-    width = max(1, len(values) // 10)
-    sums = np.concatenate([[0.0], values.cumsum()])
-    starts = np.maximum(np.arange(1, len(values) + 1) - width, 0)
+    """Average over a trailing window: a tenth of the curve, less at its start so as not to lag behind the steep part."""
     ends = np.arange(1, len(values) + 1)
+    starts = ends - np.clip(ends // 3, 1, max(1, len(values) // 10))
+    sums = np.concatenate([[0.0], values.cumsum()])
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 

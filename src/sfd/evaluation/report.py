@@ -19,9 +19,10 @@ from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
 
 MAX_ROWS = 24  # classes shown of a gallery
-MAX_COLUMNS = 8  # images shown of a class
+MAX_COLUMNS = 10  # images shown of a class
 MAX_SIDE = 128  # pixels of an image in the report; larger ones are scaled down
 UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped", "images_per_second"}  # log entries that get no curve
+ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA"}
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,10 @@ def _protocol(row: Metrics) -> str:
     p = row.protocol
     accuracy = "" if p.extractor_accuracy is None else f", {percent(p.extractor_accuracy)} right on images it never saw"
     return (
-        f"Compared with {p.reference_count:,} images: {p.reference} ({p.reference_identity}). Features from the "
-        f"extractor “{p.extractor}” ({p.extractor_identity}; trained to tell {p.extractor_task}{accuracy}). Fréchet distance "
-        f"between Gaussians in float64; precision and recall with k = {p.neighbours} neighbours. The features are not "
-        "those of Inception: compare these numbers with each other, not with published FIDs."
+        f"Compared with {p.reference_count:,} {p.reference} ({p.reference_identity}). Features from the extractor "
+        f"“{p.extractor}” ({p.extractor_identity}; trained to tell {p.extractor_task}{accuracy}). Fréchet distance of "
+        f"Gaussians in float64; precision and recall with k = {p.neighbours} neighbours. The features are not those "
+        "of Inception: compare these numbers with each other, not with published FIDs."
     )
 
 
@@ -192,12 +193,17 @@ def _strip(strip: Strip, schedule: ScheduleCurves) -> dict[str, Any]:
     for start, end in itertools.pairwise(edges):
         middle = int(np.abs(schedule.base - (start + end) / 2).argmin())
         moving = [name for name, rate in zip(schedule.names, schedule.rates[middle], strict=True) if rate > 0]
-        text = " + ".join(moving) + (" alone" if len(moving) == 1 and len(schedule.names) > 1 else "")
         left = 0.0 if start == 0 else place(start)
         right = 100.0 if end == 1 else place(end)
-        phases.append({"text": text, "left": left, "width": right - left})
+        phases.append({"text": _phase(moving, len(schedule.names)), "left": left, "width": right - left})
     knots = [{"at": float(u), "left": place(u)} for u in schedule.knots]
     return {"strip": strip, "frames": frames, "phases": phases, "knots": knots, "names": list(schedule.names)}
+
+
+def _phase(moving: Sequence[str], streams: int) -> str:
+    if len(moving) == streams:
+        return "both" if streams == 2 else "all"
+    return " and ".join(moving) + " alone"
 
 
 def _curves(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -208,7 +214,9 @@ def _curves(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         points = [(line["step"], line[quantity]) for line in lines if np.isfinite(line.get(quantity, np.nan))]
         if len(points) > 1:
             steps, values = zip(*points, strict=True)
-            drawings.append(Markup(figures.curve(steps, values, quantity.replace("_", " "))))
+            drawings.append(
+                Markup(figures.curve(steps, values, ABBREVIATIONS.get(quantity, quantity.replace("_", " "))))
+            )
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     speed = f", {np.median(speeds):,.0f} images a second" if speeds else ""
     return {"name": name, "note": f"{lines[-1]['step']:,} steps{speed}", "drawings": drawings}
