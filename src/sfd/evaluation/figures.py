@@ -132,7 +132,7 @@ def schedule_drawing(
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Average over a trailing window: a tenth of the curve, less at its start so as not to lag behind the steep part."""
+    """Average over a trailing window: a tenth of the curve, less at its start, not to lag where it is steep."""
     ends = np.arange(1, len(values) + 1)
     starts = ends - np.clip(ends // 3, 1, max(1, len(values) // 10))
     sums = np.concatenate([[0.0], values.cumsum()])

@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import torch
+
+from sfd import randomness
+from sfd.data.shapes import ShapesSource
+from sfd.data.split import split
+from sfd.errors import SFDError
+from sfd.evaluation.extractors import classifier
+from sfd.evaluation.extractors._base import load_extractor
+from sfd.evaluation.extractors.classifier import Classifier, ClassifierSettings, ClassifierTask, Config
+from sfd.models.convnet import ConvNetConfig
+from sfd.training.loop import TrainSettings
+
+CPU = torch.device("cpu")
+NETWORK = ConvNetConfig(widths=(16, 32, 32))
+SOURCE = ShapesSource(1000, seed=0, image_size=16)
+
+
+class Unlabelled(ShapesSource):
+    """Shapes whose classes are not told, over darkness: their rotation can be seen."""
+
+    def __init__(self, count):
+        super().__init__(count, seed=0, image_size=16)
+        self.classes = ()
+
+    @property
+    def labels(self):
+        return np.zeros(len(self), np.int64)
+
+    def load(self, indices):
+        images = super().load(indices)
+        images[:, 10:] //= 4
+        return images
+
+
+def settings(steps):
+    training = TrainSettings(steps=steps, batch_size=64, learning_rate=3e-3, warmup=5)
+    return ClassifierSettings(network=NETWORK, training=training, shift=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    return classifier.train(SOURCE, settings(60), folder, device=CPU), folder / "extractor"
+
+
+def test_a_short_training_beats_chance_on_images_it_never_saw(trained):
+    assert trained[0].accuracy > 0.25
+
+
+def test_a_saved_classifier_is_the_same_again(trained):
+    model, folder = trained
+    loaded = load_extractor(folder, CPU)
+    images = SOURCE.load(range(20))
+    assert (loaded.identity, loaded.accuracy, loaded.classes) == (model.identity, model.accuracy, SOURCE.classes)
+    np.testing.assert_array_equal(loaded.extract(images).features, model.extract(images).features)
+
+
+def test_features_and_probabilities_have_their_shapes(trained):
+    seen = trained[0].extract(SOURCE.load(range(300)))
+    assert seen.features.shape == (300, 32)
+    np.testing.assert_allclose(seen.probabilities.sum(axis=1), np.ones(300), rtol=1e-5)
+
+
+def test_training_without_classes_tells_rotations(tmp_path):
+    model = classifier.train(Unlabelled(1000), settings(60), tmp_path, device=CPU)
+    assert model.task == "4 rotations" and model.accuracy > 0.9
+    assert model.extract(SOURCE.load([0])).probabilities is None
+
+
+def test_the_reference_is_disjoint_from_the_training_images():
+    training, reference = classifier.divide(SOURCE, settings(1))
+    assert len(training) + len(reference) == 1000 and len(reference) == pytest.approx(400, abs=10)
+    assert not set(training.indices) & set(reference.indices)
+
+
+def test_a_batch_is_a_function_of_its_step_and_slots():
+    task = ClassifierTask(split(SOURCE, 0.4, 0)[0], settings(1))
+    whole = task.batch(7, range(64))
+    part = task.batch(7, range(10, 20))
+    torch.testing.assert_close(part["images"], whole["images"][10:20], rtol=0, atol=0)
+    assert not torch.equal(task.batch(8, range(64))["images"], whole["images"])
+
+
+def test_augmentation_without_shift_and_flip_changes_nothing():
+    images = SOURCE.load(range(5))
+    generators = [randomness.generator(0, "test", i) for i in range(5)]
+    np.testing.assert_array_equal(classifier.augment(images, generators, 0, False), images)
+
+
+def test_identity_changes_with_weights_and_configuration():
+    with randomness.seeded(0, "test"):
+        one = Classifier(Config(image_size=16, network=NETWORK))
+    before = one.identity
+    other = Classifier(Config(image_size=32, network=NETWORK))
+    other.load_state_dict(one.state_dict())
+    assert other.identity != before
+    with torch.no_grad():
+        one.head.bias[0] += 1e-3
+    assert one.identity != before
+
+
+def test_images_of_another_size_are_refused(trained):
+    with pytest.raises(SFDError, match=r"\(16, 16, 3\)"):
+        trained[0].extract(np.zeros((2, 32, 32, 3), np.uint8))
+
+
+def test_a_folder_without_an_extractor_is_refused(tmp_path):
+    with pytest.raises(SFDError, match="no extractor directory"):
+        load_extractor(tmp_path, CPU)
+
+
+def test_an_extractor_that_does_not_exist_is_named(trained, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes((trained[1] / "weights.safetensors").read_bytes())
+    text = (trained[1] / "extractor.json").read_text().replace('"extractor": "classifier"', '"extractor": "clasifier"')
+    (tmp_path / "extractor.json").write_text(text)
+    with pytest.raises(SFDError, match="did you mean 'classifier'"):
+        load_extractor(tmp_path, CPU)
+
+
+def test_weights_of_another_configuration_are_refused(trained, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes((trained[1] / "weights.safetensors").read_bytes())
+    text = (trained[1] / "extractor.json").read_text().replace('"star",', "")
+    (tmp_path / "extractor.json").write_text(text)
+    with pytest.raises(SFDError, match="do not fit"):
+        load_extractor(tmp_path, CPU)

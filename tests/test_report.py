@@ -1,0 +1,184 @@
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfd.errors import SFDError
+from sfd.evaluation import figures
+from sfd.evaluation.evaluate import Metrics, Protocol
+from sfd.evaluation.report import (
+    Gallery,
+    ReportContent,
+    ScheduleCurves,
+    StageCost,
+    Strip,
+    duration,
+    memory,
+    write_report,
+)
+
+RNG = np.random.default_rng(0)
+CLASSES = ("disk", "ring")
+PROTOCOL = Protocol(
+    reference="held-out real images",
+    reference_identity="abc",
+    reference_count=100,
+    extractor="classifier",
+    extractor_identity="classifier-def",
+    extractor_task="2 classes",
+    extractor_accuracy=0.98,
+)
+
+
+def images(count, size=16):
+    return RNG.integers(256, size=(count, size, size, 3), dtype=np.uint8)
+
+
+def row(name="guided", **changes):
+    fields = {
+        "name": name,
+        "real": False,
+        "n_samples": 100,
+        "balanced": True,
+        "frechet_distance": 12.345,
+        "precision": 0.8,
+        "recall": 0.7,
+        "inception_score": 1.9,
+        "class_accuracy": 0.71,
+        "accuracy_by_class": {"disk": 0.6, "ring": 0.82},
+        "protocol": PROTOCOL,
+        "sampling": {"solver": "heun", "interval": None},
+    }
+    return Metrics(**{**fields, **changes})
+
+
+def schedule():
+    base = np.linspace(0, 1, 101)
+    times = np.stack([np.clip(1.3 * base - 0.3, 0, 1), np.clip(1.3 * base, 0, 1)], axis=1)
+    rates = np.stack([np.where(base >= 3 / 13, 1.3, 0), np.where(base < 10 / 13, 1.3, 0)], axis=1)
+    return ScheduleCurves(("texture", "semantic"), base, times, rates, (3 / 13, 10 / 13))
+
+
+def full_content():
+    log = [{"step": 20 * i, "loss": 1 / i, "images_per_second": 100.0, "skipped": 0} for i in range(1, 30)]
+    base = np.linspace(0, 1, 5)
+    return ReportContent(
+        title="A <run>",
+        summary="What was run.",
+        facts={"Data": "two shapes"},
+        recipe="name: demo\n",
+        galleries=[Gallery("Guided", "with care", images(8), np.arange(8) % 2, CLASSES)],
+        schedule=schedule(),
+        strip=Strip("a disk", base, np.stack([base, base], axis=1), RNG.normal(size=(5, 4, 2, 2)), images(5)),
+        logs={"transformer": log},
+        metrics=[row(), row("real training images", real=True, class_accuracy=0.98)],
+        stages=[StageCost("transformer", 200, 1_200_000_000)],
+    )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, full_content())
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_report_needs_nothing_beside_it(page):
+    assert not re.search(r"""(src|href)=["'](?!data:image/|#)""", page)
+    assert "url(http" not in page and "@import" not in page and "<script" not in page
+
+
+def test_a_report_escapes_what_it_is_given(page):
+    assert "A &lt;run&gt;" in page
+
+
+def test_a_report_names_the_three_phases(page):
+    for text in ("semantic alone", "both", "texture alone", "u = 0.231", "u = 0.769"):
+        assert f">{text}<" in page
+
+
+def test_a_report_gives_numbers_with_their_protocol(page):
+    assert "12.35" in page and "71.0 %" in page
+    assert "100 held-out real images" in page and "98.0 % right on images it never saw" in page
+    assert "solver heun" in page and "interval" not in page
+
+
+def test_a_report_has_every_id_once(page):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_report_draws_what_is_logged_and_nothing_else(page):
+    assert "loss: 0.0" in page and "skipped:" not in page
+    assert "580 steps, 100 images a second" in page
+
+
+def test_a_report_of_an_unconditional_run_without_training(tmp_path):
+    metrics = [row(class_accuracy=None, inception_score=None, accuracy_by_class={}, balanced=False)]
+    gallery = Gallery("Samples", "", images(23), None, ())
+    write_report(tmp_path / "report.html", ReportContent("Title", "", {}, "", [gallery], metrics=metrics))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 3
+    assert "Training</h2>" not in page and "Class accuracy, " not in page
+
+
+def test_a_report_of_large_images_stays_small(tmp_path):
+    content = ReportContent(
+        "T", "", {}, "", [Gallery("G", "", images(200, 256), np.arange(200) % 20, [*map(str, range(20))])]
+    )
+    write_report(tmp_path / "report.html", content)
+    assert (tmp_path / "report.html").stat().st_size < 5e6
+
+
+def test_a_strip_without_its_schedule_is_refused(tmp_path):
+    strip = full_content().strip
+    with pytest.raises(SFDError, match="needs the schedule"):
+        write_report(tmp_path / "report.html", ReportContent("T", "", {}, "", strip=strip))
+
+
+def test_a_grid_shows_every_image_in_its_place():
+    shown = images(5, 4)
+    grid = np.asarray(figures.image_grid(shown, columns=3, scale=2))
+    assert grid.shape == (18, 28, 4)
+    np.testing.assert_array_equal(grid[10:18:2, 10:18:2, :3], shown[4])
+    assert not grid[10:, 20:, 3].any()
+
+
+def test_equal_latents_have_equal_colours():
+    latents = RNG.normal(size=(3, 6, 4, 4))
+    latents[2] = latents[0]
+    colours = figures.semantic_colours(latents)
+    assert colours.shape == (3, 4, 4, 3) and colours.dtype == np.uint8
+    np.testing.assert_array_equal(colours[0], colours[2])
+    assert len(np.unique(colours[0].reshape(-1, 3), axis=0)) > 8
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_latents_of_few_channels_have_colours(channels):
+    assert figures.semantic_colours(RNG.normal(size=(2, channels, 3, 3))).max() == 255
+
+
+def test_constant_latents_have_colours():
+    assert figures.semantic_colours(np.ones((2, 4, 3, 3))).shape == (2, 3, 3, 3)
+
+
+def test_a_data_uri_holds_the_picture():
+    import base64
+
+    picture = images(1)[0]
+    encoded = figures.data_uri(picture)
+    assert encoded.startswith("data:image/png;base64,")
+    decoded = Image.open(io.BytesIO(base64.b64decode(encoded.split(",")[1])))
+    np.testing.assert_array_equal(np.asarray(decoded), picture)
+
+
+def test_drawings_are_the_same_every_time():
+    drawn = [figures.curve([1, 2, 3], [3.0, 2.0, 1.0], "loss") for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+def test_durations_and_memory_are_said_plainly():
+    assert [duration(s) for s in (4.23, 185, 3725)] == ["4.2 s", "3 min 05 s", "1 h 02 min"]
+    assert [memory(b) for b in (812_000_000, 1_430_000_000)] == ["812 MB", "1.4 GB"]
