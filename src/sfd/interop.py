@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfd.errors import SFDError
-from sfd.models.layers import position_table, rotary_tables
+from sfd.models.layers import position_table, rotary_table
 from sfd.models.transformer import Transformer, TransformerConfig
 from sfd.streams import Composite, Stream
 
@@ -118,7 +118,7 @@ def from_published(state: Mapping[str, Tensor], config: TransformerConfig) -> di
             ours[f"heads.{k}.{kind}"] = part.flatten(0, 2).contiguous()
     for b in range(config.depth):
         pair = [state[f"blocks.{b}.attn.{name}_norm.weight"] for name in "qk"]
-        ours[f"blocks.{b}.attention.qk_norm.weight"] = torch.stack(pair)[:, None]
+        ours[f"blocks.{b}.attention.qk_weight"] = torch.stack(pair)[:, None]
     return ours
 
 
@@ -146,18 +146,18 @@ def _publish(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str
         rows = [state[f"heads.{k}.{kind}"].unflatten(0, (patch, patch, s.channels)) for k, s in enumerate(streams)]
         theirs[f"final_layer.linear.{kind}"] = torch.cat(rows, dim=2).flatten(0, 2)
     for b in range(config.depth):
-        for name, weight in zip("qk", state[f"blocks.{b}.attention.qk_norm.weight"][:, 0], strict=True):
+        for name, weight in zip("qk", state[f"blocks.{b}.attention.qk_weight"][:, 0], strict=True):
             theirs[f"blocks.{b}.attn.{name}_norm.weight"] = weight.contiguous()
     return theirs | _tables(config)
 
 
 def _tables(config: TransformerConfig) -> dict[str, Tensor]:
     grid = config.composite.token_grid
-    cos, sin = rotary_tables(config.width // config.heads, grid)
+    rotation = rotary_table(config.width // config.heads, grid).repeat_interleave(2, dim=1)  # both channels of a pair
     return {
         "pos_embed": position_table(config.width, grid)[None],
-        "feat_rope.freqs_cos": cos,
-        "feat_rope.freqs_sin": sin,
+        "feat_rope.freqs_cos": rotation[..., 0],
+        "feat_rope.freqs_sin": rotation[..., 1],
     }
 
 

@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPSILON = 1e-6
+from sfd.models import kernels
+
 TIME_FREQUENCIES = 256
 
 
-class RMSNorm(nn.Module):
-    """x / √(mean(x²) + 1e-6) · weight over the last dimension (Zhang & Sennrich 2019), computed in float32."""
+class ModulatedNorm(nn.Module):
+    """RMSNorm with a learned weight, followed by adaLN modulation; see `kernels.modulated_norm`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, width) → (…, width), float32."""
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * self.weight
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """(B, T, width) with shift and scale (B, 1, width) → (B, T, width), float32."""
+        return kernels.modulated_norm(x, self.weight, shift, scale)
 
 
 def position_table(width: int, grid: int) -> Tensor:
@@ -42,34 +42,22 @@ def position_table(width: int, grid: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(grid**2, width).float()
 
 
-def rotary_tables(head_width: int, grid: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the 2-D rotary embedding (Su et al. 2021), base 10000.
+def rotary_table(head_width: int, grid: int) -> Tensor:
+    """Angles of the 2-D rotary embedding (Su et al. 2021), base 10000.
 
     The first half of a head's channels turns with the row, the second with the column; channels (0, 1), (2, 3), … are
     the pairs that turn together.
 
     Returns:
-        cos and sin, each (grid², head_width), tokens row by row; both channels of a pair have the same entry.
+        (grid², head_width / 2, 2): cosine and sine of each pair's angle, tokens row by row.
     """
     half = head_width // 2
     frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
-    axis = (torch.arange(grid, dtype=torch.float64)[:, None] * frequency).repeat_interleave(2, dim=1)
+    axis = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     row = axis[:, None].expand(grid, grid, -1)
     column = axis.expand(grid, grid, -1)
-    angle = torch.cat([row, column], dim=2).reshape(grid**2, head_width)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) of neighbouring channels to (a·cos − b·sin, b·cos + a·sin).
-
-    Args:
-        x: (…, D).
-        cos: broadcasts against `x`.
-        sin: as `cos`, with the sign of the formula in it: negative at the first channel of a pair.
-    """
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin)
+    angle = torch.cat([row, column], dim=2).flatten(0, 1)
+    return torch.stack([angle.cos(), angle.sin()], dim=2).float()
 
 
 class Attention(nn.Module):
@@ -82,17 +70,25 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.qk_norm = RMSNorm(width // heads)
-        self.qk_norm.weight = nn.Parameter(torch.ones(2, 1, width // heads))
+        self.qk_weight = nn.Parameter(torch.ones(2, 1, width // heads))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, T, width) → (B, T, width); `cos` and `sin` are (T, 1, 1, head width), see `rotate`."""
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """(B, T, width) → (B, T, width); for `rotation` see `kernels.rotated_norm`."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        qk = rotate(self.qk_norm(qkv[:, :, :2]), cos, sin).to(qkv.dtype)
-        q, k = qk.transpose(1, 3).unbind(2)
-        mixed = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        q, k = kernels.rotated_norm(qkv[:, :, :2], self.qk_weight, rotation).transpose(1, 3).unbind(2)
+        return self.out(_attend(q, k, qkv[:, :, 2].transpose(1, 2)).transpose(1, 2).flatten(2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of (B, H, T, D), in the dtype of `v`; on a CPU in float32.
+
+    On a CPU the backward pass of the bf16 kernel takes six times as long as that of the float32 one.
+    """
+    if v.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q, k, v.float()).to(v.dtype)
+    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
 
 
 def swiglu_width(width: int) -> int:
@@ -137,22 +133,17 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(width)
+        self.attention_norm = ModulatedNorm(width)
         self.attention = Attention(width, heads)
-        self.mlp_norm = RMSNorm(width)
+        self.mlp_norm = ModulatedNorm(width)
         self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rotation: Tensor) -> Tensor:
         """(B, T, width) → the same; `condition` is (B, width), already through its SiLU."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        x = x + gate_a * self.attention(modulate(self.attention_norm(x), shift_a, scale_a), cos, sin)
-        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift."""
-    return x * (1 + scale) + shift
+        x = torch.addcmul(x, gate_a, self.attention(self.attention_norm(x, shift_a, scale_a), rotation))
+        return torch.addcmul(x, gate_m, self.mlp(self.mlp_norm(x, shift_m, scale_m)))
 
 
 def patchify(latent: Tensor, patch_size: int) -> Tensor:

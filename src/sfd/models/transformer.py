@@ -19,12 +19,11 @@ from sfd.errors import SFDError, unknown
 from sfd.models.layers import (
     TIME_FREQUENCIES,
     Block,
-    RMSNorm,
+    ModulatedNorm,
     TimeEmbedder,
-    modulate,
     patchify,
     position_table,
-    rotary_tables,
+    rotary_table,
     swiglu_width,
     unpatchify,
 )
@@ -109,8 +108,7 @@ class Transformer(nn.Module):
     """v̂(x, t, y) on packed composite latents."""
 
     position: Tensor
-    cos: Tensor
-    sin: Tensor
+    rotation: Tensor
 
     def __init__(self, config: TransformerConfig, seed: int = 0) -> None:
         """Build with weights that are a function of `seed` alone."""
@@ -130,16 +128,14 @@ class Transformer(nn.Module):
         self.time_embedders = nn.ModuleList(TimeEmbedder(width // clocks) for _ in range(clocks))
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
-        self.final_norm = RMSNorm(width)
+        self.final_norm = ModulatedNorm(width)
         self.final_modulation = nn.Linear(width, 2 * width)
         self.heads = nn.ModuleList(nn.Linear(width, _patch_width(s)) for s in composite.streams)
-        self.projector = _projector(config) if config.repa_channels is not None else None
+        features = config.repa_channels
+        self.projector = None if features is None else _projector(width, config.repa_width, features)
         grid = composite.token_grid
-        cos, sin = rotary_tables(width // config.heads, grid)
-        sign = torch.tensor([-1.0, 1.0]).repeat(width // config.heads // 2)
         self.register_buffer("position", position_table(width, grid), persistent=False)
-        self.register_buffer("cos", cos[:, None, None], persistent=False)
-        self.register_buffer("sin", (sin * sign)[:, None, None], persistent=False)
+        self.register_buffer("rotation", rotary_table(width // config.heads, grid)[:, None, None], persistent=False)
 
     def _initialise(self) -> None:
         """Linears Xavier-uniform with zero bias; class and time embeddings N(0, 0.02²); modulations and output zero."""
@@ -152,11 +148,11 @@ class Transformer(nn.Module):
         columns = sum(_patch_width(s) for s in self.config.composite.streams)
         bound = (6 / (columns + self.config.width)) ** 0.5
         for embedding in self.embeddings:
-            nn.init.uniform_(embedding.weight, -bound, bound)
+            nn.init.uniform_(embedding.get_parameter("weight"), -bound, bound)
         nn.init.normal_(self.class_embedding.weight, std=0.02)
-        for embedder in self.time_embedders:
-            for weight in (embedder.mlp[0].weight, embedder.mlp[2].weight):
-                nn.init.normal_(weight, std=0.02)
+        for module in self.time_embedders.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
         for zero in (self.final_modulation, *self.heads, *(block.modulation for block in self.blocks)):
             nn.init.zeros_(zero.weight)
 
@@ -183,9 +179,9 @@ class Transformer(nn.Module):
         projection = None
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, condition, self.cos, self.sin, use_reentrant=False)
+                tokens = checkpoint(block, tokens, condition, self.rotation, use_reentrant=False)
             else:
-                tokens = block(tokens, condition, self.cos, self.sin)
+                tokens = block(tokens, condition, self.rotation)
             if project and self.projector is not None and number == self.config.repa_block:
                 projection = self.projector(tokens)
         return Output(self._velocity(tokens, condition), projection)
@@ -205,7 +201,7 @@ class Transformer(nn.Module):
 
     def _velocity(self, tokens: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.final_modulation(condition)[:, None].chunk(2, dim=-1)
-        tokens = modulate(self.final_norm(tokens), shift, scale)
+        tokens = self.final_norm(tokens, shift, scale)
         latents = {
             s.name: unpatchify(head(tokens), s.patch_size, s.grid)
             for head, s in zip(self.heads, self.config.composite.streams, strict=True)
@@ -245,9 +241,7 @@ def _patch_width(stream: Stream) -> int:
     return stream.channels * stream.patch_size**2
 
 
-def _projector(config: TransformerConfig) -> nn.Sequential:
-    hidden, channels = config.repa_width, config.repa_channels
-    assert channels is not None  # for the type checker: the caller has looked
+def _projector(width: int, hidden: int, channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(config.width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, channels)
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, channels)
     )

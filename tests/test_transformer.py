@@ -1,0 +1,264 @@
+"""The transformer's own promises: any composite and grid, rows that do not mix, exact counts, fused kernels."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sfd.errors import SFDError
+from sfd.models import kernels
+from sfd.models.layers import patchify, unpatchify
+from sfd.models.transformer import SIZES, Transformer, TransformerConfig, flops, parameter_count, sized
+from sfd.settings import parse
+from sfd.streams import Composite, Stream
+
+EQUAL = (Stream(name="texture", channels=4, grid=4), Stream(name="semantic", channels=2, grid=4, weight=2.0))
+UNEQUAL = (Stream(name="texture", channels=3, grid=8, patch_size=2), Stream(name="semantic", channels=5, grid=4))
+THREE = (*UNEQUAL, Stream(name="depth", channels=1, grid=12, patch_size=3))
+
+
+def configuration(streams: tuple[Stream, ...] = EQUAL, **changes: object) -> TransformerConfig:
+    values = {"depth": 2, "width": 48, "heads": 3, "num_classes": 5, "composite": Composite(streams=streams)}
+    return TransformerConfig(**(values | changes))
+
+
+def awake(config: TransformerConfig, seed: int = 0) -> Transformer:
+    """A network whose zero-initialised parts are random, so that every weight matters."""
+    model = Transformer(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def inputs(config: TransformerConfig, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, config.composite.size, generator=generator)
+    times = torch.rand(batch, len(config.composite.streams), generator=generator)
+    if not config.clocks:
+        times = times[:, :1].expand_as(times)
+    return x, times, torch.randint(0, config.num_classes + 1, (batch,), generator=generator)
+
+
+CONFIGS = {
+    "one clock": configuration(),
+    "two clocks": configuration(clocks=("semantic", "texture")),
+    "unequal grids": configuration(UNEQUAL, clocks=("texture", "semantic")),
+    "three streams": configuration(THREE, clocks=("depth", "semantic", "texture")),
+    "one stream": configuration(EQUAL[:1], clocks=("texture",)),
+    "unconditional": configuration(num_classes=0),
+    "grid 6": configuration((Stream(name="pixels", channels=3, grid=24, patch_size=4),)),
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request: pytest.FixtureRequest) -> TransformerConfig:
+    return request.param
+
+
+def test_output_does_not_depend_on_the_batch(config):
+    model, (x, times, labels) = awake(config), inputs(config)
+    together = model(x, times, labels).velocity
+    alone = torch.cat([model(x[i : i + 1], times[i : i + 1], labels[i : i + 1]).velocity for i in range(len(x))])
+    assert together.shape == x.shape
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_flops_are_those_counted(config):
+    model, (x, times, labels) = awake(config), inputs(config, batch=1)
+    # The counter does not know the fused attention of CPUs, so let it be made of matrix products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, times, labels)
+    assert counter.get_total_flops() == flops(config)
+
+
+def test_parameters_are_counted_without_allocating(config):
+    assert parameter_count(config) == sum(p.numel() for p in Transformer(config).parameters())
+
+
+def test_configuration_survives_saving(config):
+    assert parse(TransformerConfig, config.model_dump(mode="json")) == config
+
+
+def test_velocity_is_zero_at_initialisation(config):
+    assert not Transformer(config)(*inputs(config)).velocity.any()
+
+
+def test_every_parameter_learns():
+    config = configuration(UNEQUAL, clocks=("semantic", "texture"), repa_block=1, repa_width=16, repa_channels=7)
+    model = awake(config)
+    out = model(*inputs(config), project=True)
+    (out.velocity.square().sum() + out.projection.square().sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_streams_are_told_their_own_times():
+    config = configuration(clocks=("semantic", "texture"))
+    model, (x, times, labels) = awake(config), inputs(config)
+    swapped = model(x, times.flip(1), labels).velocity
+    assert not torch.allclose(model(x, times, labels).velocity, swapped)
+
+
+def test_order_of_clocks_is_order_of_concatenation():
+    one, other = configuration(clocks=("semantic", "texture")), configuration(clocks=("texture", "semantic"))
+    a, b = awake(one), awake(other)
+    b.load_state_dict(a.state_dict())
+    x, times, labels = inputs(one)
+    torch.testing.assert_close(a(x, times, labels).velocity, b(x, times.flip(1), labels).velocity, rtol=0, atol=0)
+
+
+def test_one_embedding_of_stacked_channels_is_the_sum_of_embeddings():
+    model, (x, _, _) = awake(configuration()), inputs(configuration())
+    stacked = patchify(x.unflatten(1, (6, 4, 4)), 1)
+    weight = torch.cat([embedding.weight for embedding in model.embeddings], dim=1)
+    torch.testing.assert_close(
+        model.embed(x), stacked @ weight.T + model.embedding_bias + model.position, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_patches_come_back(patch):
+    latent = torch.arange(2 * 5 * 36.0).reshape(2, 5, 6, 6)
+    tokens = patchify(latent, patch)
+    assert torch.equal(unpatchify(tokens, patch, 6), latent)
+    second = latent[0, :, :patch, patch : 2 * patch].permute(1, 2, 0).flatten()
+    assert torch.equal(tokens[0, 1], second)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        config = configuration(checkpointing=checkpointing, repa_block=2, repa_width=8, repa_channels=7)
+        model = awake(config)
+        out = model(*inputs(config), project=True)
+        (out.velocity.square().sum() + out.projection.square().sum()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_projection():
+    config = configuration(UNEQUAL, repa_block=1, repa_width=8, repa_channels=7)
+    model, arguments = awake(config), inputs(config)
+    assert model(*arguments, project=True).projection.shape == (3, 16, 7)
+    assert model(*arguments).projection is None
+    with pytest.raises(SFDError, match="no REPA projector"):
+        awake(configuration())(*inputs(configuration()), project=True)
+
+
+def test_seed_decides_the_weights_and_nothing_else_does():
+    state = torch.random.get_rng_state()
+    first = Transformer(configuration(), seed=3).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(9)
+    again, other = Transformer(configuration(), seed=3).state_dict(), Transformer(configuration(), seed=4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["class_embedding.weight"], other["class_embedding.weight"])
+
+
+def test_null_class_is_the_last_row():
+    model = Transformer(configuration())
+    assert model.null_class == 5 == model.class_embedding.num_embeddings - 1
+
+
+def test_initialisation_follows_the_published_recipe():
+    model = Transformer(configuration(width=192, heads=6))
+    assert model.class_embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.time_embedders[0].mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
+    bound = math.sqrt(6 / (192 + 576))
+    assert model.blocks[0].attention.qkv.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+    assert model.embeddings[1].weight.abs().max().item() == pytest.approx(math.sqrt(6 / (6 + 192)), rel=0.05)
+    assert not any(block.modulation.weight.any() for block in model.blocks)
+
+
+def test_bf16_autocast_stays_near_float32():
+    config = configuration(clocks=("semantic", "texture"))
+    model, arguments = awake(config), inputs(config)
+    exact = model(*arguments).velocity
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(*arguments).velocity
+        assert model.embed(arguments[0]).dtype == torch.float32, "the residual stream must stay float32"
+    assert rough.dtype == torch.float32
+    assert (rough - exact).norm() / exact.norm() < 0.03
+
+
+def test_compiles_into_one_graph():
+    config = configuration(UNEQUAL, clocks=("semantic", "texture"), repa_block=1, repa_width=8, repa_channels=7)
+    model, arguments = awake(config), inputs(config)
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")(*arguments, project=True)
+    torch.testing.assert_close(whole, model(*arguments, project=True), rtol=1e-4, atol=1e-5)
+    whole.velocity.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clocks": ("semantic", "pixels")}, "clocks must name each stream"),
+        ({"clocks": ("semantic",)}, "clocks must name each stream"),
+        ({"heads": 5}, "multiple of 4 channels"),
+        ({"heads": 8}, "multiple of 4 channels"),
+        ({"repa_block": 3, "repa_channels": 7}, "beyond the last block"),
+        ({"repa_block": 1}, "given together"),
+        ({"num_classes": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        configuration(**changes)
+
+
+def test_unfitting_input_is_refused():
+    config = configuration()
+    model, (x, times, labels) = Transformer(config), inputs(config)
+    with pytest.raises(SFDError, match=r"packed latents \(batch, 96\), got \(3, 95\)"):
+        model(x[:, 1:], times, labels)
+    with pytest.raises(SFDError, match=r"times \(3, 2\)"):
+        model(x, times[:, :1], labels)
+
+
+def test_sizes_by_name():
+    fields = {"composite": Composite(streams=EQUAL), "num_classes": 5}
+    for name, size in SIZES.items():
+        config = sized(name, **fields)
+        assert (config.depth, config.width, config.heads) == size
+    with pytest.raises(SFDError, match="did you mean 'XXL'"):
+        sized("XXXL", **fields)
+
+
+def plain_norm(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + kernels.EPSILON).sqrt()
+
+
+def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
+    return torch.autograd.grad((value * weights).sum(), inputs)
+
+
+def test_modulated_norm_is_its_formula():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    shift, scale = torch.randn(3, 1, 8, requires_grad=True), torch.randn(3, 1, 8, requires_grad=True)
+    ours = kernels.modulated_norm(x, weight, shift, scale)
+    formula = plain_norm(x) * weight * (1 + scale) + shift
+    torch.testing.assert_close(ours, formula)
+    for a, b in zip(gradients(ours, x, weight, shift, scale), gradients(formula, x, weight, shift, scale), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rotated_norm_is_its_formula():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4, 2, 5, 6, requires_grad=True), torch.randn(2, 1, 6, requires_grad=True)
+    angle = torch.randn(4, 1, 1, 3)
+    ours = kernels.rotated_norm(x, weight, torch.stack([angle.cos(), angle.sin()], dim=-1))
+    a, b = (plain_norm(x) * weight).unflatten(-1, (3, 2)).unbind(-1)
+    turned = torch.stack([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1).flatten(-2)
+    torch.testing.assert_close(ours, turned)
+    for one, other in zip(gradients(ours, x, weight), gradients(turned, x, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
