@@ -9,6 +9,7 @@ from sfd.errors import SFDError
 from sfd.evaluation.extractors import classifier
 from sfd.evaluation.extractors._base import load_extractor
 from sfd.evaluation.extractors.classifier import Classifier, ClassifierSettings, ClassifierTask, Config
+from sfd.evaluation.metrics import frechet_distance, gaussian
 from sfd.models.convnet import ConvNetConfig
 from sfd.training.loop import TrainSettings
 
@@ -59,8 +60,20 @@ def test_a_saved_classifier_is_the_same_again(trained):
 
 def test_features_and_probabilities_have_their_shapes(trained):
     seen = trained[0].extract(SOURCE.load(range(300)))
-    assert seen.features.shape == (300, 32)
+    assert seen.features.shape == (300, 16 + 32 + 32)
     np.testing.assert_allclose(seen.probabilities.sum(axis=1), np.ones(300), rtol=1e-5)
+
+
+def test_features_vary_by_one_over_real_images(trained):
+    seen = trained[0].extract(SOURCE.load(range(1000)))
+    np.testing.assert_allclose(np.median(seen.features.std(axis=0)), 1, atol=0.1)
+
+
+def test_features_notice_missing_colours(trained):
+    images = SOURCE.load(range(1000))
+    grey = np.repeat(images.mean(axis=3, keepdims=True), 3, axis=3).astype(np.uint8)
+    real, same, changed = (gaussian(trained[0].extract(i).features) for i in (images[:500], images[500:], grey[500:]))
+    assert frechet_distance(real, changed) > 2 * frechet_distance(real, same)
 
 
 def test_training_without_classes_tells_rotations(tmp_path):

@@ -29,6 +29,13 @@ def test_features_do_not_depend_on_the_batch():
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_the_pyramid_has_a_level_a_stage_and_ends_in_the_features():
+    net, images = network(widths=(8, 16, 24), blocks=2), torch.randn(2, 3, 32, 32)
+    levels = net.pyramid(images)
+    assert [tuple(level.shape[1:]) for level in levels] == [(8, 16, 16), (16, 8, 8), (24, 4, 4)]
+    torch.testing.assert_close(levels[-1], net(images), rtol=0, atol=0)
+
+
 def test_every_parameter_gets_a_gradient():
     net = network(blocks=2)
     net(torch.randn(2, 3, 32, 32)).square().mean().backward()

@@ -70,14 +70,22 @@ class ConvNet(nn.Module):
         Raises:
             SFDError: an image side is no multiple of `config.downsample`.
         """
+        return self.pyramid(images)[-1]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Compute what leaves every stage, fine to coarse; the last is `forward`'s, the others are not normalised."""
         height, width = images.shape[-2:]
         if height % self.config.downsample or width % self.config.downsample:
             raise SFDError(
                 f"images of {height}×{width} do not divide by this network's downsampling of {self.config.downsample}; "
                 f"choose an image size that is a multiple of {self.config.downsample}"
             )
-        hidden = self.stages(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        return F.silu(self.norm(hidden))
+        hidden, levels = self.stem(images.contiguous(memory_format=torch.channels_last)), []
+        for index, block in enumerate(self.stages, start=1):
+            hidden = block(hidden)
+            if index % self.config.blocks == 0:
+                levels.append(hidden)
+        return [*levels[:-1], F.silu(self.norm(hidden))]
 
 
 class _Block(nn.Module):

@@ -3,6 +3,10 @@
 It is trained on a part of the held-out images; the others test it and are the reference that samples are compared with.
 Where images have no classes it learns to tell by how many quarter turns an image was rotated (Gidaris et al. 2018,
 arXiv 1803.07728), which takes no labels and still makes features of what is in the image.
+
+What a classifier of a few classes knows at its end is little but the class: images without their colours would pass.
+The features are therefore the average of every stage, fine to coarse, each entry in units of its deviation over
+real images, so that texture counts as well as meaning.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from sfd.training.order import EpochOrder
 
 ROTATIONS = 4
 CHUNK = 256  # images that go through the network at once
+CALIBRATION = 2048  # real images, at most, over which the features' deviations are measured
+NETWORK = ConvNetConfig(widths=(16, 32, 64, 128))
 
 
 class Config(Settings):
@@ -36,7 +42,7 @@ class Config(Settings):
 
     image_size: int = Field(gt=0)
     classes: tuple[str, ...] = Field((), description="empty: it tells rotations")
-    network: ConvNetConfig = ConvNetConfig()
+    network: ConvNetConfig = NETWORK
 
     @property
     def outputs(self) -> int:
@@ -47,9 +53,9 @@ class Config(Settings):
 class ClassifierSettings(Settings):
     """How the classifier is made from the held-out images."""
 
-    network: ConvNetConfig = ConvNetConfig()
+    network: ConvNetConfig = NETWORK
     training: TrainSettings = TrainSettings(
-        steps=600, batch_size=128, learning_rate=2e-3, weight_decay=0.05, warmup=50, decay="cosine"
+        steps=400, batch_size=128, learning_rate=2e-3, weight_decay=0.05, warmup=50, decay="cosine"
     )
     reference: float = Field(0.4, gt=0, lt=1, description="share of held-out images kept to test and to compare with")
     shift: int = Field(2, ge=0, description="largest random shift in training, pixels")
@@ -58,7 +64,10 @@ class ClassifierSettings(Settings):
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, S, S) in [-1, 1] to (features (B, C), logits (B, outputs)); an `Extractor`."""
+    """Images (B, 3, S, S) in [-1, 1] to (features (B, D), logits (B, outputs)); an `Extractor`.
+
+    D is the sum of the network's widths.
+    """
 
     name = "classifier"
 
@@ -67,12 +76,20 @@ class Classifier(nn.Module):
         self.config = config
         self.body = ConvNet(config.network)
         self.head = nn.Linear(config.network.channels, config.outputs)
+        self.scale: Tensor  # (D,), each feature's deviation over real images; 1 until calibrated
+        self.register_buffer("scale", torch.ones(sum(config.network.widths)))
         self.accuracy: float | None = None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute features and logits."""
-        features = self.body(images).mean(dim=(2, 3))
-        return features, self.head(features)
+        pooled = [level.mean(dim=(2, 3)) for level in self.body.pyramid(images)]
+        return torch.cat(pooled, dim=1) / self.scale, self.head(pooled[-1])
+
+    def calibrate(self, images: np.ndarray) -> None:
+        """Measure the features' deviations over real uint8 images (B, S, S, 3) and divide by them from now on."""
+        deviations = torch.from_numpy(self.extract(images).features.std(axis=0)).to(self.scale.device)
+        # A feature that never changes, such as that of a dead channel, stays as it is.
+        self.scale *= torch.where(deviations > 1e-6, deviations, 1)
 
     @property
     def image_size(self) -> int:
@@ -191,6 +208,7 @@ def train(held_out: ImageSource, settings: ClassifierSettings, folder: Path, *, 
     training, reference = divide(held_out, settings)
     model = fit(ClassifierTask(training, settings), settings.training, folder, device=device)
     assert isinstance(model, Classifier)
+    model.calibrate(training.load(np.arange(min(len(training), CALIBRATION))))
     model.accuracy = accuracy(model, reference)
     model.save(folder / "extractor")
     return model
