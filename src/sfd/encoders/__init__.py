@@ -1,0 +1,21 @@
+"""Encoders: each module is one, found by its name. Texture encoders decode, semantic ones say what is where."""
+
+from sfd.encoders._base import (
+    SEMANTIC,
+    TEXTURE,
+    SemanticEncoder,
+    TextureEncoder,
+    load_encoder,
+    load_semantic_encoder,
+    load_texture_encoder,
+)
+
+__all__ = [
+    "SEMANTIC",
+    "TEXTURE",
+    "SemanticEncoder",
+    "TextureEncoder",
+    "load_encoder",
+    "load_semantic_encoder",
+    "load_texture_encoder",
+]

@@ -1,0 +1,99 @@
+"""What an encoder is, and how one is loaded from its folder.
+
+An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config`, a function `build(config)` that gives a
+`Part` with fresh weights and, if it can be trained here, an `Objective` and a function `task`; see
+docs/extending-encoders.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from sfd import registry, weights
+from sfd.errors import SFDError
+from sfd.settings import parse
+from sfd.weights import Part
+
+PACKAGE = "sfd.encoders"
+TEXTURE, SEMANTIC = "texture encoder", "semantic encoder"
+
+
+class SemanticEncoder(Protocol):
+    """Says what is where in an image. Encoding is deterministic and keeps no gradient."""
+
+    channels: int  # C
+    downsample: int  # f: image pixels on a side of one position of the grid
+
+    @property
+    def identity(self) -> str:
+        """A short hash of configuration and weights."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [-1, 1] to features (B, C, H / f, W / f)."""
+
+    def to(self, device: Any) -> Any:
+        """Move to a device."""
+
+
+class TextureEncoder(SemanticEncoder, Protocol):
+    """Keeps what pixels can be decoded from; `encode` gives latents (B, C, H / f, W / f)."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Map latents (B, C, h, w) back to images (B, 3, h·f, w·f), about [-1, 1]; clamping is left to the caller."""
+
+
+def load_encoder(folder: Path) -> Part:
+    """Load the encoder in `folder`, in eval mode, without gradients, on the CPU.
+
+    Its `kind` (`TEXTURE` or `SEMANTIC`) says which of the two protocols it fulfils.
+
+    Raises:
+        SFDError: the folder holds no encoder, one that this version does not know, or damaged weights.
+    """
+    saved = weights.read(folder, (TEXTURE, SEMANTIC))
+    module = registry.find(PACKAGE, saved.name, "encoder")
+    encoder = cast(Part, module.build(parse(module.Config, saved.config, str(folder / weights.CONFIG_FILE))))
+    encoder.fill(saved)
+    return encoder.eval().requires_grad_(False)
+
+
+def load_texture_encoder(folder: Path) -> TextureEncoder:
+    """Load an encoder that can decode.
+
+    Raises:
+        SFDError: as `load_encoder`, or the folder holds a semantic encoder.
+    """
+    return cast(TextureEncoder, _of_kind(folder, TEXTURE))
+
+
+def load_semantic_encoder(folder: Path) -> SemanticEncoder:
+    """Load an encoder of what is where.
+
+    Raises:
+        SFDError: as `load_encoder`, or the folder holds a texture encoder.
+    """
+    return cast(SemanticEncoder, _of_kind(folder, SEMANTIC))
+
+
+def _of_kind(folder: Path, kind: str) -> Part:
+    encoder = load_encoder(folder)
+    if encoder.kind != kind:
+        raise SFDError(f"{folder} holds a {encoder.kind} ({encoder.name}), but a {kind} was expected")
+    return encoder
+
+
+def check_divisible(images: Tensor, downsample: int) -> None:
+    """Refuse images whose sides are no multiple of `downsample`.
+
+    Raises:
+        SFDError: a side is not.
+    """
+    height, width = images.shape[-2:]
+    if height % downsample or width % downsample:
+        raise SFDError(
+            f"images of {height}×{width} do not fit an encoder that shrinks them by {downsample}; "
+            f"choose an image size that is a multiple of {downsample}"
+        )

@@ -1,0 +1,158 @@
+"""The embedded texture encoder: a small `diffusers.AutoencoderKL` on pixel-unshuffled images, trained here.
+
+Pixels are first folded into channels (patch × patch pixels to one position), so that the convolutions, which are the
+same as in the published autoencoders, run on a small grid and two processor cores are enough to train them. Beside the
+network runs a linear map of whole patches, which starts as their principal components (`start_from`), so that training
+begins with a blurred picture and not with none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfd.encoders._base import TEXTURE, check_divisible
+from sfd.moments import Moments
+from sfd.settings import Settings
+from sfd.weights import Part
+
+if TYPE_CHECKING:
+    from sfd.data.images import ImageSource
+    from sfd.encoders._training import TextureTask
+
+START_LOGVAR = -5.0  # of the posterior: a standard deviation of 0.08, for latents of about 1
+
+
+class Config(Settings):
+    """Shape of the autoencoder; it shrinks images by patch · 2^(len(widths) − 1)."""
+
+    patch: int = Field(4, ge=1, description="side of the square of pixels that becomes one position")
+    widths: tuple[int, ...] = Field((24, 48), min_length=1, description="channels of each level; a halving between two")
+    blocks: int = Field(1, ge=1, description="residual blocks a level in the encoder; the decoder has one more")
+    latent_channels: int = Field(16, ge=1)
+    attention: bool = Field(False, description="self-attention at the innermost level")
+    groups: int = Field(8, ge=1, description="of channels normalised together")
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if any(w < 1 or w % self.groups for w in self.widths):
+            raise ValueError(f"widths must be positive multiples of groups = {self.groups}, got {self.widths}")
+        return self
+
+
+class Objective(Settings):
+    """The training loss: pixels |x̂ − x| + mse·(x̂ − x)² + gradient·|∇x̂ − ∇x| + kl·KL.
+
+    All but KL are means over an image's entries; KL is summed over an image's latent.
+    """
+
+    mse: float = Field(1.0, ge=0)
+    gradient: float = Field(0.5, ge=0, description="differences of neighbouring pixels: sharp edges, no seams")
+    kl: float = Field(1e-6, ge=0)
+
+
+class TextureAutoencoder(Part):
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H / f, W / f) and back."""
+
+    kind = TEXTURE
+    name = "autoencoder_kl"
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        # Imported here because it takes seconds, which whoever only lists encoders should not wait for.
+        from diffusers import AutoencoderKL
+
+        self.config = config
+        self.channels = config.latent_channels
+        self.downsample = config.patch * 2 ** (len(config.widths) - 1)
+        levels = len(config.widths)
+        self.net = AutoencoderKL(
+            in_channels=3 * config.patch**2,
+            out_channels=3 * config.patch**2,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.widths,
+            layers_per_block=config.blocks,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.groups,
+            mid_block_add_attention=config.attention,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        side = self.downsample
+        self.linear_in = nn.Conv2d(3, self.channels, side, side)
+        self.linear_out = nn.ConvTranspose2d(self.channels, 3, side, side)
+        # The network starts as a correction of nothing, with a posterior narrow enough to train through.
+        for last in (self.net.encoder.conv_out, self.net.decoder.conv_out):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        nn.init.constant_(self.net.encoder.conv_out.bias[self.channels :], START_LOGVAR)
+
+    @torch.no_grad()
+    def start_from(self, images: Tensor) -> None:
+        """Set the linear maps to the principal components of these images' patches, with latents of unit variance.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1]; a thousand are enough.
+        """
+        side = self.downsample
+        check_divisible(images, side)
+        patches = F.unfold(images, side, stride=side).transpose(1, 2).flatten(0, 1).double()
+        mean = patches.mean(0)
+        variance, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        scale = variance[-self.channels :].clamp(min=1e-6).sqrt()
+        components = vectors[:, -self.channels :].T  # (C, 3·side²), orthonormal rows
+        whiten = components / scale[:, None]
+        self.linear_in.load_state_dict({"weight": whiten.unflatten(1, (3, side, side)), "bias": -whiten @ mean})
+        back = (components * scale[:, None]).unflatten(1, (3, side, side))
+        # A transposed convolution has one bias a colour; the rest of the mean patch is left to the network.
+        self.linear_out.load_state_dict({"weight": back, "bias": mean.unflatten(0, (3, -1)).mean(1)})
+
+    def moments(self, images: Tensor) -> Moments:
+        """Give the posterior of the latents: mean and log-variance, each (B, C, H / f, W / f).
+
+        Raises:
+            SFDError: a side is no multiple of `downsample`.
+        """
+        check_divisible(images, self.downsample)
+        folded = F.pixel_unshuffle(images, self.config.patch)
+        posterior = self.net.encode(folded).latent_dist
+        return Moments(posterior.mean + self.linear_in(images), posterior.logvar)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Decode, keeping gradients: (B, C, h, w) to (B, 3, h·f, w·f)."""
+        return F.pixel_shuffle(self.net.decode(latents).sample, self.config.patch) + self.linear_out(latents)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Moments]:
+        """Reconstruct from a draw of the posterior, made with standard normal `noise` (B, C, H / f, W / f)."""
+        moments = self.moments(images)
+        return self.reconstruct(moments.sample(noise)), moments
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Give the posterior's mean: the same image always has the same latent."""
+        return self.moments(images).mean.contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode to images, about [-1, 1]."""
+        return self.reconstruct(latents)
+
+
+def build(config: Config) -> TextureAutoencoder:
+    """Make the autoencoder with fresh weights, from torch's global generator (see `sfd.randomness.seeded`)."""
+    return TextureAutoencoder(config)
+
+
+def task(
+    encoder: TextureAutoencoder, source: ImageSource, objective: Objective, *, seed: int, batch_size: int
+) -> TextureTask:
+    """Say how it is trained on `source`."""
+    from sfd.encoders._training import TextureTask
+
+    return TextureTask(encoder, source, objective, seed=seed, batch_size=batch_size)

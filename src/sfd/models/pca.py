@@ -1,0 +1,119 @@
+"""Principal components as the compressor of features: linear, fitted in one pass, what SemVAE is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sfd.errors import SFDError
+from sfd.models.compressor import KIND
+from sfd.settings import Settings
+from sfd.weights import Part
+
+
+class PCAConfig(Settings):
+    """Shape of a `PCA`."""
+
+    input_channels: int = Field(ge=1, description="C of the features")
+    latent_channels: int = Field(ge=1)
+    whiten: bool = Field(False, description="scale every latent channel to unit variance")
+
+    @model_validator(mode="after")
+    def _check(self) -> PCAConfig:
+        if self.latent_channels > self.input_channels:
+            raise ValueError(f"{self.latent_channels} components cannot be had of {self.input_channels} channels")
+        return self
+
+
+class PCA(Part):
+    """Features (B, C, h, w) to their c leading principal components (B, c, h, w), strongest first, and back."""
+
+    kind = KIND
+    name = "pca"
+    config: PCAConfig
+    mean: Tensor  # (C,)
+    components: Tensor  # (c, C), orthonormal rows
+    variance: Tensor  # (c,): the variance along each component
+    total_variance: Tensor  # (): of all C channels
+
+    def __init__(self, config: PCAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.latent_channels
+        self.register_buffer("mean", torch.zeros(config.input_channels))
+        self.register_buffer("components", torch.eye(config.latent_channels, config.input_channels))
+        self.register_buffer("variance", torch.ones(config.latent_channels))
+        self.register_buffer("total_variance", torch.tensor(float(config.input_channels)))
+
+    @property
+    def explained(self) -> float:
+        """Share of the features' variance that the latents keep, in [0, 1]."""
+        return float(self.variance.sum() / self.total_variance)
+
+    @torch.no_grad()
+    def encode(self, features: Tensor) -> Tensor:
+        """Project onto the components."""
+        given, expected = features.shape[1], len(self.mean)
+        if given != expected:
+            raise SFDError(
+                f"this PCA takes features of {expected} channels, got {given}; use the encoder it was made for"
+            )
+        return torch.einsum("kc,bchw->bkhw", self.components / self._scale(), features - self.mean[:, None, None])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Give the features nearest to the mean that have these latents."""
+        return torch.einsum("kc,bkhw->bchw", self.components * self._scale(), latents) + self.mean[:, None, None]
+
+    def _scale(self) -> Tensor:
+        """(c, 1): what a latent channel is divided by."""
+        if not self.config.whiten:
+            return torch.ones_like(self.variance)[:, None]
+        return self.variance.clamp(min=1e-8).sqrt()[:, None]
+
+
+def build(config: PCAConfig) -> PCA:
+    """Make a PCA that keeps the first channels as they are, to be filled or replaced by `fit_pca`."""
+    return PCA(config)
+
+
+def fit_pca(batches: Iterable[Tensor], config: PCAConfig) -> PCA:
+    """Fit to features seen once, batch by batch; sums are kept in float64.
+
+    Args:
+        batches: features, each (B, C, h, w); every position of every image is one sample.
+        config: what to build.
+
+    Raises:
+        SFDError: there are fewer than two samples, or their channels are not `config.input_channels`.
+    """
+    channels, count, shift = config.input_channels, 0, torch.empty(0)
+    total, products = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, channels, dtype=torch.float64)
+    for features in batches:
+        if features.shape[1] != channels:
+            raise SFDError(f"PCA of {channels} channels was given features of {features.shape[1]}; they must be equal")
+        samples = features.movedim(1, -1).flatten(0, -2).double().cpu()
+        if not count:
+            # Sums of squares lose digits where the mean is large; about any point near it they do not.
+            shift = samples.mean(0)
+        samples = samples - shift
+        count += len(samples)
+        total += samples.sum(0)
+        products += samples.T @ samples
+    if count < 2:
+        raise SFDError(f"PCA needs at least two feature vectors to fit, got {count}; give it more images")
+    mean = total / count
+    covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
+    variance, vectors = torch.linalg.eigh(covariance)
+    leading = vectors.flip(1)[:, : config.latent_channels].T
+    # An eigenvector's sign is arbitrary; its largest entry is made positive, so that refitting gives the same.
+    signs = leading.gather(1, leading.abs().argmax(1, keepdim=True)).sign()
+    pca = PCA(config)
+    pca.mean.copy_(mean + shift)
+    pca.components.copy_(leading * signs)
+    pca.variance.copy_(variance.flip(0)[: config.latent_channels].clamp(min=0))
+    pca.total_variance.copy_(covariance.trace())
+    return pca.eval()

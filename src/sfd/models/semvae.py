@@ -1,0 +1,202 @@
+"""SemVAE: a small transformer autoencoder that compresses features to the semantic latent (Pan et al. 2025).
+
+Features (B, C, h, w) are read as h·w tokens. There is no position embedding: what a token says of its place is what the
+encoder put there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfd.errors import SFDError
+from sfd.models.compressor import KIND
+from sfd.moments import Moments
+from sfd.settings import Settings
+from sfd.weights import Part, load_tensors
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class SemVAEConfig(Settings):
+    """Shape of a `SemVAE`; the defaults are the published one's, for DINOv2 ViT-B features."""
+
+    input_channels: int = Field(768, ge=1, description="C of the features")
+    latent_channels: int = Field(16, ge=1)
+    width: int = Field(768, ge=1, description="of the hidden tokens")
+    heads: int = Field(6, ge=1)
+    blocks: int = Field(4, ge=1, description="transformer blocks in the encoder, and as many in the decoder")
+
+    @model_validator(mode="after")
+    def _check(self) -> SemVAEConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        return self
+
+
+class SemVAEObjective(Settings):
+    """The training loss: mse·(ŝ − s)² + cosine·(1 − cos(ŝ, s)) + kl·KL, the KL summed over an image's latent."""
+
+    mse: float = Field(1.0, ge=0)
+    cosine: float = Field(1.0, ge=0)
+    kl: float = Field(1e-7, ge=0)
+    cosine_over: Literal["channels", "tokens"] = Field(
+        "channels", description="'tokens' is what the published code does: the similarity of each channel's token row"
+    )
+
+
+class SemVAE(Part):
+    """Features (B, C, h, w) to the moments of latents (B, c, h, w) and back, on any grid."""
+
+    kind = KIND
+    name = "semvae"
+    config: SemVAEConfig
+
+    def __init__(self, config: SemVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.latent_channels
+        self.encoder = _Tower(config, config.input_channels, 2 * config.latent_channels)
+        self.decoder = _Tower(config, config.latent_channels, config.input_channels)
+
+    def moments(self, features: Tensor) -> Moments:
+        """Give the posterior of the latents: mean and log-variance, each (B, c, h, w)."""
+        given, expected = features.shape[1], self.config.input_channels
+        if given != expected:
+            raise SFDError(
+                f"this SemVAE takes features of {expected} channels, got {given}; use the encoder it was made for"
+            )
+        mean, logvar = self.encoder(features).chunk(2, dim=1)
+        return Moments(mean, logvar.clamp(*LOGVAR_RANGE))
+
+    def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Moments]:
+        """Reconstruct from a draw of the posterior, made with standard normal `noise` (B, c, h, w)."""
+        moments = self.moments(features)
+        return self.decoder(moments.sample(noise)), moments
+
+    @torch.no_grad()
+    def encode(self, features: Tensor) -> Tensor:
+        """Give the posterior's mean: equal features always have equal latents."""
+        return self.moments(features).mean.contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Give back features (B, C, h, w)."""
+        return self.decoder(latents)
+
+
+def reconstruction_losses(
+    reconstruction: Tensor, features: Tensor, cosine_over: Literal["channels", "tokens"] = "channels"
+) -> tuple[Tensor, Tensor]:
+    """Compute the mean squared error and the mean of 1 − cos between features (B, C, h, w).
+
+    The cosine is taken over the channels of each position or, `cosine_over` = "tokens", over the positions of each
+    channel.
+    """
+    dim = 1 if cosine_over == "channels" else 2
+    cosine = F.cosine_similarity(reconstruction.flatten(2), features.flatten(2), dim=dim)
+    return F.mse_loss(reconstruction, features), (1 - cosine).mean()
+
+
+class _Tower(nn.Module):
+    """(B, C, h, w) to (B, D, h, w): linear, pre-norm transformer blocks over the positions, LayerNorm, linear."""
+
+    def __init__(self, config: SemVAEConfig, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(channels_in, config.width)
+        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x.flatten(2).transpose(1, 2))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class _Block(nn.Module):
+    """Tokens (B, T, D) to the same: attention, then a GELU MLP four times as wide, each normalised and added."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # (B, T, 3·D) to three of (B, heads, T, D / heads)
+        query, key, value = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        tokens = tokens + self.attention_out(mixed)
+        return tokens + self.mlp_out(F.gelu(self.mlp_in(self.norm2(tokens))))
+
+
+def build(config: SemVAEConfig) -> SemVAE:
+    """Make a SemVAE with fresh weights, from torch's global generator (see `sfd.randomness.seeded`)."""
+    return SemVAE(config)
+
+
+# Names within a published block and ours; a tower is embed, blocks, norm, head in one nn.Sequential there.
+_PUBLISHED_BLOCK = {
+    "norm1": "norm1",
+    "attn.in_proj_": "qkv.",
+    "attn.out_proj": "attention_out",
+    "norm2": "norm2",
+    "mlp.0": "mlp_in",
+    "mlp.2": "mlp_out",
+}
+
+
+def published_names(blocks: int) -> dict[str, str]:
+    """Map every tensor name of a published SemVAE checkpoint to the name it has here."""
+    names = {}
+    for tower in ("encoder", "decoder"):
+        parts = {f"{tower}.0": "embed", f"{tower}.{blocks + 1}": "norm", f"{tower}.{blocks + 2}": "head"}
+        for block in range(blocks):
+            parts |= {f"{tower}.{block + 1}.{a}": f"blocks.{block}.{b}" for a, b in _PUBLISHED_BLOCK.items()}
+        for theirs, ours in parts.items():
+            for kind in ("weight", "bias"):
+                dot = "" if theirs.endswith("_") else "."
+                names[f"{theirs}{dot}{kind}"] = f"{tower}.{ours.removesuffix('.')}.{kind}"
+    return names
+
+
+def from_published(tensors: Mapping[str, Tensor], heads: int = 6) -> SemVAE:
+    """Build a SemVAE from the tensors of a published checkpoint; the sizes are read from their shapes.
+
+    Args:
+        tensors: the checkpoint's state, names as published.
+        heads: attention heads, the one thing that shapes do not tell.
+
+    Raises:
+        SFDError: a tensor is missing, unknown or misshapen.
+    """
+    indices = [int(name.split(".")[1]) for name in tensors if name.startswith("encoder.")]
+    blocks = max(indices, default=0) - 2
+    first, last = tensors.get("encoder.0.weight"), tensors.get(f"encoder.{blocks + 2}.weight")
+    if blocks < 1 or first is None or last is None:
+        raise SFDError(
+            "this is no published SemVAE checkpoint: it needs tensors encoder.0.weight, encoder.1.norm1.weight, … "
+            f"and has {', '.join(sorted(tensors)[:3]) or 'none'}; give the file's state dictionary"
+        )
+    config = SemVAEConfig(
+        input_channels=first.shape[1],
+        latent_channels=last.shape[0] // 2,
+        width=first.shape[0],
+        heads=heads,
+        blocks=blocks,
+    )
+    names = published_names(blocks)
+    model = SemVAE(config)
+    load_tensors(model, {names.get(name, name): t for name, t in tensors.items()}, "the published SemVAE checkpoint")
+    return model

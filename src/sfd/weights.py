@@ -1,0 +1,145 @@
+"""Trained parts as folders: `config.json` says what it is, `model.safetensors` holds its weights.
+
+A part's identity is a hash of its name, its configuration and its weights at half precision. Latents remember the
+identity of what made them; rounding to half precision before hashing lets a part be shipped in float16 and stay itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sfd.errors import SFDError
+from sfd.settings import Settings
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Part(nn.Module):
+    """A network that can be saved as a folder. Subclasses say what they are and set `config` when constructed."""
+
+    kind: ClassVar[str]  # what it does: "texture encoder", "semantic encoder", "compressor"
+    name: ClassVar[str]  # which one it is: the module that defines it
+    config: Settings
+
+    @property
+    def identity(self) -> str:
+        """Sixteen hexadecimal digits that stand for this configuration with these weights."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.name, self.config.model_dump(mode="json")]).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write this part to `folder`, weights as `dtype`. The configuration goes last: where it is, the rest is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().to(dtype).contiguous() for name, t in self.state_dict().items()}
+        about = {
+            "kind": self.kind,
+            "name": self.name,
+            "identity": self.identity,
+            "config": self.config.model_dump(mode="json"),
+        }
+        # Written beside and renamed, so that a run that is killed leaves the old part or the new one, never a half.
+        weights, config = folder / f"{WEIGHTS_FILE}.partial", folder / f"{CONFIG_FILE}.partial"
+        save_file(tensors, weights)
+        config.write_text(json.dumps(about, indent=2) + "\n")
+        weights.replace(folder / WEIGHTS_FILE)
+        config.replace(folder / CONFIG_FILE)
+
+    def fill(self, saved: Saved) -> None:
+        """Take the weights of a saved part, as float32.
+
+        Raises:
+            SFDError: tensors are missing, left over or misshapen, or the weights are not those that were saved.
+        """
+        load_tensors(self, saved.tensors, str(saved.folder))
+        if self.identity != saved.identity:
+            raise SFDError(
+                f"{saved.folder}: {CONFIG_FILE} was saved with weights of identity {saved.identity}, but "
+                f"{WEIGHTS_FILE} beside it has {self.identity}; restore both files from one source"
+            )
+
+
+class Saved(NamedTuple):
+    """What a part's folder holds."""
+
+    folder: Path
+    kind: str
+    name: str
+    identity: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read(folder: Path, kinds: tuple[str, ...]) -> Saved:
+    """Read a part's folder; nothing is unpickled.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors`.
+        kinds: the kinds of part that are welcome.
+
+    Raises:
+        SFDError: a file is missing or unreadable, or the part is of another kind.
+    """
+    wanted = " or ".join(kinds)
+    about = _read_config(folder / CONFIG_FILE, wanted)
+    if about["kind"] not in kinds:
+        raise SFDError(f"{folder} holds a {about['kind']} ({about['name']}), but a {wanted} was expected")
+    weights = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise SFDError(f"{weights} cannot be read as safetensors ({error}); restore the file or train again") from None
+    return Saved(folder, about["kind"], about["name"], about["identity"], about["config"], tensors)
+
+
+def _read_config(path: Path, wanted: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise SFDError(f"{path.parent} holds no {wanted}: there is no {path.name} in it; give a folder that has one")
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        raise SFDError(f"{path} is not JSON ({error}); restore the file or train again") from None
+    missing = [key for key in ("kind", "name", "identity", "config") if not isinstance(about, dict) or key not in about]
+    if missing:
+        raise SFDError(f"{path} does not describe a {wanted}: it lacks {', '.join(missing)}; restore the file")
+    return about
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Fill all of a module's weights and buffers by name, converted to their own types.
+
+    Raises:
+        SFDError: some tensors are missing, left over, or of another shape; they are named.
+    """
+    expected = module.state_dict()
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(t.shape)}"
+        for name, t in expected.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    problems = {
+        "missing": sorted(set(expected) - set(tensors)),
+        "left over": sorted(set(tensors) - set(expected)),
+        "misshapen": misshapen,
+    }
+    found = "; ".join(f"{label}: {_some(names)}" for label, names in problems.items() if names)
+    if found:
+        raise SFDError(f"{where}: the weights do not fit the configuration ({found}); use the files of one model")
+    module.load_state_dict(dict(tensors))
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from sfd import randomness
+from sfd.errors import SFDError
+from sfd.models.compressor import load_compressor
+from sfd.models.pca import PCAConfig, fit_pca
+
+
+def features(count: int = 40, channels: int = 6, mean: float = 0.0) -> torch.Tensor:
+    """(count, channels, 3, 2), of unequal variances and rotated."""
+    draw = randomness.torch_generator(0, "test")
+    rotation = torch.linalg.qr(torch.randn(channels, channels, generator=draw))[0]
+    spread = 2.0 ** -torch.arange(channels)
+    samples = torch.randn(count, channels, 3, 2, generator=draw) * spread[:, None, None]
+    return torch.einsum("ij,bjhw->bihw", rotation, samples) + mean
+
+
+def fit(data: torch.Tensor, latent_channels: int, **options: bool):
+    return fit_pca(data.split(7), PCAConfig(input_channels=data.shape[1], latent_channels=latent_channels, **options))
+
+
+def test_all_components_give_the_features_back():
+    data = features(mean=3.0)
+    pca = fit(data, 6)
+    torch.testing.assert_close(pca.decode(pca.encode(data)), data, rtol=1e-5, atol=1e-5)
+    assert pca.explained == pytest.approx(1)
+
+
+def test_decode_then_encode_is_the_identity():
+    pca = fit(features(), 3, whiten=True)
+    latents = torch.randn(2, 3, 4, 4, generator=randomness.torch_generator(1, "test"))
+    torch.testing.assert_close(pca.encode(pca.decode(latents)), latents)
+
+
+def test_error_is_the_variance_left_out():
+    """Eckart and Young 1936: the squared error of the best linear map is the sum of the discarded eigenvalues."""
+    data = features()
+    pca = fit(data, 2)
+    samples = data.numel() // 6
+    error = (pca.decode(pca.encode(data)) - data).square().sum() / (samples - 1)
+    assert float(error) == pytest.approx(float(pca.total_variance * (1 - pca.explained)), rel=1e-4)
+
+
+def test_latents_are_uncorrelated_and_sorted():
+    data = features()
+    latents = fit(data, 4).encode(data).movedim(1, -1).flatten(0, 2)
+    covariance = torch.cov(latents.T)
+    torch.testing.assert_close(covariance, torch.diag(covariance.diagonal()), rtol=0, atol=1e-5)
+    assert covariance.diagonal().tolist() == sorted(covariance.diagonal().tolist(), reverse=True)
+
+
+def test_whitened_latents_have_unit_variance():
+    data = features()
+    latents = fit(data, 4, whiten=True).encode(data).movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(torch.cov(latents.T), torch.eye(4), rtol=0, atol=1e-4)
+
+
+def test_fit_does_not_depend_on_the_batches():
+    data = features()
+    one = fit_pca([data], PCAConfig(input_channels=6, latent_channels=3))
+    torch.testing.assert_close(fit(data, 3).components, one.components)
+
+
+def test_a_large_mean_costs_no_precision():
+    near, far = features(), features(mean=1000.0)
+    torch.testing.assert_close(fit(far, 3).variance, fit(near, 3).variance, rtol=1e-4, atol=0)
+
+
+def test_saves_and_loads(tmp_path):
+    data = features()
+    pca = fit(data, 3, whiten=True)
+    pca.save(tmp_path)
+    loaded = load_compressor(tmp_path)
+    assert torch.equal(loaded.encode(data), pca.encode(data))
+    assert (loaded.identity, loaded.channels) == (pca.identity, 3)
+
+
+def test_more_components_than_channels_are_refused():
+    with pytest.raises(ValueError, match="7 components cannot be had of 6 channels"):
+        PCAConfig(input_channels=6, latent_channels=7)
+
+
+def test_no_features_are_refused():
+    with pytest.raises(SFDError, match="at least two feature vectors"):
+        fit_pca([], PCAConfig(input_channels=6, latent_channels=2))
+
+
+def test_features_of_other_channels_are_refused():
+    pca = fit(features(), 2)
+    with pytest.raises(SFDError, match="takes features of 6 channels, got 5"):
+        pca.encode(torch.zeros(1, 5, 2, 2))
+    with pytest.raises(SFDError, match="PCA of 5 channels was given features of 6"):
+        fit_pca([features()], PCAConfig(input_channels=5, latent_channels=2))

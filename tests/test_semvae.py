@@ -1,0 +1,164 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sfd import randomness
+from sfd.data.shapes import ShapesSource
+from sfd.encoders import convnet
+from sfd.errors import SFDError
+from sfd.models.compressor import load_compressor
+from sfd.models.semvae import (
+    SemVAE,
+    SemVAEConfig,
+    SemVAEObjective,
+    from_published,
+    published_names,
+    reconstruction_losses,
+)
+from sfd.moments import Moments
+from sfd.training.loop import TrainSettings, fit
+from sfd.training.semvae import SemVAETask
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = SemVAEConfig(input_channels=12, latent_channels=3, width=16, heads=2, blocks=1)
+
+
+def make(config: SemVAEConfig = SMALL) -> SemVAE:
+    with randomness.seeded(0, "test"):
+        return SemVAE(config).eval()
+
+
+@pytest.fixture(scope="module")
+def io():
+    return load_file(GOLDEN / "semvae.io.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model():
+    heads = json.loads((GOLDEN / "semvae.json").read_text())["heads"]
+    return from_published(load_file(GOLDEN / "semvae.weights.safetensors"), heads).eval()
+
+
+@pytest.fixture(scope="module")
+def features(io):
+    """(B, tokens, channels) there, (B, channels, h, w) here."""
+    return io["features"].transpose(1, 2).unflatten(2, (4, 4))
+
+
+@pytest.fixture(scope="module")
+def reconstruction(model, io):
+    return model.decode(io["mean"])
+
+
+class TestGolden:
+    """Against the published implementation."""
+
+    def close(self, ours, theirs):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    def test_mean(self, model, features, io):
+        self.close(model.encode(features), io["mean"])
+
+    @torch.no_grad()
+    def test_logvar(self, model, features, io):
+        self.close(model.moments(features).logvar, io["logvar"])
+
+    def test_kl(self, io):
+        self.close(Moments(io["mean"], io["logvar"]).kl(), io["kl_per_image"])
+
+    def test_reconstruction(self, reconstruction, io):
+        self.close(reconstruction.flatten(2).transpose(1, 2), io["reconstruction_from_mean"])
+
+    def test_losses(self, reconstruction, features, io):
+        mse, cosine = reconstruction_losses(reconstruction, features)
+        self.close(mse, io["mse"])
+        self.close(cosine, io["cosine_loss_last_dim"])
+
+    def test_the_published_cosine_loss(self, reconstruction, features, io):
+        self.close(reconstruction_losses(reconstruction, features, "tokens")[1], io["cosine_loss"])
+
+    def test_parameter_count(self, model):
+        count = json.loads((GOLDEN / "semvae.json").read_text())["params"]
+        assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_published_size_and_names():
+    """Every published tensor has a place here, of its shape, and every place is filled."""
+    published = json.loads((GOLDEN / "keys_semvae.json").read_text())
+    with torch.device("meta"):
+        model = SemVAE(SemVAEConfig())
+    ours = {name: list(t.shape) for name, t in model.state_dict().items()}
+    names = published_names(published["blocks"])
+    assert {names[theirs]: shape for theirs, shape in published["state_dict"].items()} == ours
+    counts = {tower: sum(p.numel() for p in getattr(model, tower).parameters()) for tower in ("encoder", "decoder")}
+    assert counts == {"encoder": published["encoder_parameters"], "decoder": published["decoder_parameters"]}
+
+
+def test_published_weights_with_an_unknown_tensor_are_refused():
+    tensors = load_file(GOLDEN / "semvae.weights.safetensors")
+    tensors["encoder.1.extra"] = tensors.pop("decoder.3.bias")
+    with pytest.raises(SFDError, match=r"missing: decoder\.norm\.bias; left over: encoder\.1\.extra"):
+        from_published(tensors, heads=4)
+
+
+def test_other_checkpoints_are_refused():
+    with pytest.raises(SFDError, match="no published SemVAE checkpoint"):
+        from_published({"blocks.0.weight": torch.zeros(1)})
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="width 10 does not divide into 4 heads"):
+        SemVAEConfig(width=10, heads=4)
+
+
+def test_features_of_another_encoder_are_refused():
+    with pytest.raises(SFDError, match="takes features of 12 channels, got 5"):
+        make().encode(torch.zeros(1, 5, 4, 4))
+
+
+def test_logvar_is_clamped():
+    model = make()
+    with torch.no_grad():
+        model.encoder.head.bias[3:] = 100.0
+    assert float(model.moments(torch.zeros(1, 12, 2, 2)).logvar.detach().max()) == 20
+
+
+def test_zero_noise_draws_the_mean():
+    features = torch.randn(2, 12, 4, 4, generator=randomness.torch_generator(0, "test"))
+    model = make()
+    with torch.no_grad():
+        reconstruction, moments = model(features, torch.zeros(2, 3, 4, 4))
+    assert torch.equal(reconstruction, model.decode(moments.mean))
+
+
+def test_kl_of_a_standard_normal_is_zero():
+    assert Moments(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)).kl().tolist() == [0, 0]
+
+
+def test_saves_and_loads(tmp_path):
+    model = make()
+    model.save(tmp_path)
+    loaded = load_compressor(tmp_path)
+    features = torch.randn(2, 12, 4, 4, generator=randomness.torch_generator(0, "test"))
+    assert torch.equal(loaded.encode(features), model.encode(features))
+    assert loaded.identity == model.identity
+    assert loaded.channels == 3
+
+
+def test_training_lowers_the_loss(tmp_path):
+    with randomness.seeded(0, "test"):
+        encoder = convnet.build(convnet.Config(widths=(8, 8, 16), channels=12)).eval()
+    task = SemVAETask(make(), encoder, ShapesSource(128, seed=0), SemVAEObjective(), seed=0, batch_size=16)
+    settings = TrainSettings(steps=60, batch_size=16, learning_rate=3e-3, log_every=1)
+    task.finish(fit(task, settings, tmp_path, device=torch.device("cpu")))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_encoder_of_other_width_is_refused():
+    encoder = convnet.build(convnet.Config(widths=(8, 8, 16), channels=8))
+    with pytest.raises(SFDError, match="takes features of 12 channels, but the encoder gives 8"):
+        SemVAETask(make(), encoder, ShapesSource(4, seed=0), SemVAEObjective(), seed=0, batch_size=2)
