@@ -105,7 +105,7 @@ class Output(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """v̂(x, t, y) on packed composite latents."""
+    """v̂(x, t, y) on packed composite latents. Its weights stay float32; for bf16, call it under `torch.autocast`."""
 
     position: Tensor
     rotation: Tensor
