@@ -205,7 +205,8 @@ def evaluate(samples: Path, run_folder: Path, out: Path | None, device: str) -> 
 @click.option("--image-size", type=click.IntRange(min=8), default=32, show_default=True)
 def shapes(out: Path, count: int, seed: int, image_size: int) -> None:
     """Write the procedural data set as PNG files, a sub-folder a class."""
-    from sfd.data.shapes import ShapesSource, write_folder
+    from sfd.data.folder import write_folder
+    from sfd.data.shapes import ShapesSource
 
     write_folder(ShapesSource(count, seed, image_size), out)
     click.echo(f"{count} images in {out}")

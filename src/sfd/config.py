@@ -20,6 +20,8 @@ from sfd.data.open import DataSettings
 from sfd.errors import SFDError, unknown
 from sfd.evaluation.extractors.classifier import ClassifierSettings
 from sfd.generate import SampleSettings
+from sfd.models.pca import PCAConfig
+from sfd.models.semvae import SemVAEConfig, SemVAEObjective
 from sfd.models.transformer import SIZES
 from sfd.settings import Settings, parse
 from sfd.training.diffusion import LossSettings
@@ -54,15 +56,12 @@ class CompressorSettings(Settings):
 
     name: Literal["semvae", "pca"] = "semvae"
     channels: int = Field(8, gt=0, description="of the semantic latent")
-    hidden: int = Field(128, gt=0, description="SemVAE: width of its transformer blocks")
+    width: int = Field(128, gt=0, description="SemVAE: of its transformer blocks")
     heads: int = Field(4, gt=0, description="SemVAE")
     blocks: int = Field(2, gt=0, description="SemVAE: transformer blocks in encoder and decoder each")
     whiten: bool = Field(False, description="PCA: divide each component by its standard deviation")
     fit_images: int = Field(4096, gt=0, description="PCA: images that it is fitted on")
-    kl: float = Field(1e-7, ge=0, description="SemVAE: weight of the KL divergence")
-    cosine_dimension: Literal["features", "tokens"] = Field(
-        "features", description="SemVAE: the published code takes the cosine over tokens"
-    )
+    objective: SemVAEObjective = SemVAEObjective()
     train: TrainSettings | None = Field(None, description="SemVAE")
 
     @model_validator(mode="after")
@@ -70,6 +69,20 @@ class CompressorSettings(Settings):
         if (self.name == "semvae") != (self.train is not None):
             raise ValueError("a semvae needs `train`, and pca takes none")
         return self
+
+    def semvae(self, input_channels: int) -> SemVAEConfig:
+        """Give the SemVAE's architecture for features of so many channels."""
+        return SemVAEConfig(
+            input_channels=input_channels,
+            latent_channels=self.channels,
+            width=self.width,
+            heads=self.heads,
+            blocks=self.blocks,
+        )
+
+    def pca(self, input_channels: int) -> PCAConfig:
+        """Give the shape of the principal components for features of so many channels."""
+        return PCAConfig(input_channels=input_channels, latent_channels=self.channels, whiten=self.whiten)
 
 
 class StreamSettings(Settings):

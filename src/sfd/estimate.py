@@ -9,7 +9,7 @@ import torch
 
 from sfd import registry
 from sfd.config import EncoderSettings, Recipe, dump_recipe
-from sfd.models.semvae import SemVAE, SemVAEConfig
+from sfd.models.semvae import SemVAE
 from sfd.models.transformer import TransformerConfig, flops, parameter_count
 from sfd.pipeline import architecture
 from sfd.settings import parse
@@ -92,16 +92,9 @@ def _encoder_parameters(settings: EncoderSettings) -> str:
 
 
 def _semvae_parameters(recipe: Recipe) -> int:
-    given = recipe.compressor
-    config = SemVAEConfig(
-        features=_shape(recipe.semantic)[0],
-        channels=given.channels,
-        hidden=given.hidden,
-        heads=given.heads,
-        blocks=given.blocks,
-    )
     with torch.device("meta"):
-        return sum(p.numel() for p in SemVAE(config).parameters())
+        semvae = SemVAE(recipe.compressor.semvae(_shape(recipe.semantic)[0]))
+    return sum(p.numel() for p in semvae.parameters())
 
 
 def _step_flops(recipe: Recipe, forward: int) -> float:

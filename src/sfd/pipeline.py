@@ -30,15 +30,16 @@ from sfd.errors import SFDError
 from sfd.evaluation.extractors import classifier
 from sfd.generate import generate
 from sfd.model import Model, load_model
-from sfd.models import Compressor, load_compressor
+from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import fit_pca
-from sfd.models.semvae import SemVAE, SemVAEConfig, SemVAETask
+from sfd.models.semvae import SemVAE
 from sfd.models.transformer import SIZES, Transformer, TransformerConfig, parameter_count
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import parse
 from sfd.streams import Composite
 from sfd.training.diffusion import DiffusionTask
 from sfd.training.loop import FREE_TO_CHANGE, TrainSettings, fit
+from sfd.training.semvae import SemVAETask
 
 PREVIEW_IMAGES = 32
 
@@ -86,8 +87,7 @@ class Pipeline:
                 encoder = module.build(parse(module.Config, settings.config))
             objective = parse(module.Objective, settings.objective)
             task = module.task(encoder, self.images[0], objective, seed=self.recipe.seed, batch_size=train.batch_size)
-            fit(task, train, folder, device=self.device)
-            encoder.save(folder)
+            task.finish(fit(task, train, folder, device=self.device)).save(folder)
 
         made_from = {
             "seed": self.recipe.seed,
@@ -129,26 +129,17 @@ class Pipeline:
 
     def _train_semvae(self) -> None:
         settings, train = self.recipe.compressor, cast(TrainSettings, self.recipe.compressor.train)
-        config = SemVAEConfig(
-            features=self.semantic.channels,
-            channels=settings.channels,
-            hidden=settings.hidden,
-            heads=settings.heads,
-            blocks=settings.blocks,
-        )
-        with randomness.seeded(self.recipe.seed, "semvae"):
-            semvae = SemVAE(config)
+        with randomness.seeded(self.recipe.seed, "SemVAE"):
+            semvae = SemVAE(settings.semvae(self.semantic.channels))
         task = SemVAETask(
             semvae,
             self.semantic,
             self.images[0],
-            kl=settings.kl,
-            cosine_dimension=settings.cosine_dimension,
+            settings.objective,
             seed=self.recipe.seed,
             batch_size=train.batch_size,
         )
-        fit(task, train, self.folder.compressor, device=self.device)
-        semvae.save(self.folder.compressor)
+        cast(SemVAE, fit(task, train, self.folder.compressor, device=self.device)).save(self.folder.compressor)
 
     def _fit_pca(self) -> None:
         settings, source = self.recipe.compressor, self.images[0]
@@ -158,7 +149,7 @@ class Pipeline:
             self.semantic.encode(to_tensor(source.load(chosen[i : i + size])).to(self.device))
             for i in range(0, len(chosen), size)
         )
-        fit_pca(batches, settings.channels, whiten=settings.whiten).save(self.folder.compressor)
+        fit_pca(batches, settings.pca(self.semantic.channels)).save(self.folder.compressor)
 
     @cached_property
     def compressor(self) -> Compressor:
@@ -260,7 +251,7 @@ class Pipeline:
     def train_evaluator(self) -> None:
         """Train the classifier that judges the samples, on images that nothing else in the run sees."""
         settings = self.recipe.evaluation.classifier
-        made_from = {"data": self._data(), "classifier": settings.model_dump(exclude={"training"})}
+        made_from: dict[str, Any] = {"data": self._data(), "classifier": settings.model_dump(exclude={"training"})}
         made_from["training"] = _lasting(settings.training)
 
         def work() -> None:

@@ -11,11 +11,11 @@ import yaml
 
 from sfd import files
 from sfd.errors import SFDError
-from sfd.sample_folder import write_grid, write_samples
 from sfd.generate import SampleSettings
 from sfd.model import RECORD, Model, load_model
 from sfd.registry import find
 from sfd.resources import choose_device
+from sfd.sample_folder import write_grid, write_samples
 from sfd.settings import parse
 
 MAX_GRID_IMAGES = 400
@@ -36,7 +36,7 @@ def sample_images(
     with files.exclusive(out):
         write_samples(out, loaded, [p[0] for p in pairs], [p[1] for p in pairs], settings, weak=weaker)
         if len(pairs) <= MAX_GRID_IMAGES:
-            write_grid(out, columns=len(chosen_seeds))
+            write_grid(out, range(len(pairs)), columns=len(chosen_seeds))
     click.echo(f"{len(pairs)} images in {out}")
 
 

@@ -53,11 +53,10 @@ def write_samples(
             shown.advance(len(batch.images))
 
 
-def write_grid(folder: Path, columns: int, *, most: int | None = None) -> None:
-    """Show the images of a folder (the first `most`) as one picture, `grid.png`."""
-    count = len(files.read_json(folder / RECORD, "folder of samples")["seeds"])
+def write_grid(folder: Path, numbers: Sequence[int], columns: int) -> None:
+    """Show some images of a folder as one picture, `grid.png`."""
     with files.written(folder / GRID) as partial:
-        image_grid(read_images(folder, range(min(count, most or count))), columns=columns).save(partial, "PNG")
+        image_grid(read_images(folder, numbers), columns=columns).save(partial, "PNG")
 
 
 def read_images(folder: Path, numbers: Sequence[int]) -> np.ndarray:

@@ -64,17 +64,18 @@ class DiffusionTask:
         self._weights = self.composite.expand(torch.tensor([s.weight for s in self.composite.streams]))
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give clean latents x1 and noise x0 (B, N), base times u (B,), labels (B,), and features for REPA."""
+        """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels (B,), and features for REPA."""
         indices = self.order.indices(step, samples, self.batch_size)
         uniforms, normals = self._draw(step, samples)
         flips = (uniforms[:, 0] < 0.5) & self.settings.flip
         raw = {name: self.latents.read(name, indices, flips) for name in self.composite.names}
         labels = self.latents.labels[torch.from_numpy(indices)]
         dropped = torch.from_numpy(uniforms[:, 1] < self.settings.label_dropout)
+        u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), self.settings.base_time)
         batch = {
             "x1": self.composite.join(self.composite.normalize(raw)),
             "x0": torch.from_numpy(normals[:, 1:].copy()),
-            "u": flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), self.settings.base_time),
+            "times": self.schedule.at(u).time,
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
         }
         if self.settings.repa:
@@ -93,8 +94,7 @@ class DiffusionTask:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the objective and its parts, each averaged over the batch."""
-        x1, x0 = batch["x1"], batch["x0"]
-        times = self.schedule.at(batch["u"]).time
+        x1, x0, times = batch["x1"], batch["x0"], batch["times"]
         x = flow.interpolate(x1, x0, self.composite.expand(times))
         target = flow.velocity_target(x1, x0)
         output: Output = model(x, times, batch["labels"], project=bool(self.settings.repa))

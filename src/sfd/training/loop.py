@@ -53,7 +53,11 @@ class Task(Protocol):
     """What is trained. `batch` and `loss` are pure, so that a run can stop anywhere and go on exactly."""
 
     name: str
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        """The network whose parameters are optimised."""
+        ...
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
         """Give some slots of a step's global batch, as CPU tensors. Runs in a thread of its own, ahead of the step."""

@@ -1,0 +1,251 @@
+"""What comes after training: samples, their metrics against images that training did not see, and the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from sfd import files, stages
+from sfd.config import Recipe, dump_recipe, load_recipe
+from sfd.data.latents import LatentSet
+from sfd.errors import SFDError
+from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
+from sfd.evaluation.extractors._base import load_extractor
+from sfd.evaluation.extractors.classifier import divide
+from sfd.evaluation.report import Gallery, ReportContent, ScheduleCurves, StageCost, Strip, write_report
+from sfd.evaluation.samples import load_samples
+from sfd.generate import SampleSettings, decode, generate
+from sfd.model import Model
+from sfd.pipeline import Pipeline
+from sfd.sample_folder import read_images, write_grid, write_samples
+from sfd.sampling import Progress
+from sfd.stages import RunFolder
+
+GUIDED, UNGUIDED = "guided", "unguided"
+GRID_COLUMNS = 10
+STRIP_FRAMES = 13
+STRIP_STEPS = 48
+CURVE_POINTS = 201
+REFERENCE_NAME = "held-out real images"
+
+
+def assess(pipeline: Pipeline) -> None:
+    """Sample with and without guidance, measure both and real images beside them, and write the report."""
+    recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
+    variants = _variants(recipe, model)
+    for name, settings in variants.items():
+        _sample(pipeline, name, settings)
+    made_from = {
+        "model": model.identity,
+        "evaluator": load_extractor(folder.evaluator / "extractor", pipeline.device).identity,
+        "evaluation": recipe.evaluation.model_dump(exclude={"classifier"}),
+        "variants": {name: s.model_dump(exclude={"batch_size"}) for name, s in variants.items()},
+    }
+    metrics_folder = folder.root / "metrics"
+    stages.carry_out(
+        "metrics",
+        metrics_folder,
+        made_from,
+        lambda: _measure(pipeline, list(variants), metrics_folder),
+        pipeline.device,
+    )
+    write_run_report(pipeline, list(variants))
+
+
+def _variants(recipe: Recipe, model: Model) -> dict[str, SampleSettings]:
+    """The sampling settings that are compared: the recipe's, and the same without guidance."""
+    plain = recipe.sample.model_copy(update={"guidance": 1.0, "interval": None})
+    if recipe.sample.guidance == 1.0 or not model.classes:
+        return {UNGUIDED: plain}
+    return {GUIDED: recipe.sample, **({UNGUIDED: plain} if recipe.evaluation.unguided else {})}
+
+
+def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
+    evaluation, model = pipeline.recipe.evaluation, pipeline.model
+    labels = [label for label in _labels(model) for _ in range(evaluation.samples_per_class)]
+    seeds = list(range(evaluation.seed, evaluation.seed + len(labels)))
+    folder = pipeline.folder.samples / name
+    made_from = {"model": model.identity, "sampling": settings.model_dump(exclude={"batch_size"}), "seeds": len(seeds)}
+
+    def work() -> None:
+        write_samples(folder, model, labels, seeds, settings)
+        write_grid(folder, _grid_numbers(evaluation.samples_per_class, len(_labels(model))), GRID_COLUMNS)
+
+    stages.carry_out(f"{name} samples", folder, made_from, work, pipeline.device)
+
+
+def _labels(model: Model) -> list[int]:
+    return list(range(len(model.classes))) or [model.transformer.null_class]
+
+
+def _grid_numbers(per_class: int, classes: int) -> list[int]:
+    """Numbers of the first images of each class: a row a class."""
+    if classes == 1:
+        return list(range(min(per_class, GRID_COLUMNS**2)))
+    return [c * per_class + i for c in range(classes) for i in range(min(GRID_COLUMNS, per_class))]
+
+
+def reference(pipeline: Pipeline) -> Reference:
+    """The real images that samples are compared with, seen through the run's evaluator."""
+    extractor = load_extractor(pipeline.folder.evaluator / "extractor", pipeline.device)
+    _, images = divide(pipeline.images[1], pipeline.recipe.evaluation.classifier)
+    return measure(images, extractor, REFERENCE_NAME)
+
+
+def _measure(pipeline: Pipeline, names: list[str], out: Path) -> None:
+    against = reference(pipeline)
+    rows = []
+    for name in names:
+        samples = load_samples(pipeline.folder.samples / name)
+        labels = samples.labels_among(against.classes)
+        rows.append(evaluate(samples.batches(), labels, against, name=f"{name} samples", sampling=samples.sampling))
+    rows.append(evaluate_real(pipeline.images[0], against, rows[0].n_samples, pipeline.recipe.seed))
+    for row in rows:
+        row.write(out / f"{row.name.replace(' ', '-')}.json")
+
+
+def read_run_metrics(folder: RunFolder, names: list[str]) -> list[Metrics]:
+    """Read what a run measured: the named variants, then real images."""
+    rows = [f"{name}-samples" for name in names] + ["real-training-images"]
+    return [read_metrics(folder.root / "metrics" / f"{row}.json") for row in rows]
+
+
+def evaluate_folder(samples: Path, run: Path, out: Path | None, device: torch.device) -> str:
+    """Judge a folder of images with a run's evaluator and held-out images; give the metrics as text.
+
+    Raises:
+        SFDError: the run has no evaluator or the images do not fit it.
+    """
+    if not (run / "recipe.yaml").exists():
+        raise SFDError(f"{run} is no run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
+    pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, device)
+    loaded = load_samples(samples)
+    against = reference(pipeline)
+    labels = loaded.labels_among(against.classes)
+    result = evaluate(loaded.batches(), labels, against, name=samples.name, sampling=loaded.sampling)
+    if out is not None:
+        result.write(out)
+    return describe(result)
+
+
+def describe(metrics: Metrics) -> str:
+    """Write metrics with their protocol as text."""
+    protocol = metrics.protocol
+    accuracy = "" if metrics.class_accuracy is None else f"class accuracy     {metrics.class_accuracy:.1%}\n"
+    return (
+        f"Fréchet distance   {metrics.frechet_distance:.3f}\n"
+        f"precision, recall  {metrics.precision:.3f}, {metrics.recall:.3f}\n"
+        f"{accuracy}"
+        f"{metrics.n_samples} samples ({'balanced' if metrics.balanced else 'not balanced'}) against "
+        f"{protocol.reference_count} {protocol.reference}, in the features of {protocol.extractor_identity} "
+        f"({protocol.extractor_task}; its own accuracy {protocol.extractor_accuracy or 0:.1%})"
+    )
+
+
+def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
+    """Gather all that a finished run knows of itself into report.html."""
+    recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
+    metrics = read_run_metrics(folder, names)
+    costs = [StageCost(r["stage"], r["seconds"], r["peak_memory_bytes"]) for r in folder.stages()]
+    content = ReportContent(
+        title=recipe.name,
+        summary=_summary(recipe, model, metrics),
+        facts=_facts(pipeline),
+        recipe=dump_recipe(recipe),
+        galleries=[_gallery(pipeline, name) for name in names],
+        schedule=schedule_curves(model),
+        strip=phase_strip(model, recipe.sample, seed=recipe.evaluation.seed)
+        if len(model.schedule.streams) > 1
+        else None,
+        logs=_logs(folder),
+        metrics=metrics,
+        stages=costs,
+    )
+    write_report(folder.report, content)
+
+
+def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
+    accuracy = metrics[0].class_accuracy
+    judged = "" if accuracy is None else f" An independent classifier recognises {accuracy:.1%} of its samples."
+    return f"A semantic-first diffusion model of {model.history['parameters']:,} parameters, trained from nothing on {recipe.data.source}.{judged}"
+
+
+def _facts(pipeline: Pipeline) -> dict[str, str]:
+    recipe, model = pipeline.recipe, pipeline.model
+    latents = LatentSet(pipeline.folder.latents)
+    streams = "; ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid}" for s in model.composite.streams)
+    return {
+        "Data": f"{recipe.data.source}, {len(latents):,} training images, {len(pipeline.images[1]):,} held out",
+        "Latent": streams,
+        "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
+        "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
+        "Sampling": _sampling_text(recipe.sample),
+        "Machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} processors, {pipeline.device}",
+        "Software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+    }
+
+
+def _sampling_text(settings: SampleSettings) -> str:
+    steps = f"{settings.steps} steps" if settings.steps else "adaptive steps"
+    return f"{settings.solver}, {steps}, guidance {settings.guidance}"
+
+
+def _gallery(pipeline: Pipeline, name: str) -> Gallery:
+    model, per_class = pipeline.model, pipeline.recipe.evaluation.samples_per_class
+    numbers = _grid_numbers(per_class, len(_labels(model)))
+    record = files.read_json(pipeline.folder.samples / name / "samples.json", "folder of samples")
+    labels = np.array([record["labels"][i] for i in numbers]) if model.classes else None
+    caption = _sampling_text(SampleSettings(**record["sampling"]))
+    return Gallery(
+        name.capitalize(), caption, read_images(pipeline.folder.samples / name, numbers), labels, model.classes
+    )
+
+
+def schedule_curves(model: Model) -> ScheduleCurves:
+    """Tabulate a model's schedule for drawing, knots included so that corners stay sharp."""
+    base = np.union1d(np.linspace(0, 1, CURVE_POINTS), model.schedule.knots)
+    times, rates = model.schedule.at(torch.from_numpy(base))
+    return ScheduleCurves(model.composite.names, base, times.numpy(), rates.numpy(), model.schedule.knots)
+
+
+def phase_strip(model: Model, settings: SampleSettings, seed: int, label: int | None = None) -> Strip:
+    """Follow one sample from noise to image, at evenly spaced base times."""
+    chosen = _labels(model)[min(4, len(_labels(model)) - 1)] if label is None else label
+    seen: list[Progress] = []
+    fixed = settings.model_copy(update={"solver": "heun", "steps": STRIP_STEPS, "options": {}, "shift": 1.0})
+    list(generate(model, [chosen], [seed], fixed, callback=seen.append))
+    wanted = np.linspace(0, 1, STRIP_FRAMES + 1)[1:]
+    frames = [min(seen, key=lambda p: abs(p.u - u)) for u in wanted]
+    states = torch.cat([frame.x for frame in frames])
+    latents = model.composite.split(states.cpu())
+    leader = next(name for name in model.composite.names if name != "texture")
+    named = f"class {model.classes[chosen]!r}, " if model.classes else ""
+    return Strip(
+        caption=f"{named}seed {seed}, {_sampling_text(fixed)}",
+        base=np.array([frame.u for frame in frames]),
+        times=torch.stack([frame.times for frame in frames]).numpy(),
+        semantic=latents[leader].numpy(),
+        decoded=decode(model, states),
+    )
+
+
+def _logs(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    parts = {
+        "transformer": folder.training,
+        "SemVAE": folder.compressor,
+        "texture encoder": folder.texture,
+        "semantic encoder": folder.semantic,
+        "evaluation classifier": folder.evaluator,
+    }
+    logs = {name: path / "log.jsonl" for name, path in parts.items()}
+    return {
+        name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for name, path in logs.items()
+        if path.exists()
+    }
