@@ -173,7 +173,11 @@ def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
 def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
     accuracy = metrics[0].class_accuracy
     judged = "" if accuracy is None else f" An independent classifier recognises {accuracy:.1%} of its samples."
-    return f"A semantic-first diffusion model of {model.history['parameters']:,} parameters, trained from nothing on {recipe.data.source}.{judged}"
+    parameters = f"{model.history['parameters']:,}"
+    return (
+        f"A semantic-first diffusion model of {parameters} parameters, trained from nothing on {recipe.data.source}."
+        + judged
+    )
 
 
 def _facts(pipeline: Pipeline) -> dict[str, str]:
