@@ -29,6 +29,7 @@ from sfd.training.loop import TrainSettings
 
 MAX_EXTENDS = 8
 RECIPE_BYTES = 1 << 20
+DEFAULT_SCHEDULE: dict[str, Any] = {"name": "offset", "delta": 0.3}
 
 
 class EncoderSettings(Settings):
@@ -133,7 +134,7 @@ class Recipe(Settings):
     compressor: CompressorSettings
     latents: LatentSettings = LatentSettings()
     streams: dict[str, StreamSettings] = {"texture": StreamSettings(), "semantic": StreamSettings(weight=2.0)}
-    schedule: dict[str, Any] = {"name": "offset", "delta": 0.3}
+    schedule: dict[str, Any] = DEFAULT_SCHEDULE
     transformer: TransformerSettings = TransformerSettings()
     loss: LossSettings = LossSettings()
     train: TrainSettings
@@ -172,9 +173,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         SFDError: the file is missing or no YAML, or a field is unknown or of the wrong type.
     """
-    values = _read(path, MAX_EXTENDS)
+    values = _merge({"schedule": DEFAULT_SCHEDULE}, _read(path, MAX_EXTENDS))
     for override in overrides:
         _apply(values, override)
+    if isinstance(values.get("streams"), dict):
+        # An inherited stream is taken out by `semantic: null`.
+        values["streams"] = {name: stream for name, stream in values["streams"].items() if stream is not None}
     return parse(Recipe, values, path.name)
 
 

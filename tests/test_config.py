@@ -1,0 +1,88 @@
+import pytest
+import yaml
+from tiny import RECIPE, write_recipe
+
+from sfd.config import dump_recipe, load_recipe
+from sfd.errors import SFDError
+
+
+def test_overrides_change_single_fields(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path), ["train.steps=99", "schedule.delta=0.5", "loss.repa=0"])
+    assert (recipe.train.steps, recipe.schedule["delta"], recipe.loss.repa) == (99, 0.5, 0)
+
+
+def test_the_resolved_copy_means_the_same(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path), ["schedule={name: sequential}"])
+    assert load_recipe(write_recipe(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_a_recipe_inherits(tmp_path):
+    write_recipe(tmp_path)
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: tiny.yaml\nname: child\ntrain: {steps: 7}\n")
+    recipe = load_recipe(child)
+    assert (recipe.name, recipe.train.steps, recipe.train.batch_size) == ("child", 7, 8)
+
+
+def test_another_kind_of_part_inherits_nothing(tmp_path):
+    write_recipe(tmp_path)
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: tiny.yaml\nschedule: {name: synchronous}\n")
+    (tmp_path / "tiny.yaml").write_text(RECIPE + "schedule: {name: offset, delta: 0.4}\n")
+    assert load_recipe(child).schedule == {"name": "synchronous"}
+
+
+def test_an_inherited_stream_can_be_taken_out(tmp_path):
+    overrides = ["streams={texture: {}, semantic: null}", "schedule={name: synchronous}"]
+    assert list(load_recipe(write_recipe(tmp_path), overrides).streams) == ["texture"]
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path):
+    loop = tmp_path / "loop.yaml"
+    loop.write_text("extends: loop.yaml\n")
+    with pytest.raises(SFDError, match="extending itself"):
+        load_recipe(loop)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=3"], "'train.stepz'.*did you mean 'steps'"),
+        (["trian.steps=3"], "'trian'.*did you mean 'train'"),
+        (["train.steps=many"], "'train.steps'.*integer.*\"many\""),
+        (["train.steps=1.5"], "'train.steps'"),
+        (["train.steps=0"], "'train.steps'.*greater than 0"),
+        (["seed=-1"], "'seed'.*greater than or equal to 0"),
+        (["schedule={name: offset, dleta: 1}"], "did you mean 'delta'"),
+        (["schedule={name: ofset}"], "did you mean 'offset'"),
+        (["texture.name=autoencoder_k"], "did you mean 'autoencoder_kl'"),
+        (["texture.config.patsch=2"], "did you mean 'patch'"),
+        (["transformer.size=XXXL"], "no transformer size 'XXXL'"),
+        (["transformer.clocks=one"], "single time"),
+        (["streams={semantic: {}}"], "must hold 'texture'"),
+        (["compressor.name=pca"], "pca takes none"),
+        (["data.holdout=0"], "holdout is 0"),
+        (["nonsense"], "is no override"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, overrides, message):
+    with pytest.raises(SFDError, match=message):
+        load_recipe(write_recipe(tmp_path), overrides)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "mapping"), ("a: [", "not valid YAML"), ("\x00", "YAML")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    with pytest.raises(SFDError, match=message):
+        load_recipe(write_recipe(tmp_path, text))
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(SFDError, match="there is no recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_field_is_missing(tmp_path):
+    values = yaml.safe_load(RECIPE)
+    del values["train"]
+    with pytest.raises(SFDError, match="'train' is missing"):
+        load_recipe(write_recipe(tmp_path, yaml.safe_dump(values)))
