@@ -1,9 +1,9 @@
 import pytest
 import yaml
-from tiny import RECIPE, write_recipe
 
 from sfd.config import dump_recipe, load_recipe
 from sfd.errors import SFDError
+from tiny import RECIPE, write_recipe
 
 
 def test_overrides_change_single_fields(tmp_path):

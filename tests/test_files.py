@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_a_full_disk_leaves_no_file(tmp_path):
     # /dev/full stands for a disk with no space: every write to it fails with ENOSPC.
     with pytest.raises(SFDError, match="no space left"), files.written(tmp_path / "a") as partial:
         partial.touch()
-        with open("/dev/full", "wb", buffering=0) as full:
+        with Path("/dev/full").open("wb", buffering=0) as full:
             full.write(b"x")
     assert list(tmp_path.iterdir()) == []
 

@@ -20,7 +20,7 @@ from sfd.evaluation.extractors._base import load_extractor
 from sfd.evaluation.extractors.classifier import divide
 from sfd.evaluation.report import Gallery, ReportContent, ScheduleCurves, StageCost, Strip, write_report
 from sfd.evaluation.samples import load_samples
-from sfd.generate import SampleSettings, decode, generate
+from sfd.generate import SampleSettings, decode, generate, without_guidance
 from sfd.model import Model
 from sfd.pipeline import Pipeline
 from sfd.sample_folder import read_images, write_grid, write_samples
@@ -38,7 +38,7 @@ REFERENCE_NAME = "held-out real images"
 def assess(pipeline: Pipeline) -> None:
     """Sample with and without guidance, measure both and real images beside them, and write the report."""
     recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
-    variants = _variants(recipe, model)
+    variants = _variants(pipeline)
     for name, settings in variants.items():
         _sample(pipeline, name, settings)
     made_from = {
@@ -58,12 +58,13 @@ def assess(pipeline: Pipeline) -> None:
     write_run_report(pipeline, list(variants))
 
 
-def _variants(recipe: Recipe, model: Model) -> dict[str, SampleSettings]:
+def _variants(pipeline: Pipeline) -> dict[str, SampleSettings]:
     """The sampling settings that are compared: the recipe's, and the same without guidance."""
-    plain = recipe.sample.model_copy(update={"guidance": 1.0, "interval": None})
-    if recipe.sample.guidance == 1.0 or not model.classes:
+    recipe, settings = pipeline.recipe, pipeline.sample_settings(pipeline.model)
+    plain = without_guidance(settings)
+    if settings == plain:
         return {UNGUIDED: plain}
-    return {GUIDED: recipe.sample, **({UNGUIDED: plain} if recipe.evaluation.unguided else {})}
+    return {GUIDED: settings, **({UNGUIDED: plain} if recipe.evaluation.unguided else {})}
 
 
 def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
@@ -160,7 +161,7 @@ def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
         recipe=dump_recipe(recipe),
         galleries=[_gallery(pipeline, name) for name in names],
         schedule=schedule_curves(model),
-        strip=phase_strip(model, recipe.sample, seed=recipe.evaluation.seed)
+        strip=phase_strip(model, pipeline.sample_settings(model), seed=recipe.evaluation.seed)
         if len(model.schedule.streams) > 1
         else None,
         logs=_logs(folder),
@@ -189,7 +190,7 @@ def _facts(pipeline: Pipeline) -> dict[str, str]:
         "Latent": streams,
         "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
         "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
-        "Sampling": _sampling_text(recipe.sample),
+        "Sampling": _sampling_text(pipeline.sample_settings(model)),
         "Machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} processors, {pipeline.device}",
         "Software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
     }

@@ -34,6 +34,11 @@ class SampleSettings(Settings):
     precision: Literal["float32", "bf16"] = "float32"
 
 
+def without_guidance(settings: SampleSettings) -> SampleSettings:
+    """Give the same settings with the strong model alone."""
+    return settings.model_copy(update={"guidance": 1.0, "interval": None})
+
+
 class Generated(NamedTuple):
     """One batch of images."""
 

@@ -28,7 +28,7 @@ from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
 from sfd.errors import SFDError
 from sfd.evaluation.extractors import classifier
-from sfd.generate import generate
+from sfd.generate import SampleSettings, generate, without_guidance
 from sfd.model import Model, load_model
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import fit_pca
@@ -238,10 +238,14 @@ class Pipeline:
 
         model = Model(cast(Transformer, network), schedule, self.texture, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
-        settings = self.recipe.sample.model_copy(update={"batch_size": PREVIEW_IMAGES})
+        settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES})
         images = np.concatenate([g.images for g in generate(model, labels, range(PREVIEW_IMAGES), settings)])
         with files.written(folder / f"step-{step:09d}.png") as partial:
             image_grid(images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
+
+    def sample_settings(self, model: Model) -> SampleSettings:
+        """The recipe's way of sampling; without guidance where the images turned out to have no classes."""
+        return self.recipe.sample if model.classes else without_guidance(self.recipe.sample)
 
     @cached_property
     def model(self) -> Model:

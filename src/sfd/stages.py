@@ -76,9 +76,9 @@ def carry_out(
         extent: plain values that may differ from those of a finished stage, which then goes on (more steps).
     """
     if finished(folder, made_from, extent):
-        console.print(f"[dim]{name}: done before, in {folder}[/dim]")
+        console.print(f"{name}: done before, in {folder}", style="dim", markup=False, soft_wrap=True)
         return
-    console.print(f"[bold]{name}[/bold] → {folder}")
+    console.print(f"{name} → {folder}", style="bold", markup=False, soft_wrap=True)
     with measured(device) as usage:
         work()
     record = {"stage": name, "finished": files.now(), **vars(usage)}

@@ -7,6 +7,7 @@ the identities of the tokenizers and a checksum a shard; it is written last, so 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -163,7 +164,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], job: Mapping[str, str])
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise SFDError(f"encoding gave non-finite values in {name!r}; retrain the encoder or use dtype: float32")
-    files.write_tensors(path, tensors, job)
+    # One entry, because the order of several in the file is not always the same.
+    files.write_tensors(path, tensors, {"job": json.dumps(dict(job))})
 
 
 def _finished(path: Path, job: Mapping[str, str]) -> dict[str, Tensor]:
@@ -172,7 +174,7 @@ def _finished(path: Path, job: Mapping[str, str]) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, "pt") as handle:
-            before = handle.metadata() or {}
+            before = json.loads((handle.metadata() or {}).get("job", "{}"))
     except (SafetensorError, OSError) as error:
         raise SFDError(f"{path} is damaged ({error}); remove it and run the same command again") from None
     for key, value in job.items():

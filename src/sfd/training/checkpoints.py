@@ -57,7 +57,7 @@ def newest(folder: Path) -> Checkpoint | None:
             return _load(path)
         except SFDError as error:
             damaged.append(path.name)
-            console.print(f"checkpoint passed over: {error}", style="yellow", markup=False)
+            console.print(f"checkpoint passed over: {error}", style="yellow", markup=False, soft_wrap=True)
     if damaged:
         raise SFDError(f"no intact checkpoint in {folder} ({', '.join(damaged)} damaged); remove it to start anew")
     return None

@@ -1,0 +1,228 @@
+"""Every stage, on real parts, at a size that takes seconds."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from sfd import files
+from sfd.assessment import assess, evaluate_folder
+from sfd.config import load_recipe
+from sfd.data.folder import write_folder
+from sfd.data.latents import LatentSet
+from sfd.data.shapes import ShapesSource
+from sfd.errors import SFDError
+from sfd.generate import SampleSettings, generate
+from sfd.model import load_model
+from sfd.pipeline import Pipeline
+from sfd.sample_folder import read_images, write_samples
+from tiny import RECIPE, write_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole run, from images to report."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline = Pipeline(load_recipe(write_recipe(folder)), folder / "out", CPU)
+    pipeline.save_recipe()
+    pipeline.all()
+    assess(pipeline)
+    return pipeline
+
+
+def weights(run):
+    return files.read_tensors(run / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_ends_with_a_report(finished):
+    page = finished.folder.report.read_text()
+    assert "tiny" in page and "Fréchet distance" in page
+
+
+def test_previews_are_written(finished):
+    names = sorted(p.name for p in (finished.folder.training / "previews").iterdir())
+    assert names == ["step-000000003.png", "step-000000006.png"]
+
+
+def test_the_same_command_does_nothing_again(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.folder.root.rglob("*.safetensors")}
+    again = Pipeline(finished.recipe, finished.folder.root, CPU)
+    again.all()
+    assert before == {p: p.stat().st_mtime_ns for p in finished.folder.root.rglob("*.safetensors")}
+
+
+def test_the_same_recipe_gives_the_same_bytes(finished, tmp_path):
+    other = Pipeline(finished.recipe, tmp_path, CPU)
+    other.all()
+    assert same(weights(tmp_path), weights(finished.folder.root))
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished.folder.root, out, ignore=shutil.ignore_patterns("training", "model", "samples", "metrics"))
+    command = [sys.executable, "-m", "sfd", "train", str(write_recipe(tmp_path)), "--out", str(out), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not list((out / "training" / "checkpoints").glob("step-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert same(weights(out), weights(finished.folder.root))
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished):
+    other = load_recipe(finished.folder.recipe, ["loss.cosine=0.5"])
+    with pytest.raises(SFDError, match=r"loss\.cosine = 1\.0, but this command has 0\.5"):
+        Pipeline(other, finished.folder.root, CPU).train()
+
+
+def test_a_stage_names_what_it_needs_first(tmp_path):
+    pipeline = Pipeline(load_recipe(write_recipe(tmp_path)), tmp_path / "out", CPU)
+    with pytest.raises(SFDError, match="sfd prepare"):
+        pipeline.train()
+
+
+def test_image_k_depends_on_seed_k_alone(finished):
+    seeds, labels = list(range(7)), [0, 1, 2, 3, 4, 5, 6]
+    settings = SampleSettings(steps=4, guidance=1.5)
+    whole = torch.cat([g.latents for g in generate(finished.model, labels, seeds, settings)])
+    odd = settings.model_copy(update={"batch_size": 3})
+    parts = torch.cat([g.latents for g in generate(finished.model, labels, seeds, odd)])
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_folder_of_samples_is_the_same(finished, tmp_path):
+    settings = SampleSettings(steps=3)
+    write_samples(tmp_path / "a", finished.model, [0, 1, 2], [5, 6, 7], settings)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "000001.png").unlink()
+    write_samples(tmp_path / "b", finished.model, [0, 1, 2], [5, 6, 7], settings)
+    assert np.array_equal(read_images(tmp_path / "a", range(3)), read_images(tmp_path / "b", range(3)))
+
+
+def test_samples_made_otherwise_are_not_mixed(finished, tmp_path):
+    write_samples(tmp_path / "a", finished.model, [0], [5], SampleSettings(steps=3))
+    with pytest.raises(SFDError, match="another sampling"):
+        write_samples(tmp_path / "a", finished.model, [0], [5], SampleSettings(steps=4))
+
+
+def test_autoguidance_by_another_model(finished):
+    settings = SampleSettings(steps=3, guidance={"semantic": 1.9, "texture": 1.3})
+    guided = next(generate(finished.model, [1], [0], settings, weak=finished.model))
+    plain = next(generate(finished.model, [1], [0], SampleSettings(steps=3)))
+    torch.testing.assert_close(guided.latents, plain.latents)  # guided by itself: unchanged
+
+
+def test_a_folder_of_samples_is_judged(finished):
+    text = evaluate_folder(finished.folder.samples / "guided", finished.folder.root, None, CPU)
+    assert "class accuracy" in text and "20 samples (balanced)" in text
+
+
+def test_a_model_in_half_precision_is_still_itself(finished, tmp_path):
+    finished.model.save(tmp_path / "half", torch.float16)
+    assert load_model(tmp_path / "half", CPU).identity == finished.model.identity
+
+
+def test_a_model_with_another_texture_encoder_is_refused(finished, tmp_path):
+    shutil.copytree(finished.folder.model, tmp_path / "model")
+    other = Pipeline(load_recipe(finished.folder.recipe, ["seed=1"]), tmp_path / "other", CPU)
+    other.train_texture()
+    other.texture.save(tmp_path / "model" / "texture")
+    with pytest.raises(SFDError, match="made by tokenizer"):
+        load_model(tmp_path / "model", CPU)
+
+
+def test_weights_of_another_model_are_refused(finished, tmp_path):
+    shutil.copytree(finished.folder.model, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    files.write_tensors(path, {name: t + 1 for name, t in files.read_tensors(path).items()})
+    with pytest.raises(SFDError, match="is not the file"):
+        load_model(tmp_path / "model", CPU)
+
+
+def test_latents_read_back_what_was_encoded(finished):
+    latents, source = LatentSet(finished.folder.latents), finished.images[0]
+    numbers = np.array([3, 77, 51])
+    from sfd.data.images import to_tensor
+
+    expected = finished.texture.encode(to_tensor(source.load(numbers)).flip(-1))
+    torch.testing.assert_close(latents.read("texture", numbers, np.ones(3, bool)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_those_of_the_unflipped_latents(finished):
+    latents = LatentSet(finished.folder.latents)
+    everything = latents.read("texture", np.arange(len(latents)), np.zeros(len(latents), bool))
+    std = torch.tensor(latents.manifest.streams["texture"].std)
+    torch.testing.assert_close(std, everything.transpose(0, 1).flatten(1).std(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_shard_is_named(finished, tmp_path, damage):
+    shutil.copytree(finished.folder.latents, tmp_path / "latents")
+    shard = tmp_path / "latents" / "shard-00001.safetensors"
+    data = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(data[:-3] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(SFDError, match="shard-00001"):
+        LatentSet(tmp_path / "latents")
+
+
+def test_preparing_goes_on_after_the_finished_shards(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished.folder.root, out, ignore=shutil.ignore_patterns("training", "samples", "stage.json"))
+    for part in ("texture", "semantic", "compressor"):
+        shutil.copy(finished.folder.root / part / "stage.json", out / part / "stage.json")
+    kept, lost = out / "latents" / "shard-00000.safetensors", out / "latents" / "shard-00001.safetensors"
+    whole, before = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    Pipeline(finished.recipe, out, CPU).prepare()
+    assert lost.read_bytes() == whole and kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["compressor={name: pca, channels: 4}"],
+        ["streams={texture: {}, semantic: null}", "schedule={name: synchronous}", "loss.repa=0"],
+        ["schedule={name: sequential}", "transformer.checkpointing=true"],
+        ["schedule={name: synchronous}", "transformer.clocks=one"],
+    ],
+    ids=["pca", "texture alone", "sequential", "one clock"],
+)
+def test_variants_of_the_method_run(finished, tmp_path, overrides):
+    for part in ("texture", "semantic"):
+        shutil.copytree(finished.folder.root / part, tmp_path / part)
+    pipeline = Pipeline(load_recipe(finished.folder.recipe, overrides), tmp_path, CPU)
+    pipeline.train_compressor()
+    pipeline.prepare()
+    pipeline.train()
+    images = next(generate(pipeline.model, [0], [0], SampleSettings(steps=3))).images
+    assert images.shape == (1, 32, 32, 3)
+
+
+def test_a_folder_without_classes_trains_an_unconditional_model(tmp_path):
+    write_folder(ShapesSource(40, 0), tmp_path / "classes")
+    (tmp_path / "flat").mkdir()
+    for number, path in enumerate(sorted((tmp_path / "classes").rglob("*.png"))):
+        path.rename(tmp_path / "flat" / f"{number}.png")
+    recipe = load_recipe(
+        write_recipe(tmp_path, RECIPE),
+        [f"data={{source: '{tmp_path / 'flat'}', holdout: 0.5}}", "evaluation.samples_per_class=8"],
+    )
+    pipeline = Pipeline(recipe, tmp_path / "out", CPU)
+    pipeline.all()
+    assess(pipeline)
+    assert pipeline.model.classes == () and pipeline.folder.report.exists()
