@@ -50,6 +50,7 @@ def add_file(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
 @pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")  # the trained model that ships with the project
     loaded = set(sys.modules)
     # A module of its own: records look up the names in their annotations there.
     module = ModuleType(f"docs_{page.stem.replace('-', '_')}")
