@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import settings
+
+from sfd.assessment import assess
+from sfd.config import load_recipe
+from sfd.pipeline import Pipeline
+from tiny import write_recipe
 
 # A first call imports and warms up; how long an example takes on a busy machine is no property of the code.
 settings.register_profile("sfd", deadline=None)
 settings.load_profile("sfd")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole run, from images to report."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline = Pipeline(load_recipe(write_recipe(folder)), folder / "out", torch.device("cpu"))
+    pipeline.save_recipe()
+    pipeline.all()
+    assess(pipeline)
+    return pipeline

@@ -26,17 +26,6 @@ from tiny import RECIPE, write_recipe
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A whole run, from images to report."""
-    folder = tmp_path_factory.mktemp("run")
-    pipeline = Pipeline(load_recipe(write_recipe(folder)), folder / "out", CPU)
-    pipeline.save_recipe()
-    pipeline.all()
-    assess(pipeline)
-    return pipeline
-
-
 def weights(run):
     return files.read_tensors(run / "model" / "model.safetensors")
 

@@ -1,0 +1,200 @@
+"""What a user sees: every mistake gives one sentence and exit code 2, and leaves nothing half-written behind."""
+
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from sfd import files
+from sfd.cli import main
+from tiny import write_recipe
+
+
+def sfd(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def refused(result, *words):
+    """Check for exit code 2 and one line that says all the words."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.output.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1 and "Traceback" not in result.output, result.output
+    for word in words:
+        assert word in lines[0]
+
+
+def picture(path, size=(40, 30), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size).save(path)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = (
+        "import sys; from sfd.cli import main; main(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("False")
+
+
+def test_a_missing_folder(recipe, tmp_path):
+    refused(sfd("train-texture", recipe, f"data.source={tmp_path / 'none'}", "--out", tmp_path / "o"), "none")
+
+
+def test_an_empty_folder(recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(sfd("train-texture", recipe, f"data.source={tmp_path / 'empty'}", "--out", tmp_path / "o"), "empty")
+
+
+def test_a_class_without_images(recipe, tmp_path):
+    picture(tmp_path / "data" / "a" / "1.png")
+    (tmp_path / "data" / "b").mkdir()
+    refused(sfd("train-texture", recipe, f"data.source={tmp_path / 'data'}", "--out", tmp_path / "o"), "'b'")
+
+
+def test_a_broken_image_under_strict(recipe, tmp_path):
+    picture(tmp_path / "data" / "good.png")
+    (tmp_path / "data" / "bad.png").write_bytes((tmp_path / "data" / "good.png").read_bytes()[:50])
+    arguments = (f"data={{source: '{tmp_path / 'data'}', strict: true}}", "--out", tmp_path / "o")
+    refused(sfd("train-texture", recipe, *arguments), "bad.png")
+
+
+def test_a_misspelt_field(recipe, tmp_path):
+    refused(sfd("run", recipe, "train.stepz=3", "--out", tmp_path / "o"), "did you mean 'steps'")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_stage_too_early(recipe, tmp_path):
+    refused(sfd("train", recipe, "--out", tmp_path / "o"), "sfd prepare")
+
+
+def test_a_device_that_is_not_there(recipe, tmp_path):
+    refused(sfd("train", recipe, "--out", tmp_path / "o", "--device", "abacus"), "abacus")
+
+
+def test_a_folder_in_use(recipe, tmp_path):
+    hold = "import sys, time; from pathlib import Path; from sfd import files\n"
+    hold += "with files.exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "o")], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    try:
+        refused(sfd("train-texture", recipe, "--out", tmp_path / "o"), "in use")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_folder_that_cannot_be_made(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    refused(sfd("train-texture", recipe, "--out", tmp_path / "file" / "o"), "file")
+
+
+def test_no_model(tmp_path):
+    refused(sfd("sample", tmp_path, "--out", tmp_path / "o"), "model.json is missing")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--classes", "dsik"], "did you mean 'disk'"),
+        (["--steps", "0"], "at least 1"),
+        (["--steps", "2"], "3 segments"),
+        (["--seeds=-1"], "no seed"),
+        (["--seeds", "5-3"], "no seed"),
+        (["--solver", "hoin"], "no solver 'hoin'"),
+        (["--solver", "dopri5", "--steps", "5"], "chooses its own steps"),
+        (["--solver", "dopri5", "--option", "rtl=1e-3"], "did you mean 'rtol'"),
+        (["--guidance", "strong"], "no number"),
+        (["--guidance", "semantics=2"], "did you mean 'semantic'"),
+        (["--guidance=-1"], "at least 0"),
+        (["--guidance", "2", "--interval", "0.9-0.1"], "interval"),
+        (["--shift", "0"], "shift"),
+        (["--weak", "nowhere"], "nowhere"),
+        (["--batch-size", "0"], "batch-size"),
+    ],
+)
+def test_sampling_that_makes_no_sense(finished, tmp_path, options, word):
+    refused(sfd("sample", finished.folder.model, "--out", tmp_path / "o", "--device", "cpu", *options), word)
+    assert not list((tmp_path / "o").glob("*.png"))
+
+
+def test_sampling_writes_images_and_a_grid(finished, tmp_path):
+    result = sfd(
+        "sample", finished.folder.root, "--classes", "star,2", "--seeds", "0-1,7", "--steps", "3", "--out", tmp_path
+    )
+    assert result.exit_code == 0, result.output
+    assert len(list(tmp_path.glob("0*.png"))) == 6
+    record = files.read_json(tmp_path / "samples.json", "samples")
+    assert (record["labels"], record["seeds"]) == ([4, 4, 4, 2, 2, 2], [0, 1, 7] * 2)
+
+
+def test_the_same_seed_gives_the_same_image_in_any_company(finished, tmp_path):
+    for name, seeds in (("a", "3"), ("b", "0-4")):
+        sfd(
+            "sample",
+            finished.folder.root,
+            "--classes",
+            "star",
+            "--seeds",
+            seeds,
+            "--steps",
+            "3",
+            "--out",
+            tmp_path / name,
+        )
+    a, b = (np.asarray(Image.open(tmp_path / p), dtype=int) for p in ("a/000000.png", "b/000003.png"))
+    assert abs(a - b).max() <= 1  # a last bit of the arithmetic may fall on the other side of a rounding
+
+
+def test_latents_of_another_tokenizer(finished, recipe, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(finished.folder.root, out, ignore=shutil.ignore_patterns("training"))
+    sfd("train-texture", recipe, "texture.train.steps=4", "--out", out, "--device", "cpu")
+    refused(sfd("train", recipe, "--out", out, "--device", "cpu"), "made by texture tokenizer")
+
+
+def test_a_checkpoint_of_another_configuration(finished, recipe, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(finished.folder.root, out)
+    (out / "training" / "stage.json").unlink()
+    refused(sfd("train", recipe, "transformer.width=64", "--out", out, "--device", "cpu"), "another configuration")
+
+
+def test_a_dry_run_computes_nothing(recipe, tmp_path):
+    result = sfd("run", recipe, "--out", tmp_path / "o", "--dry-run", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "parameters" in result.output and "estimated time" in result.output and not (tmp_path / "o").exists()
+
+
+def test_every_shipped_recipe_dry_runs():
+    from pathlib import Path
+
+    for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")):
+        result = sfd("run", path, "--out", "unused", "--dry-run", "--device", "cpu")
+        assert result.exit_code == 0, f"{path.name}: {result.output}"
+
+
+def test_shapes_can_be_written_as_a_folder(tmp_path):
+    assert sfd("shapes", tmp_path / "shapes", "--count", 20).exit_code == 0
+    assert len(list((tmp_path / "shapes").glob("*/*.png"))) == 20
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
+    command = [sys.executable, "-m", "sfd", "train-texture", str(recipe), "texture.train.steps=400"]
+    command += ["--out", str(tmp_path / "o"), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "o" / "texture" / "tensorboard").exists():
+        time.sleep(0.05)
+    process.send_signal(2)
+    _, message = process.communicate()
+    assert process.returncode == 130 and "run the same command to go on" in message
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=True).returncode == 0
