@@ -30,7 +30,7 @@ class SampleSettings(Settings):
     interval: tuple[float, float] | dict[str, tuple[float, float]] | None = Field(
         None, description="stream times within which to guide, for all streams or by stream; null: throughout"
     )
-    batch_size: int = Field(64, gt=0, description="images at a time; only adaptive solvers let it change them, within tolerance")
+    batch_size: int = Field(64, gt=0, description="images at a time; it does not change them, but for adaptive solvers")
     precision: Literal["float32", "bf16"] = "float32"
 
 
