@@ -43,7 +43,7 @@ class Objective(Settings):
     variance·hinge(1 − std) + covariance·Σ off-diagonal² / channels.
     """
 
-    cross_entropy: float = Field(1.0, ge=0)
+    cross_entropy: float = Field(3.0, ge=0)
     invariance: float = Field(5.0, ge=0)
     variance: float = Field(5.0, ge=0)
     covariance: float = Field(0.2, ge=0)
