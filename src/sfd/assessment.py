@@ -18,20 +18,17 @@ from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
 from sfd.evaluation.extractors._base import load_extractor
 from sfd.evaluation.extractors.classifier import divide
-from sfd.evaluation.report import Gallery, ReportContent, ScheduleCurves, StageCost, Strip, write_report
+from sfd.evaluation.report import Gallery, ReportContent, StageCost, write_report
 from sfd.evaluation.samples import load_samples
-from sfd.generate import SampleSettings, decode, generate, without_guidance
+from sfd.generate import SampleSettings, without_guidance
 from sfd.model import Model
+from sfd.phases import class_labels, phase_strip, sampling_text, schedule_curves
 from sfd.pipeline import Pipeline
 from sfd.sample_folder import read_images, write_grid, write_samples
-from sfd.sampling import Progress
 from sfd.stages import RunFolder
 
 GUIDED, UNGUIDED = "guided", "unguided"
 GRID_COLUMNS = 10
-STRIP_FRAMES = 13
-STRIP_STEPS = 48
-CURVE_POINTS = 201
 REFERENCE_NAME = "held-out real images"
 
 
@@ -69,20 +66,16 @@ def _variants(pipeline: Pipeline) -> dict[str, SampleSettings]:
 
 def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
     evaluation, model = pipeline.recipe.evaluation, pipeline.model
-    labels = [label for label in _labels(model) for _ in range(evaluation.samples_per_class)]
+    labels = [label for label in class_labels(model) for _ in range(evaluation.samples_per_class)]
     seeds = list(range(evaluation.seed, evaluation.seed + len(labels)))
     folder = pipeline.folder.samples / name
     made_from = {"model": model.identity, "sampling": settings.model_dump(exclude={"batch_size"}), "seeds": len(seeds)}
 
     def work() -> None:
         write_samples(folder, model, labels, seeds, settings)
-        write_grid(folder, _grid_numbers(evaluation.samples_per_class, len(_labels(model))), GRID_COLUMNS)
+        write_grid(folder, _grid_numbers(evaluation.samples_per_class, len(class_labels(model))), GRID_COLUMNS)
 
     stages.carry_out(f"{name} samples", folder, made_from, work, pipeline.device)
-
-
-def _labels(model: Model) -> list[int]:
-    return list(range(len(model.classes))) or [model.transformer.null_class]
 
 
 def _grid_numbers(per_class: int, classes: int) -> list[int]:
@@ -190,53 +183,20 @@ def _facts(pipeline: Pipeline) -> dict[str, str]:
         "Latent": streams,
         "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
         "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
-        "Sampling": _sampling_text(pipeline.sample_settings(model)),
+        "Sampling": sampling_text(pipeline.sample_settings(model)),
         "Machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} processors, {pipeline.device}",
         "Software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
     }
 
 
-def _sampling_text(settings: SampleSettings) -> str:
-    steps = f"{settings.steps} steps" if settings.steps else "adaptive steps"
-    return f"{settings.solver}, {steps}, guidance {settings.guidance}"
-
-
 def _gallery(pipeline: Pipeline, name: str) -> Gallery:
     model, per_class = pipeline.model, pipeline.recipe.evaluation.samples_per_class
-    numbers = _grid_numbers(per_class, len(_labels(model)))
+    numbers = _grid_numbers(per_class, len(class_labels(model)))
     record = files.read_json(pipeline.folder.samples / name / "samples.json", "folder of samples")
     labels = np.array([record["labels"][i] for i in numbers]) if model.classes else None
-    caption = _sampling_text(SampleSettings(**record["sampling"]))
+    caption = sampling_text(SampleSettings(**record["sampling"]))
     return Gallery(
         name.capitalize(), caption, read_images(pipeline.folder.samples / name, numbers), labels, model.classes
-    )
-
-
-def schedule_curves(model: Model) -> ScheduleCurves:
-    """Tabulate a model's schedule for drawing, knots included so that corners stay sharp."""
-    base = np.union1d(np.linspace(0, 1, CURVE_POINTS), model.schedule.knots)
-    times, rates = model.schedule.at(torch.from_numpy(base))
-    return ScheduleCurves(model.composite.names, base, times.numpy(), rates.numpy(), model.schedule.knots)
-
-
-def phase_strip(model: Model, settings: SampleSettings, seed: int, label: int | None = None) -> Strip:
-    """Follow one sample from noise to image, at evenly spaced base times."""
-    chosen = _labels(model)[min(4, len(_labels(model)) - 1)] if label is None else label
-    seen: list[Progress] = []
-    fixed = settings.model_copy(update={"solver": "heun", "steps": STRIP_STEPS, "options": {}, "shift": 1.0})
-    list(generate(model, [chosen], [seed], fixed, callback=seen.append))
-    wanted = np.linspace(0, 1, STRIP_FRAMES + 1)[1:]
-    frames = [min(seen, key=lambda p: abs(p.u - u)) for u in wanted]
-    states = torch.cat([frame.x for frame in frames])
-    latents = model.composite.split(states.cpu())
-    leader = next(name for name in model.composite.names if name != "texture")
-    named = f"class {model.classes[chosen]!r}, " if model.classes else ""
-    return Strip(
-        caption=f"{named}seed {seed}, {_sampling_text(fixed)}",
-        base=np.array([frame.u for frame in frames]),
-        times=torch.stack([frame.times for frame in frames]).numpy(),
-        semantic=latents[leader].numpy(),
-        decoded=decode(model, states),
     )
 
 

@@ -186,6 +186,21 @@ def sample(**arguments: Any) -> None:
 
 
 @main.command()
+@click.argument("model", type=FOLDER)
+@click.option("--out", type=FOLDER, default=Path("strip.png"), show_default=True, help="the PNG to write")
+@click.option("--class", "class_name", help="name or number  [default: the first]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--guidance", type=float, default=1.0, show_default=True)
+@device_option
+def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float, device: str) -> None:
+    """Show one sample of a MODEL on its way from noise to an image, through the schedule's phases."""
+    from sfd.sample_command import draw_strip
+
+    draw_strip(model, out, class_name, seed, guidance, device)
+    click.echo(f"{out}")
+
+
+@main.command()
 @click.argument("samples", type=FOLDER)
 @click.option("--run", "run_folder", type=FOLDER, required=True, help="the run whose evaluator and data to judge by")
 @click.option("--out", type=FOLDER, help="write the metrics to this JSON file too")

@@ -11,8 +11,10 @@ import yaml
 
 from sfd import files
 from sfd.errors import SFDError
+from sfd.evaluation.figures import strip_picture
 from sfd.generate import SampleSettings
 from sfd.model import RECORD, Model, load_model
+from sfd.phases import phase_strip
 from sfd.registry import find
 from sfd.resources import choose_device
 from sfd.sample_folder import write_grid, write_samples
@@ -38,6 +40,16 @@ def sample_images(
         if len(pairs) <= MAX_GRID_IMAGES:
             write_grid(out, range(len(pairs)), columns=len(chosen_seeds))
     click.echo(f"{len(pairs)} images in {out}")
+
+
+def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float, device: str) -> None:
+    """Draw the phases of one sample into a PNG; see `sfd strip --help`."""
+    loaded = load_model(model_folder(model), choose_device(device))
+    label = class_labels(loaded, class_name)[0] if class_name else None
+    seen = phase_strip(loaded, SampleSettings(guidance=guidance), seed, label)
+    figure = strip_picture(seen.base, seen.times, loaded.composite.names, seen.semantic, seen.decoded)
+    with files.written(out) as partial:
+        figure.savefig(partial, format="png", facecolor="white")
 
 
 def model_folder(path: Path) -> Path:

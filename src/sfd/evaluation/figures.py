@@ -131,6 +131,37 @@ def schedule_drawing(
     return _svg(figure, "the schedule: each stream's time and rate over the base time")
 
 
+def strip_picture(
+    base: np.ndarray, times: np.ndarray, names: Sequence[str], semantic: np.ndarray, decoded: np.ndarray
+) -> Figure:
+    """Draw samples on their way from noise to an image: latents above, decoded images below, times under each.
+
+    Args:
+        base: base times u (n,).
+        times: τ_k(u) (n, K).
+        names: of the K streams.
+        semantic: latents (n, C, h, w), shown by `semantic_colours`.
+        decoded: uint8 (n, H, W, 3).
+    """
+    count = len(base)
+    figure = Figure(figsize=(count * 0.82 + 0.9, 2.6), layout="constrained", dpi=160)
+    rows = figure.subplots(2, count, squeeze=False)
+    for pictures, row in ((semantic_colours(semantic), rows[0]), (decoded, rows[1])):
+        for picture, axis in zip(pictures, row, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+    rows[0, 0].set_ylabel("semantic\nlatent", color=INK, fontsize=8)
+    rows[1, 0].set_ylabel("decoded\ntexture", color=INK, fontsize=8)
+    for u, at, axis in zip(base, times, rows[1], strict=True):
+        lines = [f"u {u:.2f}", *(f"{name[0]} {t:.2f}" for name, t in zip(names, at, strict=True))]
+        axis.set_xlabel("\n".join(lines), color=INK, fontsize=7)
+    initials = ", ".join(f"{name[0]}: {name} time" for name in names)
+    figure.supxlabel(f"u: base time, {initials}; 0 is noise, 1 is data", color=INK, fontsize=7)
+    return figure
+
+
 def _smoothed(values: np.ndarray) -> np.ndarray:
     """Average over a trailing window: a tenth of the curve, less at its start, not to lag where it is steep."""
     ends = np.arange(1, len(values) + 1)
