@@ -100,7 +100,7 @@ class TestEveryEncoder:
 
     def test_training_lowers_the_loss(self, name, source, tmp_path):
         task = make_task(name, source)
-        settings = TrainSettings(steps=60, batch_size=16, learning_rate=5e-3, log_every=1)
+        settings = TrainSettings(steps=120, batch_size=16, learning_rate=5e-3, log_every=1)
         encoder = task.finish(fit(task, settings, tmp_path, device=torch.device("cpu")))
         losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert np.mean(losses[-10:]) < 0.93 * np.mean(losses[:10])
