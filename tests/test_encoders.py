@@ -192,7 +192,7 @@ class TestBadFolders:
         return tmp_path
 
     def test_empty(self, tmp_path):
-        with pytest.raises(SFDError, match=r"no texture encoder or semantic encoder: there is no config.json"):
+        with pytest.raises(SFDError, match=r"is no texture encoder or semantic encoder: config.json is missing"):
             load_encoder(tmp_path)
 
     def test_of_another_kind(self, tmp_path):
@@ -224,7 +224,7 @@ class TestBadFolders:
 
     def test_that_is_not_json(self, folder):
         (folder / "config.json").write_text("{")
-        with pytest.raises(SFDError, match="is not JSON"):
+        with pytest.raises(SFDError, match="config.json is damaged"):
             load_encoder(folder)
 
     def test_with_missing_and_extra_tensors(self, folder):
@@ -237,10 +237,10 @@ class TestBadFolders:
     def test_with_truncated_weights(self, folder):
         data = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(data[:100])
-        with pytest.raises(SFDError, match="cannot be read as safetensors"):
+        with pytest.raises(SFDError, match="is no intact safetensors file"):
             load_encoder(folder)
 
     def test_without_weights(self, folder):
         (folder / "model.safetensors").unlink()
-        with pytest.raises(SFDError, match="cannot be read"):
+        with pytest.raises(SFDError, match="model.safetensors is missing"):
             load_encoder(folder)

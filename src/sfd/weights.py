@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sfd import files
 from sfd.errors import SFDError
 from sfd.settings import Settings
 
@@ -42,20 +41,14 @@ class Part(nn.Module):
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write this part to `folder`, weights as `dtype`. The configuration goes last: where it is, the rest is."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().to(dtype).contiguous() for name, t in self.state_dict().items()}
         about = {
             "kind": self.kind,
             "name": self.name,
             "identity": self.identity,
             "config": self.config.model_dump(mode="json"),
         }
-        # Written beside and renamed, so that a run that is killed leaves the old part or the new one, never a half.
-        weights, config = folder / f"{WEIGHTS_FILE}.partial", folder / f"{CONFIG_FILE}.partial"
-        save_file(tensors, weights)
-        config.write_text(json.dumps(about, indent=2) + "\n")
-        weights.replace(folder / WEIGHTS_FILE)
-        config.replace(folder / CONFIG_FILE)
+        files.write_tensors(folder / WEIGHTS_FILE, {name: t.to(dtype) for name, t in self.state_dict().items()})
+        files.write_json(folder / CONFIG_FILE, about)
 
     def fill(self, saved: Saved) -> None:
         """Take the weights of a saved part, as float32.
@@ -96,22 +89,13 @@ def read(folder: Path, kinds: tuple[str, ...]) -> Saved:
     about = _read_config(folder / CONFIG_FILE, wanted)
     if about["kind"] not in kinds:
         raise SFDError(f"{folder} holds a {about['kind']} ({about['name']}), but a {wanted} was expected")
-    weights = folder / WEIGHTS_FILE
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise SFDError(f"{weights} cannot be read as safetensors ({error}); restore the file or train again") from None
+    tensors = files.read_tensors(folder / WEIGHTS_FILE)
     return Saved(folder, about["kind"], about["name"], about["identity"], about["config"], tensors)
 
 
 def _read_config(path: Path, wanted: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise SFDError(f"{path.parent} holds no {wanted}: there is no {path.name} in it; give a folder that has one")
-    try:
-        about = json.loads(path.read_text())
-    except ValueError as error:
-        raise SFDError(f"{path} is not JSON ({error}); restore the file or train again") from None
-    missing = [key for key in ("kind", "name", "identity", "config") if not isinstance(about, dict) or key not in about]
+    about = files.read_json(path, wanted)
+    missing = [key for key in ("kind", "name", "identity", "config") if key not in about]
     if missing:
         raise SFDError(f"{path} does not describe a {wanted}: it lacks {', '.join(missing)}; restore the file")
     return about
