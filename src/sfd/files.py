@@ -58,7 +58,8 @@ def explained(error: OSError, path: Path) -> SFDError:
 
 
 def _disk_full(path: Path) -> SFDError:
-    return SFDError(f"no space left on the disk that holds {path.parent}; free some and run the same command again")
+    folder = next(parent for parent in path.parents if not parent.name.endswith(".partial"))
+    return SFDError(f"no space left on the disk that holds {folder}; free some and run the same command again")
 
 
 def _flush(path: Path) -> None:
