@@ -1,4 +1,4 @@
-"""Attention on this CPU: the fused kernel against two plain products, forward and backward, as `sfd.models.layers` chooses.
+"""Attention on this CPU: the fused kernel against two plain products, forward and backward; see `sfd.models.layers`.
 
     python benchmarks/attention.py
 

@@ -259,7 +259,9 @@ class _Run:
 
     def _check_same_run(self, record: dict[str, Any]) -> None:
         then, now = record["settings"], self.settings.model_dump(mode="json")
-        free = FREE_TO_CHANGE if now["decay"] == "constant" else FREE_TO_CHANGE - {"steps"}
+        # The length of a run enters the arithmetic through the cosine, and so only once that has begun.
+        decaying = now["decay"] == "cosine" and record["step"] > now["decay_from"]
+        free = FREE_TO_CHANGE - {"steps"} if decaying else FREE_TO_CHANGE
         for field in now.keys() - free:
             if then.get(field) != now[field]:
                 raise SFDError(
