@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sfd.errors import SFDError
 from sfd.registry import names
-from sfd.solvers import check_steps, load_solver
+from sfd.solvers import check_steps, dopri5, load_solver
 
 SOLVERS = names("sfd.solvers")
 START = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
@@ -83,6 +85,39 @@ def test_input_is_not_written_to(name):
     start = START.clone()
     solver.solve(decay, start, points(name, 3), options)
     assert torch.equal(start, START)
+
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtypes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {t.dtype for t in tree_leaves(result) if isinstance(t, Tensor)}
+        return result
+
+
+def test_dopri5_keeps_times_in_float64():
+    solver, options = load_solver("dopri5")
+    with Dtypes() as dtypes:
+        solver.solve(decay, START.float(), [0.0, 1.0], options)
+    assert torch.float64 in dtypes.seen
+
+
+def test_dopri5_makes_no_float64_on_devices_without(monkeypatch):
+    solver, options = load_solver("dopri5")
+    start, ends = START.float(), [0.3 / 1.3, 1 / 1.3]
+    expected = solver.solve(decay, start, ends, options)
+    monkeypatch.setattr(dopri5, "WITHOUT_FLOAT64", {"cpu"})
+    seen: list[float] = []
+    with Dtypes() as dtypes:
+        x = solver.solve(decay, start, ends, options, lambda u, x: seen.append(u))
+    assert torch.float64 not in dtypes.seen
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+    assert seen == sorted(set(seen)) and seen[0] > ends[0] + 1e-6 and seen[-1] == ends[1]
 
 
 def test_dopri5_says_when_it_cannot_go_on():

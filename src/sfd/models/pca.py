@@ -95,7 +95,7 @@ def fit_pca(batches: Iterable[Tensor], config: PCAConfig) -> PCA:
     for features in batches:
         if features.shape[1] != channels:
             raise SFDError(f"PCA of {channels} channels was given features of {features.shape[1]}; they must be equal")
-        samples = features.movedim(1, -1).flatten(0, -2).double().cpu()
+        samples = features.movedim(1, -1).flatten(0, -2).cpu().double()  # in this order: not every device knows float64
         if not count:
             # Sums of squares lose digits where the mean is large; about any point near it they do not.
             shift = samples.mean(0)

@@ -18,6 +18,7 @@ from sfd.settings import Settings
 from sfd.solvers._base import Callback, Velocity
 
 ADAPTIVE = True
+WITHOUT_FLOAT64 = {"mps"}  # device types that know no float64
 
 
 class Options(Settings):
@@ -52,17 +53,19 @@ def solve(
     Raises:
         SFDError: the state is no longer finite, or the step became too small to go on.
     """
-    ends = torch.tensor([points[0], points[-1]], dtype=torch.float64, device=x.device)
+    # torchdiffeq keeps times and step sizes beside the state, on its device, and takes float64 unless told.
+    dtype = torch.float32 if x.device.type in WITHOUT_FLOAT64 else torch.float64
+    ends = torch.tensor([points[0], points[-1]], dtype=dtype, device=x.device)
     try:
         # step_t: without it the last step reaches beyond the knot, where the velocity bends, and interpolates back.
         solution = odeint(
-            _Derivative(velocity, points[0], callback),
+            _Derivative(velocity, float(ends[0]), callback),
             x,
             ends,
             rtol=options.rtol,
             atol=options.atol,
             method="dopri5",
-            options={"step_t": ends[1:]},
+            options={"step_t": ends[1:], "dtype": dtype},
         )
     except AssertionError as error:
         raise SFDError(
