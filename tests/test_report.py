@@ -99,6 +99,27 @@ def test_a_report_names_the_three_phases(page):
         assert f">{text}<" in page
 
 
+def test_a_phase_in_which_nothing_moves_is_at_rest(tmp_path):
+    base = np.linspace(0, 1, 301)
+    times = np.stack([np.clip(3 * base - 2, 0, 1), np.clip(3 * base, 0, 1)], axis=1)
+    rates = np.stack([np.where(base >= 2 / 3, 3, 0), np.where(base < 1 / 3, 3, 0)], axis=1)
+    curves = ScheduleCurves(("texture", "semantic"), base, times, rates, (1 / 3, 2 / 3))
+    content = ReportContent("T", "", {}, "", schedule=curves, strip=full_content().strip)
+    write_report(tmp_path / "report.html", content)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in ("semantic alone", "at rest", "texture alone"):
+        assert f">{text}<" in page
+    assert "> alone<" not in page
+
+
+def test_memory_of_a_device_is_shown_where_one_was_used(page, tmp_path):
+    assert "device memory" not in page and ">1.2 GB<" in page
+    costs = [StageCost("latents", 20, 1_200_000_000), StageCost("transformer", 200, 1_300_000_000, 7_700_000_000)]
+    write_report(tmp_path / "report.html", ReportContent("T", "", {}, "", stages=costs))
+    shown = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Peak device memory" in shown and shown.count(">7.7 GB<") == 2 and shown.count(">0 MB<") == 1
+
+
 def test_a_report_gives_numbers_with_their_protocol(page):
     assert "12.35" in page and "71.0 %" in page
     assert "100 held-out real images" in page and "98.0 % right on images it never saw" in page

@@ -65,6 +65,7 @@ class StageCost:
     stage: str
     seconds: float
     peak_memory_bytes: int
+    peak_device_memory_bytes: int = 0  # of an accelerator; 0: none was used
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def write_report(path: Path, content: ReportContent) -> None:
         classes=list(dict.fromkeys(name for row in content.metrics for name in row.accuracy_by_class)),
         protocols=list(dict.fromkeys(_protocol(row) for row in content.metrics)),
         total_seconds=sum(stage.seconds for stage in content.stages),
+        device_memory=max((stage.peak_device_memory_bytes for stage in content.stages), default=0),
     )
     files.write_text(path, page)
 
@@ -201,6 +203,8 @@ def _strip(strip: Strip, schedule: ScheduleCurves) -> dict[str, Any]:
 
 
 def _phase(moving: Sequence[str], streams: int) -> str:
+    if not moving:  # an offset beyond 1: the leaders have arrived, the others have not set out
+        return "at rest"
     if len(moving) == streams:
         return "both" if streams == 2 else "all"
     return " and ".join(moving) + " alone"
