@@ -82,6 +82,53 @@ def test_training_without_classes_tells_rotations(tmp_path):
     assert model.extract(SOURCE.load([0])).probabilities is None
 
 
+class Few:
+    """Images of given classes, 16 pixels on a side; nobody looks at them."""
+
+    identity = "few"
+    resident = True
+
+    def __init__(self, labels, classes=("disk", "ring"), image_size=16):
+        self.labels, self.classes, self.image_size = np.array(labels, np.int64), classes, image_size
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, indices):
+        return np.zeros((len(indices), self.image_size, self.image_size, 3), np.uint8)
+
+
+def test_enough_images_that_fit_pass_the_check():
+    classifier.check_data(SOURCE, settings(1))
+    classifier.check_data(Few([0] * 9, classes=()), settings(1))
+    classifier.check_data(Few([0] * 5 + [1] * 5), settings(1))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (Few([0] * 20, (), 20), "multiple of 8, but data.image_size is 20; set it to 16 or 24"),
+        (Few([0] * 20, (), 4), "set it to 8, or"),
+        (Few([0] * 20 + [1]), "class 'ring' has 1 held-out image, but the evaluation needs 2"),
+        (Few([0] * 20), "class 'ring' has 0 held-out images"),
+        (Few([0], ()), "the data set has 1 held-out image,"),
+        (Few([], ()), "the data set has 0 held-out images"),
+        (Few([0] * 4 + [1] * 3), "of 7 held-out images 3 would be the reference, but .* at least 4"),
+    ],
+)
+def test_held_out_images_that_will_not_do_are_refused(images, message):
+    with pytest.raises(SFDError, match=message) as caught:
+        classifier.check_data(images, settings(1))
+    assert "holdout to 0" not in str(caught.value)
+
+
+def test_what_passes_the_check_can_be_trained_on(tmp_path):
+    few = Few([0] * 5 + [1] * 5)
+    classifier.check_data(few, settings(1))
+    model = classifier.train(few, settings(1), tmp_path, device=CPU)
+    assert len(classifier.divide(few, settings(1))[1]) == 4 and model.accuracy is not None
+
+
 def test_the_reference_is_disjoint_from_the_training_images():
     training, reference = classifier.divide(SOURCE, settings(1))
     assert len(training) + len(reference) == 1000 and len(reference) == pytest.approx(400, abs=10)

@@ -24,6 +24,7 @@ from sfd import randomness
 from sfd.data.images import ImageSource, to_tensor
 from sfd.data.split import split
 from sfd.errors import SFDError
+from sfd.evaluation.evaluate import NEIGHBOURS
 from sfd.evaluation.extractors import _base
 from sfd.evaluation.extractors._base import Extraction
 from sfd.models.convnet import ConvNet, ConvNetConfig
@@ -194,6 +195,37 @@ def augment(images: np.ndarray, generators: Sequence[np.random.Generator], shift
 def divide(held_out: ImageSource, settings: ClassifierSettings) -> tuple[ImageSource, ImageSource]:
     """Cut the held-out images in two: what the classifier learns from, and what tests it and is the reference."""
     return split(held_out, settings.reference, settings.seed)
+
+
+def check_data(held_out: ImageSource, settings: ClassifierSettings) -> None:
+    """Verify, before hours of work, that the held-out images will do for the classifier and as the reference.
+
+    Raises:
+        SFDError: their size does not fit the network, a class has too few of them to be cut in two, or too few would
+            be left as the reference.
+    """
+    size, side = held_out.image_size, settings.network.downsample
+    if size % side:
+        fitting = " or ".join(str(s) for s in (size // side * side, size // side * side + side) if s)
+        raise SFDError(
+            f"the evaluation classifier needs images whose side is a multiple of {side}, but data.image_size is "
+            f"{size}; set it to {fitting}, or give evaluation.classifier.network fewer widths or a smaller stem_stride"
+        )
+    counts = np.bincount(held_out.labels, minlength=max(1, len(held_out.classes)))
+    if counts.min() < 2:
+        scarce = int(counts.argmin())
+        what = f"class {held_out.classes[scarce]!r}" if held_out.classes else "the data set"
+        raise SFDError(
+            f"{what} has {counts[scarce]} held-out image{'' if counts[scarce] == 1 else 's'}, but the evaluation "
+            "needs 2, one to learn from and one to compare with; raise data.holdout, or give it at least "
+            "2 / data.holdout images in all"
+        )
+    count = len(divide(held_out, settings)[1])
+    if count <= NEIGHBOURS:
+        raise SFDError(
+            f"of {len(held_out)} held-out images {count} would be the reference, but precision and recall need at "
+            f"least {NEIGHBOURS + 1}; add images, or raise data.holdout or evaluation.classifier.reference"
+        )
 
 
 def train(held_out: ImageSource, settings: ClassifierSettings, folder: Path, *, device: torch.device) -> Classifier:
