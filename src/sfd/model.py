@@ -8,6 +8,7 @@ texture/              the encoder whose decoder turns the texture stream into pi
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from sfd.weights import Part, load_tensors
 
 RECORD, WEIGHTS, TEXTURE_FOLDER = "model.json", "model.safetensors", "texture"
 TEXTURE_STREAM = "texture"
+FORMAT = 1
 
 
 class ModelRecord(Settings):
@@ -56,8 +58,9 @@ class Model:
 
     @property
     def identity(self) -> str:
-        """Sixteen hexadecimal digits that stand for these weights (at half precision) in this architecture."""
+        """Sixteen hexadecimal digits that stand for weights (at half precision), architecture and schedule."""
         digest = hashlib.sha256(self.transformer.config.model_dump_json().encode())
+        digest.update(json.dumps(self.schedule.spec, sort_keys=True).encode())
         for name, tensor in sorted(self.transformer.state_dict().items()):
             digest.update(name.encode() + tensor.detach().half().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -102,7 +105,7 @@ class Model:
             files.write_tensors(partial / WEIGHTS, weights)
             cast(Part, self.texture).save(partial / TEXTURE_FOLDER, dtype)
             record = {
-                "format": 1,
+                "format": FORMAT,
                 "identity": self.identity,
                 "transformer": self.transformer.config.model_dump(mode="json"),
                 "schedule": self.schedule.spec,
@@ -116,10 +119,16 @@ def load_model(folder: Path, device: torch.device) -> Model:
     """Load a model directory, in evaluation mode, as float32.
 
     Raises:
-        SFDError: something is missing or damaged, weights and configuration do not fit, or the texture encoder is
-            another one than the latents were made with.
+        SFDError: something is missing or damaged, the format is unknown, weights and configuration do not fit, or the
+            texture encoder is another one than the latents were made with.
     """
-    record = parse(ModelRecord, files.read_json(folder / RECORD, "model directory"), str(folder / RECORD))
+    values = files.read_json(folder / RECORD, "model directory")
+    if values.get("format") != FORMAT:
+        raise SFDError(
+            f"{folder / RECORD} is of format {values.get('format')!r}, this program reads format {FORMAT}; "
+            "use the version of sfd that wrote the model"
+        )
+    record = parse(ModelRecord, values, str(folder / RECORD))
     transformer = Transformer(record.transformer)
     load_tensors(transformer, files.read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
     transformer.eval().requires_grad_(False)
@@ -129,7 +138,8 @@ def load_model(folder: Path, device: torch.device) -> Model:
     model = Model(transformer, schedule, texture, record.classes, record.history)
     if model.identity != record.identity:
         raise SFDError(
-            f"{folder / WEIGHTS} is not the file that {RECORD} was written with; restore both from one source"
+            f"{folder / WEIGHTS} is not the file that {RECORD} was written with, or {RECORD} was changed; "
+            "restore both from one source"
         )
     return model.to(device)
 
