@@ -1,0 +1,198 @@
+"""From labels and seeds to images, through a small network with weights that no training gave it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from random_model import CLASSES, COMPOSITE, DELTA, SEMANTIC, TEXTURE, random_model
+from sfd.errors import SFDError
+from sfd.generate import SampleSettings, decode, generate, velocity_field
+from sfd.model import Model
+from sfd.sampling import initial_noise
+from sfd.streams import Composite
+
+SEEDS, LABELS = [5, 0, 9], [2, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return random_model(0)
+
+
+@pytest.fixture(scope="module")
+def weak() -> Model:
+    return random_model(1)
+
+
+def latents(model: Model, weak: Model | None = None, labels=LABELS, seeds=SEEDS, **settings) -> Tensor:
+    """(B, N), sampled by Euler with one step in each segment unless told otherwise."""
+    chosen = SampleSettings(**{"solver": "euler", "steps": 3, **settings})
+    return torch.cat([g.latents for g in generate(model, labels, seeds, chosen, weak=weak)])
+
+
+def by_hand(model: Model, other: Model, other_labels: list[int], scales: list[float], intervals=None) -> Tensor:
+    """Euler by the paper's formulas, one step in each of the three phases, v = v_w + g·(v_c − v_w) for each stream."""
+    x, end = initial_noise(SEEDS, COMPOSITE), 1 + DELTA
+    knots = [0.0, DELTA / end, 1 / end, 1.0]
+    for u, after in itertools.pairwise(knots):
+        times = torch.tensor([max(0.0, end * u - DELTA), min(1.0, end * u)])
+        rates = torch.tensor([0.0 if u < knots[1] else end, end if u < knots[2] else 0.0])
+        with torch.no_grad():
+            v_c = model.transformer(x, times.expand(3, 2), torch.tensor(LABELS)).velocity
+            v_w = other.transformer(x, times.expand(3, 2), torch.tensor(other_labels)).velocity
+        inside = [low <= t <= high for t, (low, high) in zip(times.tolist(), intervals or [(0, 1)] * 2, strict=True)]
+        g = torch.tensor([s if i else 1.0 for s, i in zip(scales, inside, strict=True)])
+        x = x + (after - u) * COMPOSITE.expand(rates) * (v_w + COMPOSITE.expand(g) * (v_c - v_w))
+    return x
+
+
+class Calls:
+    """Counts how often a model's network is called."""
+
+    def __init__(self, model: Model) -> None:
+        self.count = 0
+        self.hook = model.transformer.register_forward_hook(self._add)
+
+    def _add(self, *_) -> None:
+        self.count += 1
+
+    def __enter__(self) -> Calls:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.hook.remove()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.5])
+def test_guidance_by_the_null_class_is_its_formula(model, scale):
+    null = [len(CLASSES)] * 3
+    expected = by_hand(model, model, null, [scale, scale])
+    torch.testing.assert_close(latents(model, guidance=scale), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_by_the_null_class_changes_the_result(model):
+    assert (latents(model, guidance=2.5) - latents(model)).abs().max() > 0.01
+
+
+def test_guidance_by_a_weak_model_is_its_formula_with_the_same_class(model, weak):
+    expected = by_hand(model, weak, LABELS, [1.7, 1.7])
+    torch.testing.assert_close(latents(model, weak, guidance=1.7), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weak_model_is_not_the_null_class(model, weak):
+    assert (latents(model, weak, guidance=1.7) - latents(model, guidance=1.7)).abs().max() > 0.01
+
+
+def test_the_model_itself_as_weak_model_changes_nothing(model):
+    torch.testing.assert_close(latents(model, model, guidance=1.7), latents(model), rtol=1e-4, atol=1e-5)
+
+
+def test_scales_differ_by_stream(model, weak):
+    expected = by_hand(model, weak, LABELS, [1.3, 1.9])
+    given = {"semantic": 1.9, "texture": 1.3}
+    torch.testing.assert_close(latents(model, weak, guidance=given), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scale_one_never_asks_the_weak_model(model, weak):
+    with Calls(weak) as calls, Calls(model) as own:
+        latents(model, weak, guidance={"semantic": 1.0, "texture": 1.0})
+    assert (calls.count, own.count) == (0, 3)
+
+
+def test_guidance_holds_inside_the_interval_only(model, weak):
+    # Euler evaluates at texture times 0, 0 and 0.7, and at semantic times 0, 0.3 and 1.
+    intervals = [(0.5, 1.0), (0.2, 0.4)]
+    expected = by_hand(model, weak, LABELS, [2.0, 2.0], intervals)
+    given = {"texture": intervals[0], "semantic": intervals[1]}
+    with Calls(weak) as calls:
+        result = latents(model, weak, guidance=2.0, interval=given)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert calls.count == 2
+    assert (result - latents(model, weak, guidance=2.0)).abs().max() > 0.01
+
+
+def test_an_interval_that_no_step_falls_in_leaves_the_model_alone(model, weak):
+    with Calls(weak) as calls:
+        result = latents(model, weak, guidance=2.0, interval=(0.45, 0.55))
+    assert calls.count == 0
+    assert torch.equal(result, latents(model))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_an_image_does_not_depend_on_its_batch(model, weak, batch_size):
+    seeds, labels = list(range(7)), [0, 1, 2, 2, 1, 0, 3]
+    given = {"labels": labels, "seeds": seeds, "guidance": 1.5, "solver": "heun", "steps": 6}
+    whole = latents(model, weak, **given)
+    torch.testing.assert_close(latents(model, weak, batch_size=batch_size, **given), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_are_numbered_and_decoded(model):
+    settings = SampleSettings(steps=3, batch_size=2)
+    batches = list(generate(model, LABELS, SEEDS, settings))
+    assert [b.first for b in batches] == [0, 2]
+    assert [b.images.shape for b in batches] == [(2, 4, 4, 3), (1, 4, 4, 3)]
+    assert (batches[1].images == decode(model, batches[1].latents)).all()
+
+
+def test_the_label_and_the_seed_matter(model):
+    plain = latents(model)
+    assert (latents(model, labels=[1, 0, 1])[0] - plain[0]).abs().max() > 0.01
+    assert (latents(model, seeds=[6, 0, 9])[0] - plain[0]).abs().max() > 0.01
+
+
+def test_bf16_is_close_to_float32(model):
+    x, times = initial_noise(SEEDS, COMPOSITE), torch.tensor([0.3, 0.6])
+    exact, rough = (velocity_field(model.transformer, torch.tensor(LABELS), p)(x, times) for p in ("float32", "bf16"))
+    assert rough.dtype == torch.float32
+    assert not torch.equal(exact, rough)
+    assert (exact - rough).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_an_unconditional_model_cannot_guide_itself():
+    unconditional = random_model(0, classes=())
+    with pytest.raises(SFDError, match="needs a weak model"):
+        latents(unconditional, labels=[0, 0, 0], guidance=1.5)
+    assert latents(unconditional, labels=[0, 0, 0]).isfinite().all()
+
+
+def test_an_unconditional_model_is_guided_by_a_weak_one():
+    strong, weak = random_model(0, classes=()), random_model(1, classes=())
+    difference = latents(strong, weak, labels=[0, 0, 0], guidance=1.5) - latents(strong, labels=[0, 0, 0])
+    assert difference.abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"classes": ("disk", "ring")}, "has classes disk, ring, the guided one disk, ring, star"),
+        ({"composite": Composite(streams=(TEXTURE,)), "name": "synchronous"}, "other streams"),
+        ({"composite": Composite(streams=(SEMANTIC, TEXTURE))}, "other streams"),
+        (
+            {"composite": Composite(streams=(TEXTURE.model_copy(update={"std": (0.7, 0.6)}), SEMANTIC))},
+            r"stream 'texture' of the guiding model has std \(0.7, 0.6\), of the guided one \(0.7, 0.5\)",
+        ),
+        (
+            {"composite": Composite(streams=(TEXTURE, SEMANTIC.model_copy(update={"channels": 4})))},
+            "stream 'semantic' of the guiding model has shape",
+        ),
+        (
+            {"composite": Composite(streams=(TEXTURE, SEMANTIC.model_copy(update={"tokenizer": "other"})))},
+            "stream 'semantic' of the guiding model has tokenizer other",
+        ),
+    ],
+    ids=["classes", "fewer streams", "order", "statistics", "shape", "tokenizer"],
+)
+def test_a_weak_model_of_other_latents_is_refused(model, changed, message):
+    other = random_model(1, **changed)
+    with Calls(model) as calls, pytest.raises(SFDError, match=message):
+        latents(model, other, guidance=1.5)
+    assert calls.count == 0
+
+
+def test_a_label_for_each_seed(model):
+    with pytest.raises(SFDError, match="2 labels were given for 3 seeds"):
+        latents(model, labels=[0, 1])
