@@ -28,11 +28,6 @@ def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
-def torch_generator(seed: int, purpose: str, *key: int) -> torch.Generator:
-    """Make a CPU torch generator for code that wants one, such as initialisation."""
-    return torch.Generator().manual_seed(int(generator(seed, purpose, *key).integers(2**63)))
-
-
 def normal(seeds: Sequence[int], size: int, purpose: str, *key: int) -> Tensor:
     """Draw standard normals, row i from seeds[i] alone. Returns (len(seeds), size), float32, on the CPU."""
     rows = [generator(seed, purpose, *key).standard_normal(size, dtype=np.float32) for seed in seeds]
