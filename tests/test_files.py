@@ -36,7 +36,7 @@ def test_written_replaces_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot be written"), (errno.EIO, "error")]
+    ("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot be accessed"), (errno.EIO, "error")]
 )
 def test_the_system_s_errors_become_sentences(tmp_path, number, message):
     with pytest.raises(SFDError, match=message), files.written(tmp_path / "a"):
@@ -50,6 +50,42 @@ def test_a_full_disk_leaves_no_file(tmp_path):
         with Path("/dev/full").open("wb", buffering=0) as full:
             full.write(b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_explained_for_any_path():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "holds .;" in str(files.explained(full, Path()))
+    assert "holds /a/b;" in str(files.explained(full, Path("/a/b/.c.partial/d.safetensors")))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_process_left_is_removed(tmp_path, folder):
+    with files.written(tmp_path / "a") as partial:
+        partial.touch()
+    (tmp_path / "a").unlink()
+    if folder:
+        partial.mkdir()
+        (partial / "half").touch()
+    else:
+        partial.write_text("half")
+    with files.written(tmp_path / "a") as partial:
+        assert not partial.exists()
+        partial.mkdir()
+        (partial / "whole").touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["a", "a/whole"]
+
+
+def test_written_files_have_the_usual_mode(tmp_path):
+    (tmp_path / "usual").touch()
+    (tmp_path / "usual folder").mkdir()
+    files.write_tensors(tmp_path / "alone", {"a": torch.ones(1)})
+    with files.written(tmp_path / "folder") as partial:
+        partial.mkdir()
+        files.write_tensors(partial / "inside", {"a": torch.ones(1)})
+        (partial / "private").touch(mode=0o600)
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("alone", "folder/inside", "folder/private")}
+    assert set(modes.values()) == {(tmp_path / "usual").stat().st_mode}
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "usual folder").stat().st_mode
 
 
 def test_tensors_come_back(tmp_path):

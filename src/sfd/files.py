@@ -18,21 +18,28 @@ from torch import Tensor
 
 from sfd.errors import SFDError
 
+# The mask is asked for once: that takes setting it, which threads that make files would notice.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` at the end, or remove it if the block fails.
 
-    The block may write a file or make a folder. A folder that stands at `path` is replaced.
+    The block may write a file or make a folder. A folder that stands at `path` is replaced. Whatever wrote the files,
+    they get the mode that the process's umask gives to new ones. What a killed process left half written at `path` is
+    removed first, so no two processes may write to one path at a time (see `exclusive`).
 
     Raises:
         SFDError: the disk is full, or the place cannot be written to.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
         yield partial
-        _flush(partial)
+        _settle(partial)
         if path.is_dir():
             shutil.rmtree(path)
         partial.replace(path)
@@ -48,22 +55,30 @@ def written(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder that is this process's alone."""
+    for partial in folder.glob(".*.partial"):
+        _remove(partial)
+
+
 def explained(error: OSError, path: Path) -> SFDError:
     """Say in a sentence why a path cannot be written or read."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _disk_full(path)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return SFDError(f"{path} cannot be written ({error.strerror}); choose another folder or change its permissions")
+        return SFDError(f"{path} cannot be accessed ({error.strerror}); choose another or change its permissions")
     return SFDError(f"{path}: {error.strerror or error}")
 
 
 def _disk_full(path: Path) -> SFDError:
-    folder = next(parent for parent in path.parents if not parent.name.endswith(".partial"))
+    folder = next((parent for parent in path.parents if not parent.name.endswith(".partial")), path)
     return SFDError(f"no space left on the disk that holds {folder}; free some and run the same command again")
 
 
-def _flush(path: Path) -> None:
+def _settle(path: Path) -> None:
+    """Bring a file, or all in a folder, to the disk, readable by whom the umask says: some libraries write 0600."""
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        file.chmod(0o666 & ~_UMASK)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
 

@@ -33,8 +33,7 @@ class Checkpoint:
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], keep: int) -> None:
     """Write the checkpoint of a step, then remove all but the newest `keep`."""
-    for stale in folder.glob(".*.partial"):  # left by a process that was killed while writing
-        shutil.rmtree(stale)
+    files.remove_partials(folder)
     with files.written(folder / f"step-{step:09d}") as partial:
         partial.mkdir()
         files.write_tensors(partial / STATE, tensors)
