@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfd import flow, interop
 from sfd.errors import SFDError
-from sfd.models.transformer import SIZES, Transformer, TransformerConfig, parameter_count, sized
+from sfd.models.transformer import SIZES, Transformer, TransformerConfig, parameter_count
 from sfd.streams import Composite, Stream
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -109,8 +109,8 @@ def test_round_trip_is_exact(name):
 
 def published_size(size: str) -> TransformerConfig:
     streams = Stream(name="texture", channels=32, grid=16), Stream(name="semantic", channels=16, grid=16)
-    return sized(
-        size,
+    return TransformerConfig(
+        **SIZES[size]._asdict(),
         composite=Composite(streams=streams),
         num_classes=1000,
         clocks=("semantic", "texture"),
@@ -142,15 +142,15 @@ def test_missing_tensor_is_named(published):
         interop.from_published(state, config)
 
 
-def test_spare_tensor_is_named(published):
+def test_left_over_tensor_is_named(published):
     state, config = published
-    with pytest.raises(SFDError, match=r"spare: blocks\.7\.norm1\.weight"):
+    with pytest.raises(SFDError, match=r"left over: blocks\.7\.norm1\.weight"):
         interop.from_published(state | {"blocks.7.norm1.weight": torch.ones(64)}, config)
 
 
 def test_misshapen_tensor_is_named(published):
     state, config = published
-    with pytest.raises(SFDError, match=r"norm_final\.weight \(32,\) where \(64,\)"):
+    with pytest.raises(SFDError, match=r"norm_final\.weight \(32,\) for \(64,\)"):
         interop.from_published(state | {"final_layer.norm_final.weight": torch.ones(32)}, config)
 
 

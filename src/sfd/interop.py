@@ -17,6 +17,7 @@ from sfd.errors import SFDError
 from sfd.models.layers import position_table, rotary_table
 from sfd.models.transformer import Transformer, TransformerConfig
 from sfd.streams import Composite, Stream
+from sfd.weights import misfit, shapes
 
 # Ours → published. What is not here needs more than a new name.
 _NAMES = {
@@ -86,10 +87,12 @@ def to_published(state: Mapping[str, Tensor], config: TransformerConfig) -> dict
     """Turn our transformer's state dict into the published one's, position tables included.
 
     Raises:
-        SFDError: tensors are missing, spare or of another shape than `config` says, or the published network cannot
-            hold this composite (it knows the streams texture and semantic, on one grid).
+        SFDError: tensors are missing, left over or misshapen for `config`, or the published network cannot hold this
+            composite (it knows the streams texture and semantic, on one grid).
     """
-    _check_names(state, _shapes(config), "transformer weights")
+    with torch.device("meta"):
+        expected = shapes(Transformer(config))
+    _check(state, expected, "transformer weights")
     return _publish(state, config)
 
 
@@ -97,10 +100,10 @@ def from_published(state: Mapping[str, Tensor], config: TransformerConfig) -> di
     """Turn the published state dict into our transformer's, for `load_state_dict(…, strict=True)`.
 
     Raises:
-        SFDError: tensors are missing, spare or of another shape than `config` says, or the checkpoint's position tables
-            are not those that this network computes.
+        SFDError: tensors are missing, left over or misshapen for `config`, or the checkpoint's position tables are not
+            those that this network computes.
     """
-    _check_names(state, published_shapes(config), "published checkpoint")
+    _check(state, published_shapes(config), "published checkpoint")
     for name, table in _tables(config).items():
         error = (state[name].float().cpu() - table).abs().max().item()
         if not error <= _TABLE_TOLERANCE:
@@ -179,23 +182,7 @@ def _renamed(config: TransformerConfig) -> dict[str, str]:
     return names
 
 
-def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
-
-
-def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    missing = [name for name in expected if name not in state]
-    spare = [name for name in state if name not in expected]
-    misshapen = [
-        f"{name} {tuple(state[name].shape)} where {shape} was expected"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    problems = [
-        f"{label}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for label, names in (("missing", missing), ("spare", spare), ("of another shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise SFDError(f"{what} and configuration do not fit: {'; '.join(problems)}")
+def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    differences = misfit(state, expected)
+    if differences:
+        raise SFDError(f"{what} and configuration do not fit: {differences}")

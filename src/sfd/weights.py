@@ -107,21 +107,34 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     Raises:
         SFDError: some tensors are missing, left over, or of another shape; they are named.
     """
-    expected = module.state_dict()
-    misshapen = [
-        f"{name} {tuple(tensors[name].shape)} for {tuple(t.shape)}"
-        for name, t in expected.items()
-        if name in tensors and tensors[name].shape != t.shape
-    ]
-    problems = {
-        "missing": sorted(set(expected) - set(tensors)),
-        "left over": sorted(set(tensors) - set(expected)),
-        "misshapen": misshapen,
-    }
-    found = "; ".join(f"{label}: {_some(names)}" for label, names in problems.items() if names)
-    if found:
-        raise SFDError(f"{where}: the weights do not fit the configuration ({found}); use the files of one model")
+    differences = misfit(tensors, shapes(module))
+    if differences:
+        raise SFDError(f"{where}: the weights do not fit the configuration ({differences}); use the files of one model")
     module.load_state_dict(dict(tensors))
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a module's state."""
+    return {name: tuple(t.shape) for name, t in module.state_dict().items()}
+
+
+def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Name the tensors that are missing, left over or misshapen; nothing ("") where all fit.
+
+    Args:
+        tensors: what is given.
+        expected: the shape of everything that should be, by name.
+    """
+    problems = {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "left over": sorted(tensors.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {tuple(tensors[name].shape)} for {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+    }
+    return "; ".join(f"{label}: {_some(names)}" for label, names in problems.items() if names)
 
 
 def _some(names: list[str], limit: int = 4) -> str:
