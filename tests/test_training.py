@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sfd import randomness
 from sfd.errors import Interrupted, SFDError
 from sfd.settings import parse
 from sfd.training import checkpoints
+from sfd.training.log import TrainingLog
 from sfd.training.loop import TrainSettings, fit, learning_rate
 from sfd.training.order import EpochOrder
 
@@ -41,6 +43,19 @@ class Regression:
         return {"loss": (model(batch["x"])[:, 0] - batch["x"].sum(1)).square().mean()}
 
 
+class Meddling(Regression):
+    """Does something else at one step."""
+
+    def __init__(self, at, do):
+        super().__init__()
+        self.at, self.do = at, do
+
+    def loss(self, model, batch):
+        if batch["step"].item() == self.at:
+            self.do()
+        return super().loss(model, batch)
+
+
 class Diverging(Regression):
     def loss(self, model, batch):
         return {"loss": super().loss(model, batch)["loss"] * float("nan")}
@@ -66,6 +81,10 @@ def whole(tmp_path_factory):
     return folder, fit(Regression(), SETTINGS, folder, device=CPU)
 
 
+def threads_of_tensorboard():
+    return [thread for thread in threading.enumerate() if "AsyncWriter" in type(thread).__name__]
+
+
 def test_the_same_training_gives_the_same_bytes(whole, tmp_path):
     assert same_weights(whole[1], fit(Regression(), SETTINGS, tmp_path, device=CPU))
 
@@ -75,6 +94,57 @@ def test_a_stopped_run_leaves_with_its_own_code(tmp_path, number):
     with pytest.raises(Interrupted) as stopped:
         fit(Regression(stop_at=6, number=number), SETTINGS, tmp_path, device=CPU)
     assert stopped.value.code == 128 + number
+
+
+def test_a_stop_during_the_last_step_is_heard(whole, tmp_path):
+    with pytest.raises(Interrupted):
+        fit(Regression(stop_at=11), SETTINGS, tmp_path, device=CPU)
+    assert same_weights(whole[1], fit(Meddling(0, pytest.fail), SETTINGS, tmp_path, device=CPU))
+
+
+def test_a_stop_during_the_last_preview_is_heard(tmp_path):
+    class Previewed(Regression):
+        def preview(self, step, model, folder):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        fit(Previewed(), changed(preview_every=12), tmp_path, device=CPU)
+    assert checkpoints.newest(tmp_path / "checkpoints").step == 12
+
+
+@pytest.mark.parametrize("end", ["finished", "stopped", "failed"])
+def test_tensorboard_is_closed_however_training_ends(tmp_path, end):
+    def fail():
+        raise ZeroDivisionError
+
+    if end == "finished":
+        fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    else:
+        task = Regression(stop_at=6) if end == "stopped" else Meddling(6, fail)
+        with pytest.raises(Interrupted if end == "stopped" else ZeroDivisionError):
+            fit(task, SETTINGS, tmp_path, device=CPU)
+    assert threads_of_tensorboard() == []
+
+
+def test_a_log_on_a_full_disk_is_explained(tmp_path):
+    def fill():
+        (tmp_path / "log.jsonl").unlink()
+        (tmp_path / "log.jsonl").symlink_to("/dev/full")  # every write to it fails with ENOSPC
+
+    with pytest.raises(SFDError, match=f"no space left on the disk that holds {tmp_path};"):
+        fit(Meddling(6, fill), SETTINGS, tmp_path, device=CPU)
+    assert threads_of_tensorboard() == []
+
+
+def test_the_speed_of_a_resumed_run_is_its_own(tmp_path):
+    log = TrainingLog(tmp_path, 1000, 8, enabled=True)
+    log.restore({"count": 1000, "sums": {"loss": 3000.0}})
+    time.sleep(0.05)
+    log.write(1001, {"loss": torch.tensor(3.0)}, {})
+    log.close()
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line["loss"] == pytest.approx(3)
+    assert line["images_per_second"] <= 8 / 0.05
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 6, 10])
@@ -141,8 +211,21 @@ def test_a_run_can_be_made_longer(tmp_path):
     assert same_weights(longer, fit(Regression(), changed(steps=20), tmp_path / "b", device=CPU))
 
 
+def test_a_run_cannot_be_made_shorter(whole):
+    with pytest.raises(SFDError, match=r"holds a run of 12 steps, but 10 were asked for"):
+        fit(Regression(), changed(steps=10), whole[0], device=CPU)
+
+
+def test_a_checkpoint_that_was_never_finished_is_removed(tmp_path):
+    half = tmp_path / "checkpoints" / ".step-000000003.partial"
+    half.mkdir(parents=True)
+    (half / checkpoints.STATE).write_text("half")
+    fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    assert not half.exists()
+
+
 def test_a_run_that_diverges_stops_with_a_reason(tmp_path):
-    with pytest.raises(SFDError, match="not finite 10 steps in a row"):
+    with pytest.raises(SFDError, match=r"not finite 10 steps in a row.*another folder, with a lower learning_rate$"):
         fit(Diverging(), SETTINGS, tmp_path, device=CPU)
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from sfd.progress import bar
 from sfd.settings import Settings
 from sfd.training import checkpoints
 from sfd.training.log import TrainingLog
+from sfd.weights import misfit, shapes
 
 MAX_SKIPPED_STEPS = 10
 # What may change between a run and its continuation without changing its arithmetic.
@@ -96,20 +97,28 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
         The trained model in evaluation mode, with the averaged weights if `settings.ema` is set.
 
     Raises:
-        SFDError: the folder holds checkpoints of another configuration, or training diverged.
+        SFDError: the folder holds checkpoints of another configuration or of a later step, training diverged, or the
+            disk is full.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     run = _Run(task, settings, folder, device)
-    with bar(task.name, settings.steps, run.step) as shown, _stop_signal() as stop, run.batches() as batches:
-        while run.step < settings.steps:
+    with (
+        run.logging(),
+        bar(task.name, settings.steps, run.step) as shown,
+        _stop_signal() as stop,
+        run.batches() as batches,
+    ):
+        stopping = False
+        while run.step < settings.steps and not stopping:
             note = run.advance(batches)
             shown.advance(1, note)
             if settings.preview_every and run.step % settings.preview_every == 0 and isinstance(task, Previewing):
                 run.preview(task)
-            if run.step % settings.checkpoint_every == 0 or run.step == settings.steps or stop:
+            stopping = bool(stop)  # a signal that comes from here on waits for the next step, or for the end
+            if run.step % settings.checkpoint_every == 0 or run.step == settings.steps or stopping:
                 run.save()
-            if stop and run.step < settings.steps:
-                raise Interrupted(stop[0])
+    if stop:
+        raise Interrupted(stop[0])
     return run.result()
 
 
@@ -178,9 +187,10 @@ class _Run:
                 with torch.no_grad():
                     torch._foreach_lerp_(list(self.average.parameters()), list(self.bare.parameters()), weight)
         elif self.skipped >= MAX_SKIPPED_STEPS:
+            alternative = " or precision: float32" if self.settings.precision != "float32" else ""
             raise SFDError(
                 f"{self.task.name}: the gradient was not finite {self.skipped} steps in a row, up to step {self.step}; "
-                "lower learning_rate or use precision: float32, and run again from the last checkpoint"
+                f"start anew in another folder, with a lower learning_rate{alternative}"
             )
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -189,12 +199,12 @@ class _Run:
         """Give this process's batches, each prepared by a thread while the one before it is being used."""
         settings, accelerator = self.settings, self.accelerator
         size = settings.batch_size // (accelerator.num_processes * settings.accumulate)
-        keys = [
+        keys = (
             (step, range(start, start + size))
             for step in range(self.step, settings.steps)
             for part in range(settings.accumulate)
             for start in [(part * accelerator.num_processes + accelerator.process_index) * size]
-        ]
+        )
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
 
             def stream() -> Iterator[dict[str, Tensor]]:
@@ -212,6 +222,17 @@ class _Run:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Close the log at the end, whatever that is; a failure to do so never hides why the block failed."""
+        try:
+            yield
+        except BaseException:
+            with suppress(SFDError):
+                self.log.close()
+            raise
+        self.log.close()
+
     def preview(self, task: Previewing) -> None:
         if self.accelerator.is_main_process:
             task.preview(self.step, self._shown(), self.folder / "previews")
@@ -221,7 +242,6 @@ class _Run:
         return (self.average if self.average is not None else self.bare).eval()
 
     def result(self) -> nn.Module:
-        self.log.close()
         return self._shown()
 
     def save(self) -> None:
@@ -246,9 +266,14 @@ class _Run:
         if checkpoint is None:
             return {}
         self._check_same_run(checkpoint.record)
-        _load_exactly(self.bare, checkpoint.group("model"), self.folder)
-        if self.average is not None:
-            _load_exactly(self.average, checkpoint.group("average"), self.folder)
+        if checkpoint.step > self.settings.steps:
+            raise SFDError(
+                f"{self.folder} holds a run of {checkpoint.step} steps, but {self.settings.steps} were asked for; "
+                f"ask for {checkpoint.step} or more, or use another folder to train for fewer"
+            )
+        for model, prefix in ((self.bare, "model"), (self.average, "average")):
+            if model is not None:
+                _load(model, checkpoint.group(prefix), self.folder)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in checkpoint.group("optimizer").items():
             index, key = name.split(".", 1)
@@ -270,14 +295,12 @@ class _Run:
                 )
 
 
-def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    given = {name: tuple(t.shape) for name, t in tensors.items()}
-    if wanted != given:
-        name = sorted(set(wanted.items()) ^ set(given.items()))[0][0]
+def _load(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    differences = misfit(tensors, shapes(model))
+    if differences:
         raise SFDError(
-            f"the checkpoint in {folder} is of another configuration: {name} has shape {given.get(name)} there and "
-            f"{wanted.get(name)} here; use another folder, or the recipe that the run was started with"
+            f"the checkpoint in {folder} is of another configuration ({differences}); use another folder, or the "
+            "recipe that the run was started with"
         )
     model.load_state_dict(tensors)
 
