@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from sfd.errors import SFDError
 from sfd.evaluation.metrics import (
     Gaussian,
-    Moments,
+    GaussianAccumulator,
     frechet_distance,
     gaussian,
     inception_score,
@@ -75,7 +75,7 @@ def test_frechet_distance_of_singular_covariances_is_real_and_zero_to_itself():
 @settings(max_examples=30, deadline=None)
 def test_moments_do_not_depend_on_the_batches(cuts, offset):
     features = REFERENCE.astype(np.float64) + offset
-    moments = Moments()
+    moments = GaussianAccumulator()
     for part in np.split(features, sorted(cuts)):
         moments.update(part)
     result = moments.gaussian()

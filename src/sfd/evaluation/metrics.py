@@ -26,7 +26,7 @@ class Gaussian:
     count: int
 
 
-class Moments:
+class GaussianAccumulator:
     """Mean and covariance gathered batch by batch; how the set is cut into batches does not matter.
 
     Batches are merged by their own centred moments (Chan, Golub and LeVeque 1979): sums of raw squares would cancel.
@@ -64,7 +64,7 @@ class Moments:
 
 def gaussian(features: ArrayLike) -> Gaussian:
     """Compute mean and covariance of features (N, D)."""
-    moments = Moments()
+    moments = GaussianAccumulator()
     moments.update(features)
     return moments.gaussian()
 
