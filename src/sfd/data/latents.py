@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +79,11 @@ class Manifest(Settings):
     shards: tuple[ShardRecord, ...]
 
 
+def shard_path(folder: Path, number: int) -> Path:
+    """Name the file of a shard."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
 def prepare(
     source: ImageSource,
     encode: Encode,
@@ -103,11 +109,12 @@ def prepare(
     job = {"data": source.identity, **{f"tokenizer.{k}": v for k, v in tokenizers.items()}}
     job |= {name: str(value) for name, value in settings.model_dump().items() if name not in ("batch_size", "workers")}
     statistics: dict[str, ChannelStatistics] = {}
+    formats: dict[str, torch.Size] = {}
     records = []
     with bar("preparing latents", len(source)) as shown, ThreadPoolExecutor(settings.workers) as pool:
         for number in range(math.ceil(len(source) / settings.shard_size)):
             indices = np.arange(number * settings.shard_size, min((number + 1) * settings.shard_size, len(source)))
-            path = folder / f"shard-{number:05d}.safetensors"
+            path = shard_path(folder, number)
             if path.exists():
                 tensors = _finished(path, job)
                 shown.advance(len(indices))
@@ -118,6 +125,8 @@ def prepare(
             for name in tokenizers:
                 if name != FEATURES:
                     statistics.setdefault(name, ChannelStatistics(tensors[name].shape[1])).add(tensors[name])
+            formats = {name: tensor.shape[1:] for name, tensor in tensors.items()}
+            del tensors  # one shard in memory at a time
             records.append({"file": path.name, "count": len(indices), "bytes": path.stat().st_size})
             records[-1]["sha256"] = files.checksum(path)
     manifest = {
@@ -126,8 +135,8 @@ def prepare(
         "count": len(source),
         "classes": list(source.classes),
         "dtype": settings.dtype,
-        "streams": {name: _stream_record(tensors[name], statistics[name], tokenizers[name]) for name in statistics},
-        "features": _features_record(tensors, tokenizers) if settings.features and FEATURES in tensors else None,
+        "streams": {name: _stream_record(formats[name], statistics[name], tokenizers[name]) for name in statistics},
+        "features": _features_record(formats, tokenizers) if settings.features and FEATURES in formats else None,
         "shards": records,
     }
     files.write_json(folder / MANIFEST, manifest)
@@ -143,21 +152,37 @@ def _encode(
     pool: ThreadPoolExecutor,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """Encode one shard's images, reading ahead."""
+    """Encode one shard's images, reading a few batches ahead."""
     chunks = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
-    parts: dict[str, list[Tensor]] = {}
-    dtypes = {FEATURES: torch.float16}
-    for chunk, images in zip(chunks, pool.map(source.load, chunks), strict=True):
+    encoded: dict[str, Tensor] = {}
+    done = 0
+    for images in _read_ahead(pool, source.load, chunks, settings.workers):
         batch = to_tensor(images).to(device)
         for suffix, view in (("", batch), ("_flip", batch.flip(-1))):
             with torch.no_grad():
                 latents = encode(view)
             for name, value in latents.items():
                 if name != FEATURES or settings.features:
-                    dtype = dtypes.get(name, getattr(torch, settings.dtype))
-                    parts.setdefault(name + suffix, []).append(value.to(dtype).cpu())
-        advance(len(chunk))
-    return {name: torch.cat(values) for name, values in parts.items()}
+                    dtype = torch.float16 if name == FEATURES else getattr(torch, settings.dtype)
+                    if name + suffix not in encoded:
+                        encoded[name + suffix] = torch.empty(len(indices), *value.shape[1:], dtype=dtype)
+                    encoded[name + suffix][done : done + len(images)] = value
+        done += len(images)
+        advance(len(images))
+    return encoded
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, load: Callable[[np.ndarray], np.ndarray], chunks: Sequence[np.ndarray], workers: int
+) -> Iterator[np.ndarray]:
+    """Give the images of every chunk in order; at most one chunk more than there are workers waits to be used."""
+    pending: deque[Future[np.ndarray]] = deque()
+    for chunk in chunks:
+        pending.append(pool.submit(load, chunk))
+        if len(pending) > workers:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor], job: Mapping[str, str]) -> None:
@@ -186,13 +211,13 @@ def _finished(path: Path, job: Mapping[str, str]) -> dict[str, Tensor]:
     return files.read_tensors(path)
 
 
-def _stream_record(latents: Tensor, statistics: ChannelStatistics, tokenizer: str) -> dict[str, Any]:
+def _stream_record(shape: torch.Size, statistics: ChannelStatistics, tokenizer: str) -> dict[str, Any]:
     mean, std = statistics.mean.tolist(), statistics.std.tolist()
-    return {"channels": latents.shape[1], "grid": latents.shape[2], "mean": mean, "std": std, "tokenizer": tokenizer}
+    return {"channels": shape[0], "grid": shape[1], "mean": mean, "std": std, "tokenizer": tokenizer}
 
 
-def _features_record(tensors: Mapping[str, Tensor], tokenizers: Mapping[str, str]) -> dict[str, Any]:
-    _, channels, grid, _ = tensors[FEATURES].shape
+def _features_record(formats: Mapping[str, torch.Size], tokenizers: Mapping[str, str]) -> dict[str, Any]:
+    channels, grid, _ = formats[FEATURES]
     return {"channels": channels, "grid": grid, "dtype": "float16", "tokenizer": tokenizers[FEATURES]}
 
 
