@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sfd.errors import SFDError
 from sfd.models import kernels
 from sfd.models.layers import patchify, unpatchify
-from sfd.models.transformer import SIZES, Transformer, TransformerConfig, flops, parameter_count, sized
+from sfd.models.transformer import SIZES, Transformer, TransformerConfig, flops, parameter_count
 from sfd.settings import parse
 from sfd.streams import Composite, Stream
 
@@ -223,13 +223,10 @@ def test_unfitting_input_is_refused():
         model(x, times[:, :1], labels)
 
 
-def test_sizes_by_name():
-    fields = {"composite": Composite(streams=EQUAL), "num_classes": 5}
-    for name, size in SIZES.items():
-        config = sized(name, **fields)
-        assert (config.depth, config.width, config.heads) == size
-    with pytest.raises(SFDError, match="did you mean 'XXL'"):
-        sized("XXXL", **fields)
+@pytest.mark.parametrize("size", SIZES)
+def test_named_sizes_are_valid(size):
+    config = TransformerConfig(**SIZES[size]._asdict(), composite=Composite(streams=EQUAL), num_classes=5)
+    assert (config.depth, config.width, config.heads) == SIZES[size]
 
 
 def plain_norm(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ runs end in NaN when small updates are added to a bf16 residual.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sfd import randomness
-from sfd.errors import SFDError, unknown
+from sfd.errors import SFDError
 from sfd.models.layers import (
     TIME_FREQUENCIES,
     Block,
@@ -82,17 +82,6 @@ class TransformerConfig(Settings):
         if (self.repa_block is None) != (self.repa_channels is None):
             raise ValueError("repa_block and repa_channels must be given together")
         return self
-
-
-def sized(name: str, **fields: Any) -> TransformerConfig:
-    """Make the configuration of a named size ("tiny", "S", "B", "L", "XL", "XXL"); `fields` are all the others.
-
-    Raises:
-        SFDError: there is no such size.
-    """
-    if name not in SIZES:
-        raise unknown("transformer size", name, SIZES)
-    return TransformerConfig(**SIZES[name]._asdict(), **fields)
 
 
 class Output(NamedTuple):
