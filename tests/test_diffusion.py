@@ -1,0 +1,190 @@
+"""What the transformer is trained on: each draw, and the sum of the losses."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from sfd import flow, randomness
+from sfd.data.folder import FolderSource
+from sfd.data.latents import FEATURES, LatentSet, LatentSettings, prepare
+from sfd.data.shapes import ShapesSource
+from sfd.errors import SFDError
+from sfd.models.transformer import Transformer, TransformerConfig
+from sfd.schedules import build_schedule
+from sfd.training.diffusion import DiffusionTask, LossSettings
+
+CPU = torch.device("cpu")
+STREAMS = ("texture", "semantic")
+OFFSET = {"name": "offset", "delta": 0.3}
+MANY = 4000
+
+
+def encode(images):
+    """Texture (B, 3, 4, 4), semantic (B, 1, 4, 4) and features (B, 6, 4, 4), none its own mirror image."""
+    pooled = F.avg_pool2d(images, 4)
+    features = torch.cat([pooled, pooled.square()], 1)
+    return {"texture": pooled, "semantic": features.mean(1, keepdim=True), FEATURES: features}
+
+
+def make_latents(source, folder, **fields):
+    tokenizers = dict.fromkeys((*STREAMS, FEATURES), "pool")
+    prepare(source, encode, tokenizers, folder, LatentSettings(shard_size=10, **fields), device=CPU)
+    return LatentSet(folder)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return make_latents(ShapesSource(24, 0, 16), tmp_path_factory.mktemp("latents"))
+
+
+def make_model(latents, repa=True):
+    composite = latents.composite({}, {"texture": 1.0, "semantic": 2.0})
+    classes = len(latents.manifest.classes)
+    fields = {"repa_block": 1, "repa_channels": 6, "repa_width": 16} if repa else {}
+    model = Transformer(
+        TransformerConfig(
+            depth=2, width=16, heads=2, composite=composite, num_classes=classes, clocks=STREAMS, **fields
+        )
+    )
+    with randomness.seeded(0, "heads"):  # they start at zero, where all velocities are alike
+        for head in model.heads:
+            nn.init.normal_(head.weight)
+    return model
+
+
+def make_task(latents, schedule=OFFSET, model=None, batch_size=MANY, **settings):
+    return DiffusionTask(
+        model or make_model(latents),
+        latents,
+        build_schedule(schedule, STREAMS),
+        LossSettings(**settings),
+        seed=3,
+        batch_size=batch_size,
+    )
+
+
+def test_every_stream_is_at_its_schedule_s_time(latents):
+    # Under the synchronous schedule a stream's time is the base time itself; its draw knows no schedule.
+    base = make_task(latents, {"name": "synchronous"}).batch(5, range(200))["times"]
+    assert torch.equal(base[:, 0], base[:, 1])
+    times = make_task(latents).batch(5, range(200))["times"]
+    torch.testing.assert_close(times, build_schedule(OFFSET, STREAMS).at(base[:, 0]).time, rtol=0, atol=0)
+    assert (times[:, 1] >= times[:, 0]).all() and (times[:, 1] > times[:, 0]).any()
+
+
+def test_base_times_are_distributed_as_asked(latents):
+    for distribution, middle in (("logit_normal", 0.7287), ("uniform", 0.5)):  # P(1/4 < u < 3/4)
+        u = make_task(latents, {"name": "synchronous"}, base_time=distribution).batch(0, range(MANY))["times"][:, 0]
+        share = ((u > 0.25) & (u < 0.75)).float().mean().item()
+        assert share == pytest.approx(middle, abs=4 * (middle * (1 - middle) / MANY) ** 0.5)
+
+
+def test_noise_is_standard_normal_and_new_each_step(latents):
+    task = make_task(latents)
+    noise = task.batch(0, range(MANY))["x0"]
+    assert noise.mean().item() == pytest.approx(0, abs=4 / noise.numel() ** 0.5)
+    assert noise.var().item() == pytest.approx(1, abs=4 * (2 / noise.numel()) ** 0.5)
+    assert not torch.equal(noise[:8], task.batch(1, range(8))["x0"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_the_stated_share_of_labels_is_dropped(latents, share):
+    task = make_task(latents, label_dropout=share)
+    labels = task.batch(0, range(MANY))["labels"]
+    dropped = labels == task.null_class
+    assert dropped.float().mean().item() == pytest.approx(share, abs=4 * (share * (1 - share) / MANY) ** 0.5)
+    true = latents.labels[torch.from_numpy(task.order.indices(0, range(MANY), MANY))]
+    assert torch.equal(labels[~dropped], true[~dropped])
+
+
+def test_latents_and_features_are_flipped_together(latents):
+    task = make_task(latents)
+    batch = task.batch(0, range(200))
+    indices = task.order.indices(0, range(200), MANY)
+
+    def expected(flip):
+        flips = np.full(200, flip)
+        raw = {name: latents.read(name, indices, flips) for name in STREAMS}
+        return task.composite.join(task.composite.normalize(raw)), latents.read(FEATURES, indices, flips)
+
+    (x1, features), (x1_flipped, features_flipped) = expected(False), expected(True)
+    flipped = (batch["features"] != features).flatten(1).any(1)
+    assert 60 < flipped.sum() < 140
+    assert torch.equal(batch["x1"], torch.where(flipped[:, None], x1_flipped, x1))
+    assert torch.equal(batch["features"], torch.where(flipped[:, None, None, None], features_flipped, features))
+
+
+def test_without_flips_all_are_as_they_were(latents):
+    task = make_task(latents, flip=False)
+    indices = task.order.indices(0, range(50), MANY)
+    assert torch.equal(task.batch(0, range(50))["features"], latents.read(FEATURES, indices, np.zeros(50, bool)))
+
+
+def test_two_halves_are_the_whole_batch(latents):
+    task = make_task(latents, batch_size=8)
+    whole, halves = task.batch(7, range(8)), [task.batch(7, part) for part in (range(4), range(4, 8))]
+    for name, values in whole.items():
+        assert torch.equal(values, torch.cat([half[name] for half in halves])), name
+
+
+@pytest.mark.parametrize(("cosine", "repa"), [(1.0, 1.0), (0.7, 0.3), (0.0, 0.5), (0.5, 0.0), (0.0, 0.0)])
+def test_the_losses_add_up_with_their_weights(latents, cosine, repa):
+    task = make_task(latents, cosine=cosine, repa=repa)
+    losses = task.loss(task.model, task.batch(0, range(8)))
+    assert set(losses) == {"loss", "velocity"} | {n for n, w in (("cosine", cosine), ("repa", repa)) if w}
+    parts = losses["velocity"] + cosine * losses.get("cosine", 0) + repa * losses.get("repa", 0)
+    torch.testing.assert_close(losses["loss"], parts)
+
+
+def test_the_velocity_is_judged_on_the_straight_path(latents):
+    task = make_task(latents)
+    batch = task.batch(0, range(8))
+    x1, x0, composite = batch["x1"], batch["x0"], task.composite
+    t = composite.expand(batch["times"])
+    velocity = task.model(t * x1 + (1 - t) * x0, batch["times"], batch["labels"]).velocity
+    squares = composite.split((velocity - (x1 - x0)).square())
+    # The semantic stream's channels weigh twice as much as the texture's.
+    total = squares["texture"].sum() + 2 * squares["semantic"].sum()
+    torch.testing.assert_close(task.loss(task.model, batch)["velocity"], total / x1.numel())
+    cosine = flow.cosine_loss(composite.positions(velocity), composite.positions(x1 - x0)).mean()
+    torch.testing.assert_close(task.loss(task.model, batch)["cosine"], cosine)
+
+
+def test_a_weight_in_the_loss_does_not_change_what_is_drawn(latents):
+    one, other = (make_task(latents, cosine=w).batch(2, range(4)) for w in (0.0, 1.0))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_without_classes_every_label_is_the_null_class(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(ShapesSource(6, 0, 16).load(range(6))):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number}.png")
+    latents = make_latents(FolderSource(tmp_path / "images", 16), tmp_path / "latents")
+    task = make_task(latents, label_dropout=0.5)
+    labels = task.batch(0, range(50))["labels"]
+    assert task.null_class == 0 and labels.tolist() == [0] * 50
+    assert task.loss(task.model, task.batch(0, range(4)))["loss"].isfinite()
+
+
+def test_repa_without_features_is_refused(tmp_path):
+    latents = make_latents(ShapesSource(6, 0, 16), tmp_path, features=False)
+    with pytest.raises(SFDError, match=r"holds no features; .*latents\.features=true, or set loss\.repa=0"):
+        make_task(latents, model=make_model(latents))
+    assert "features" not in make_task(latents, repa=0.0).batch(0, range(4))
+
+
+def test_repa_without_a_projector_is_refused(latents):
+    with pytest.raises(SFDError, match=r"needs transformer\.repa_block"):
+        make_task(latents, model=make_model(latents, repa=False))
+
+
+def test_previews_go_to_the_previewer(latents, tmp_path):
+    seen = []
+    task = make_task(latents)
+    task.preview(3, task.model, tmp_path)  # without one: nothing
+    task.previewer = lambda *arguments: seen.append(arguments)
+    task.preview(3, task.model, tmp_path)
+    assert seen == [(3, task.model, tmp_path)]

@@ -1,0 +1,116 @@
+"""Latent shards: what is prepared, how much is read ahead, and what is refused."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sfd.data.images import to_tensor
+from sfd.data.latents import FEATURES, LatentSet, LatentSettings, prepare
+from sfd.data.shapes import ShapesSource
+from sfd.errors import SFDError
+
+CPU = torch.device("cpu")
+SOURCE = ShapesSource(50, 0, 16)
+SETTINGS = LatentSettings(shard_size=20, batch_size=8)
+TOKENIZERS = {"texture": "pool", FEATURES: "pool"}
+
+
+def encode(images):
+    return {"texture": F.avg_pool2d(images, 4), FEATURES: F.avg_pool2d(images, 8)}
+
+
+def make(folder, encode=encode, source=SOURCE, tokenizers=TOKENIZERS, **fields):
+    return prepare(source, encode, tokenizers, folder, SETTINGS.model_copy(update=fields), device=CPU)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_both_orientations_read_back(tmp_path, flip):
+    make(tmp_path)
+    images = to_tensor(SOURCE.load(range(50)))
+    expected = encode(images.flip(-1) if flip else images)
+    order = np.random.default_rng(0).permutation(50)
+    latents = LatentSet(tmp_path)
+    assert torch.equal(latents.read("texture", order, np.full(50, flip)), expected["texture"][order])
+    assert torch.equal(latents.read(FEATURES, order, np.full(50, flip)), expected[FEATURES][order].half().float())
+    assert np.array_equal(latents.labels.numpy(), SOURCE.labels)
+
+
+def test_statistics_cover_all_shards(tmp_path):
+    record = make(tmp_path).streams["texture"]
+    values = encode(to_tensor(SOURCE.load(range(50))))["texture"].double().transpose(0, 1).flatten(1)
+    assert record.mean == pytest.approx(values.mean(1).tolist())
+    assert record.std == pytest.approx(values.std(1).tolist())
+
+
+def test_the_batch_size_changes_nothing(tmp_path):
+    assert make(tmp_path / "a") == make(tmp_path / "b", batch_size=3, workers=1)
+
+
+def test_features_can_be_left_out(tmp_path):
+    assert make(tmp_path, features=False).features is None
+    assert set(LatentSet(tmp_path)._shards[0]) == {"labels", "texture", "texture_flip"}
+
+
+class Counted(ShapesSource):
+    """Counts what has been read."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.read, self.lock = 0, threading.Lock()
+
+    def load(self, indices):
+        with self.lock:
+            self.read += len(indices)
+        return super().load(indices)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_only_a_few_batches_are_read_ahead(tmp_path, workers):
+    source, ahead, encoded = Counted(200, 0, 16), [], 0
+
+    def watch(images):
+        nonlocal encoded
+        encoded += len(images) / 2  # each comes twice, once flipped
+        ahead.append(source.read - encoded)
+        return encode(images)
+
+    make(tmp_path, watch, source, shard_size=200, batch_size=4, workers=workers)
+    assert encoded == source.read == 200
+    assert max(ahead) <= (workers + 1) * 4
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path):
+    calls = 0
+
+    def stop_later(images):
+        nonlocal calls
+        calls += 1
+        if calls > 8:  # in the second shard
+            raise KeyboardInterrupt
+        return encode(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "a", stop_later)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["shard-00000.safetensors"]
+    assert make(tmp_path / "a") == make(tmp_path / "b")
+
+
+def test_latents_of_another_tokenizer_are_not_mixed(tmp_path):
+    make(tmp_path)
+    with pytest.raises(SFDError, match=r"made with tokenizer\.texture pool, but this run has other"):
+        make(tmp_path, tokenizers={**TOKENIZERS, "texture": "other"})
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+    with pytest.raises(SFDError, match="non-finite values in 'texture'"):
+        make(tmp_path, lambda images: {"texture": encode(images)["texture"] / 0}, tokenizers={"texture": "pool"})
+
+
+def test_a_damaged_finished_shard_is_named(tmp_path):
+    make(tmp_path)
+    (tmp_path / "shard-00001.safetensors").write_bytes(b"half")
+    with pytest.raises(SFDError, match=r"shard-00001\.safetensors is damaged"):
+        make(tmp_path)
