@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfd.data.folder import FolderSource, write_folder
+from sfd.data.folder import FolderSource, skipped_report, write_folder
 from sfd.data.shapes import ShapesSource
 from sfd.errors import SFDError
 
@@ -136,6 +136,31 @@ def test_identity_is_that_of_the_images_used(pets: Path) -> None:
     assert FolderSource(pets, 16).identity != before
     put(pets / "cat/new.png")
     assert FolderSource(pets, 8).identity != before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_identity_is_that_of_the_pixels(pets: Path, tmp_path: Path, packed: bool) -> None:
+    (pets / "dog/a.png").unlink()
+    identities = []
+    for colour in ((1, 2, 3), (3, 2, 1)):
+        size = put(pets / "dog/a.bmp", colour).stat().st_size  # a BMP's size does not depend on its colours
+        path = pack(pets, tmp_path / "pets.zip") if packed else pets
+        identities.append((size, FolderSource(path, 8).identity, FolderSource(path, 8, budget=0).identity))
+    (size, kept, lazy), (other_size, other_kept, _) = identities
+    assert size == other_size and kept == lazy
+    assert kept != other_kept
+
+
+def test_all_skipped_files_are_reported(pets: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert skipped_report(FolderSource(pets, 8)) == ""
+    for number in range(7):
+        (pets / f"cat/{number}.txt").write_text("hello")
+    with caplog.at_level(logging.WARNING):
+        source = FolderSource(pets, 8)
+    assert "and 2 more" in caplog.text
+    lines = [line.split("\t") for line in skipped_report(source).splitlines()]
+    assert lines == [[name, reason] for name, reason in source.skipped]
+    assert [name for name, _ in lines] == [f"cat/{number}.txt" for number in range(7)]
 
 
 def test_what_systems_leave_behind_is_passed_over(pets: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -41,7 +42,8 @@ class FolderSource:
 
     Attributes:
         names: the images' names, relative to the folder, by index.
-        skipped: (name, reason) of every file that cannot be used.
+        skipped: (name, reason) of every file that cannot be used; messages name the first few.
+        identity: a hash of the names, sizes and CRC-32 checksums of the images used; the same for a folder and its zip.
 
     Raises:
         SFDError: no such folder, nothing in it, images both beside and inside class folders, a class without an image,
@@ -55,48 +57,51 @@ class FolderSource:
         self.image_size = image_size
         self._files = _open_files(self.path)
         names, folders, self.skipped = _layout(self.path, sorted(self._files.sizes), self._files.folders)
-        self._check(names, keep=nbytes(len(names), image_size) <= budget)
+        crcs = self._check(names, keep=nbytes(len(names), image_size) <= budget)
         self._report(strict)
         self._label(folders)
         self.identity = stable_hash(
             "images",
             image_size=image_size,
             classes=self.classes,
-            files=[(name, self._files.sizes[name]) for name in self.names],
+            files=[(name, self._files.sizes[name], crc) for name, crc in zip(self.names, crcs, strict=True)],
         )
 
-    def _check(self, names: list[str], keep: bool) -> None:
-        """Decode all files; set `names` and the pixels' rows to those that are whole."""
+    def _check(self, names: list[str], keep: bool) -> list[int]:
+        """Decode all files; set `names` and the pixels' rows to those that are whole, and give their CRC-32."""
         pixels = np.empty((len(names) if keep else 0, self.image_size, self.image_size, 3), np.uint8)
 
-        def check(rows: range) -> list[str | None]:
-            """Decode the files of some rows; returns each's reason to be skipped."""
-            reasons: list[str | None] = []
+        def check(rows: range) -> list[int | str]:
+            """Decode the files of some rows; returns each's checksum, or the reason to skip it."""
+            found: list[int | str] = []
             for row in rows:
                 try:
-                    image = self._decode(names[row])
+                    data = self._read(names[row])
+                    image = decode(data, self.image_size)
                 except SFDError as error:
-                    reasons.append(str(error))
+                    found.append(str(error))
                     continue
-                reasons.append(None)
+                found.append(zlib.crc32(data))
                 if keep:
                     pixels[row] = image
-            return reasons
+            return found
 
         chunks = [range(start, min(start + _CHUNK, len(names))) for start in range(0, len(names), _CHUNK)]
-        reasons: list[str | None] = []
+        found: list[int | str] = []
         pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         try:
             with bar("Checking images", len(names)) as progress:
                 for step in pool.map(check, chunks):
-                    reasons += step
+                    found += step
                     progress.advance(len(step))
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt need not wait for the rest
-        self.skipped += [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
-        self._rows = np.array([row for row, reason in enumerate(reasons) if not reason], np.int64)
+        self.skipped += [(name, why) for name, why in zip(names, found, strict=True) if isinstance(why, str)]
+        whole = {row: crc for row, crc in enumerate(found) if isinstance(crc, int)}
+        self._rows = np.array(list(whole), np.int64)
         self._pixels = pixels if keep else None
-        self.names = [names[row] for row in self._rows]
+        self.names = [names[row] for row in whole]
+        return list(whole.values())
 
     def _report(self, strict: bool) -> None:
         """Name the skipped files, or refuse them."""
@@ -130,14 +135,13 @@ class FolderSource:
                 f"{f' (nor do {len(missing) - 1} others)' if missing[1:] else ''}; add images or remove the folder"
             )
 
-    def _decode(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> bytes:
         if self._files.sizes[name] > _MAX_BYTES:
             raise SFDError(f"the file is larger than {_MAX_BYTES:,} bytes")
         try:
-            data = self._files.read(name)
+            return self._files.read(name)
         except Exception as error:  # Decompressors meet damaged archives with errors of nearly every type.
             raise SFDError(f"cannot be read ({error})") from None
-        return decode(data, self.image_size)
 
     @property
     def resident(self) -> bool:
@@ -159,10 +163,16 @@ class FolderSource:
         images = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         for row, index in enumerate(indices):
             try:
-                images[row] = self._decode(self.names[index])
+                images[row] = decode(self._read(self.names[index]), self.image_size)
             except SFDError as error:
                 raise SFDError(f"{self.path}: {self.names[index]} changed since it was checked: {error}") from None
         return images
+
+
+def skipped_report(source: ImageSource) -> str:
+    """List every file that a source skipped, a line each: its name, a tab and the reason. "" where none was skipped."""
+    skipped = source.skipped if isinstance(source, FolderSource) else []
+    return "".join(f"{name}\t{reason}\n" for name, reason in skipped)
 
 
 class _Files(Protocol):
