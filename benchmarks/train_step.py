@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from sfd import flow
 from sfd.config import load_recipe
-from sfd.estimate import planned_architecture
 from sfd.models.transformer import Transformer, flops
+from sfd.plan import planned_architecture
 from sfd.resources import choose_device
 
 REPEATS = 10

@@ -74,7 +74,7 @@ def test_a_misspelt_field(recipe, tmp_path):
 
 
 def test_a_stage_too_early(recipe, tmp_path):
-    refused(sfd("train", recipe, "--out", tmp_path / "o"), "sfd prepare")
+    refused(sfd("train", recipe, "--out", tmp_path / "o"), "sfd train-texture")
 
 
 def test_a_device_that_is_not_there(recipe, tmp_path):
@@ -119,12 +119,14 @@ def test_no_model(tmp_path):
         (["--guidance", "2", "--interval", "0.9-0.1"], "interval"),
         (["--shift", "0"], "shift"),
         (["--weak", "nowhere"], "nowhere"),
+        (["--interval", "0.1-0.9"], "no guidance scale"),
+        (["--option", "rtol=[1"], "name=value"),
         (["--batch-size", "0"], "batch-size"),
     ],
 )
 def test_sampling_that_makes_no_sense(finished, tmp_path, options, word):
     refused(sfd("sample", finished.folder.model, "--out", tmp_path / "o", "--device", "cpu", *options), word)
-    assert not list((tmp_path / "o").glob("*.png"))
+    assert not (tmp_path / "o" / "samples.json").exists()
 
 
 def test_sampling_writes_images_and_a_grid(finished, tmp_path):
@@ -158,8 +160,89 @@ def test_the_same_seed_gives_the_same_image_in_any_company(finished, tmp_path):
 def test_latents_of_another_tokenizer(finished, recipe, tmp_path):
     out = tmp_path / "o"
     shutil.copytree(finished.folder.root, out, ignore=shutil.ignore_patterns("training"))
-    sfd("train-texture", recipe, "texture.train.steps=4", "--out", out, "--device", "cpu")
-    refused(sfd("train", recipe, "--out", out, "--device", "cpu"), "made by texture tokenizer")
+    longer = ("texture.train.steps=4", "--out", out, "--device", "cpu")
+    assert sfd("train-texture", recipe, *longer).exit_code == 0
+    refused(sfd("train", recipe, *longer), "tokenizers.texture")
+
+
+def test_an_encoder_trained_for_longer_than_the_recipe_says(finished, recipe, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(finished.folder.root, out)
+    assert sfd("train-texture", recipe, "texture.train.steps=4", "--out", out, "--device", "cpu").exit_code == 0
+    refused(sfd("prepare", recipe, "--out", out, "--device", "cpu"), "steps = 4, not 3")
+
+
+def test_a_refused_command_leaves_the_recipe(finished, recipe, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(finished.folder.root, out)
+    before = (out / "recipe.yaml").read_text()
+    refused(sfd("train", recipe, "loss.cosine=0.5", "--out", out, "--device", "cpu"), "loss.cosine")
+    assert (out / "recipe.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("lost", ["texture/model.safetensors", "latents/shard-00001.safetensors", "model/model.json"])
+def test_a_lost_result_is_made_again_by_its_stage(finished, recipe, tmp_path, lost):
+    out = tmp_path / "o"
+    shutil.copytree(finished.folder.root, out)
+    whole = (out / lost).read_bytes()
+    (out / lost).unlink()
+    command = {"texture": "train-texture", "latents": "prepare", "model": "train"}[lost.split("/")[0]]
+    assert sfd(command, recipe, "--out", out, "--device", "cpu").exit_code == 0
+    assert (out / lost).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("transformer.heads=5", "width 32"),
+        ("transformer.repa_block=9", "last block"),
+        ("compressor.heads=5", "heads"),
+        ("streams.texture.patch_size=2", "token grid"),
+        ("latents.features=false", "latents.features"),
+        ("streams={texture: {patch_size: 2}, semantic: {patch_size: 2}}", "grid of 2"),
+        ("train.betas=[2.0, 0.9]", "betas"),
+        ("data.image_size=40", "multiple of 16"),
+        ("sample.solver=hoin", "no solver"),
+        ("sample.steps=0", "at least 1"),
+        ("sample.guidance=-3", "at least 0"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_at_once(recipe, tmp_path, override, word):
+    refused(sfd("run", recipe, override, "--out", tmp_path / "o"), word)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_recipe_with_an_interval_and_an_adaptive_solver_reaches_its_report(finished, recipe, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(finished.folder.root, out, ignore=shutil.ignore_patterns("samples", "metrics"))
+    sampling = "sample={solver: dopri5, guidance: 1.5, interval: [0.1, 0.9], options: {rtol: 1e-1}}"
+    result = sfd("report", recipe, sampling, "--out", out, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+
+
+def test_too_few_images_for_the_evaluator_are_found_at_once(recipe, tmp_path):
+    for number in range(40):
+        picture(tmp_path / "data" / "many" / f"{number}.png")
+    for number in range(2):
+        picture(tmp_path / "data" / "few" / f"{number}.png")
+    refused(sfd("run", recipe, f"data={{source: '{tmp_path / 'data'}'}}", "--out", tmp_path / "o"), "few")
+    assert not (tmp_path / "o" / "texture").exists()
+
+
+def test_a_launcher_s_second_process_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(sfd("train", recipe, "--out", tmp_path / "o"), "one process")
+
+
+def test_an_exported_model_is_half_the_size(finished, tmp_path):
+    assert sfd("export", finished.folder.root, tmp_path / "half").exit_code == 0
+    sizes = [(path / "model.safetensors").stat().st_size for path in (tmp_path / "half", finished.folder.model)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_a_strip_is_drawn(finished, tmp_path):
+    assert sfd("strip", finished.folder.root, "--class", "star", "--out", tmp_path / "strip.png").exit_code == 0
+    assert Image.open(tmp_path / "strip.png").width > 500
 
 
 def test_a_checkpoint_of_another_configuration(finished, recipe, tmp_path):
@@ -192,7 +275,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
     command = [sys.executable, "-m", "sfd", "train-texture", str(recipe), "texture.train.steps=400"]
     command += ["--out", str(tmp_path / "o"), "--device", "cpu"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "o" / "texture" / "tensorboard").exists():
+    while not (tmp_path / "o" / "texture" / "tensorboard").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(2)
     _, message = process.communicate()

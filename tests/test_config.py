@@ -11,6 +11,15 @@ def test_overrides_change_single_fields(tmp_path):
     assert (recipe.train.steps, recipe.schedule["delta"], recipe.loss.repa) == (99, 0.5, 0)
 
 
+def test_numbers_may_be_in_scientific_notation(tmp_path):
+    assert load_recipe(write_recipe(tmp_path), ["train.learning_rate=1e-4"]).train.learning_rate == 1e-4
+
+
+def test_one_field_of_a_stream_leaves_the_others(tmp_path):
+    streams = load_recipe(write_recipe(tmp_path), ["streams.texture.weight=1.5"]).streams
+    assert (streams["texture"].weight, streams["semantic"].weight) == (1.5, 2.0)
+
+
 def test_the_resolved_copy_means_the_same(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path), ["schedule={name: sequential}"])
     assert load_recipe(write_recipe(tmp_path, dump_recipe(recipe))) == recipe

@@ -224,7 +224,7 @@ class TestBadFolders:
 
     def test_that_is_not_json(self, folder):
         (folder / "config.json").write_text("{")
-        with pytest.raises(SFDError, match="config.json is damaged"):
+        with pytest.raises(SFDError, match=r"config\.json is damaged"):
             load_encoder(folder)
 
     def test_with_missing_and_extra_tensors(self, folder):
@@ -242,5 +242,5 @@ class TestBadFolders:
 
     def test_without_weights(self, folder):
         (folder / "model.safetensors").unlink()
-        with pytest.raises(SFDError, match="model.safetensors is missing"):
+        with pytest.raises(SFDError, match=r"model\.safetensors is missing"):
             load_encoder(folder)

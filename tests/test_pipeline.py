@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
     while not list((out / "training" / "checkpoints").glob("step-*")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL and not (out / "training" / "stage.json").exists()
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert same(weights(out), weights(finished.folder.root))
 
@@ -78,7 +78,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished):
 
 def test_a_stage_names_what_it_needs_first(tmp_path):
     pipeline = Pipeline(load_recipe(write_recipe(tmp_path)), tmp_path / "out", CPU)
-    with pytest.raises(SFDError, match="sfd prepare"):
+    with pytest.raises(SFDError, match="sfd train-texture"):
         pipeline.train()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import torch
 
-from sfd import files, stages
+from sfd import files
 from sfd.config import Recipe, dump_recipe, load_recipe
 from sfd.data.latents import LatentSet
 from sfd.errors import SFDError
@@ -25,7 +25,8 @@ from sfd.model import Model
 from sfd.phases import class_labels, phase_strip, sampling_text, schedule_curves
 from sfd.pipeline import Pipeline
 from sfd.sample_folder import read_images, write_grid, write_samples
-from sfd.stages import RunFolder
+from sfd.settings import parse
+from sfd.stages import RunFolder, Stage
 
 GUIDED, UNGUIDED = "guided", "unguided"
 GRID_COLUMNS = 10
@@ -44,14 +45,8 @@ def assess(pipeline: Pipeline) -> None:
         "evaluation": recipe.evaluation.model_dump(exclude={"classifier"}),
         "variants": {name: s.model_dump(exclude={"batch_size"}) for name, s in variants.items()},
     }
-    metrics_folder = folder.root / "metrics"
-    stages.carry_out(
-        "metrics",
-        metrics_folder,
-        made_from,
-        lambda: _measure(pipeline, list(variants), metrics_folder),
-        pipeline.device,
-    )
+    stage = Stage("metrics", "sfd report", folder.metrics, made_from)
+    stage.carry_out(lambda: _measure(pipeline, list(variants), folder.metrics), pipeline.device)
     write_run_report(pipeline, list(variants))
 
 
@@ -69,13 +64,18 @@ def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
     labels = [label for label in class_labels(model) for _ in range(evaluation.samples_per_class)]
     seeds = list(range(evaluation.seed, evaluation.seed + len(labels)))
     folder = pipeline.folder.samples / name
-    made_from = {"model": model.identity, "sampling": settings.model_dump(exclude={"batch_size"}), "seeds": len(seeds)}
+    made_from = {
+        "model": model.identity,
+        "sampling": settings.model_dump(exclude={"batch_size"}),
+        "samples_per_class": evaluation.samples_per_class,
+        "seed": evaluation.seed,
+    }
 
     def work() -> None:
         write_samples(folder, model, labels, seeds, settings)
         write_grid(folder, _grid_numbers(evaluation.samples_per_class, len(class_labels(model))), GRID_COLUMNS)
 
-    stages.carry_out(f"{name} samples", folder, made_from, work, pipeline.device)
+    Stage(f"{name} samples", "sfd report", folder, made_from).carry_out(work, pipeline.device)
 
 
 def _grid_numbers(per_class: int, classes: int) -> list[int]:
@@ -107,7 +107,7 @@ def _measure(pipeline: Pipeline, names: list[str], out: Path) -> None:
 def read_run_metrics(folder: RunFolder, names: list[str]) -> list[Metrics]:
     """Read what a run measured: the named variants, then real images."""
     rows = [f"{name}-samples" for name in names] + ["real-training-images"]
-    return [read_metrics(folder.root / "metrics" / f"{row}.json") for row in rows]
+    return [read_metrics(folder.metrics / f"{row}.json") for row in rows]
 
 
 def evaluate_folder(samples: Path, run: Path, out: Path | None, device: torch.device) -> str:
@@ -146,7 +146,10 @@ def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
     """Gather all that a finished run knows of itself into report.html."""
     recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
     metrics = read_run_metrics(folder, names)
-    costs = [StageCost(r["stage"], r["seconds"], r["peak_memory_bytes"]) for r in folder.stages()]
+    costs = [
+        StageCost(r["stage"], r["seconds"], r["peak_memory_bytes"], r["peak_device_memory_bytes"])
+        for r in folder.stages()
+    ]
     content = ReportContent(
         title=recipe.name,
         summary=_summary(recipe, model, metrics),
@@ -194,7 +197,7 @@ def _gallery(pipeline: Pipeline, name: str) -> Gallery:
     numbers = _grid_numbers(per_class, len(class_labels(model)))
     record = files.read_json(pipeline.folder.samples / name / "samples.json", "folder of samples")
     labels = np.array([record["labels"][i] for i in numbers]) if model.classes else None
-    caption = sampling_text(SampleSettings(**record["sampling"]))
+    caption = sampling_text(parse(SampleSettings, record["sampling"], "samples.json"))
     return Gallery(
         name.capitalize(), caption, read_images(pipeline.folder.samples / name, numbers), labels, model.classes
     )

@@ -59,6 +59,7 @@ def recipe_command(function: Command) -> Command:
         click.argument("recipe", type=FOLDER),
         click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
         click.option("--out", required=True, type=FOLDER, help="the run's folder; made if it is not there"),
+        click.option("--strict", is_flag=True, help="stop at a broken image in place of skipping it"),
         click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates; do nothing"),
         device_option,
     )
@@ -68,23 +69,35 @@ def recipe_command(function: Command) -> Command:
 
 
 def _stage(
-    work: Callable[[Pipeline], None], recipe: Path, overrides: tuple[str, ...], out: Path, dry_run: bool, device: str
+    work: Callable[[Pipeline], None],
+    recipe: Path,
+    overrides: tuple[str, ...],
+    out: Path,
+    strict: bool,
+    dry_run: bool,
+    device: str,
 ) -> None:
     from sfd import files
     from sfd.config import load_recipe
     from sfd.pipeline import Pipeline
-    from sfd.resources import choose_device
+    from sfd.plan import check
+    from sfd.resources import choose_device, single_process
 
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
+    check(resolved)
     if dry_run:
         from sfd.estimate import describe
 
         click.echo(describe(resolved, choose_device(device)))
         return
+    single_process()
     with files.exclusive(out):
         pipeline = Pipeline(resolved, out, choose_device(device))
-        pipeline.save_recipe()
+        # At once in a new folder; else only when the work was accepted, so that a refused command changes nothing.
+        if not pipeline.folder.recipe.exists():
+            pipeline.save_recipe()
         work(pipeline)
+        pipeline.save_recipe()
 
 
 @main.command()
@@ -183,6 +196,17 @@ def sample(**arguments: Any) -> None:
     from sfd.sample_command import sample_images
 
     sample_images(**arguments)
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+def export(model: Path, out: Path, dtype: str) -> None:
+    """Copy a MODEL directory (or a run's model) to OUT, by default with weights of half the size."""
+    from sfd.sample_command import export_model
+
+    export_model(model, out, dtype)
 
 
 @main.command()

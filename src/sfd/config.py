@@ -7,6 +7,7 @@ the run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,6 @@ from sfd.training.loop import TrainSettings
 
 MAX_EXTENDS = 8
 RECIPE_BYTES = 1 << 20
-DEFAULT_SCHEDULE: dict[str, Any] = {"name": "offset", "delta": 0.3}
 
 
 class EncoderSettings(Settings):
@@ -47,6 +47,8 @@ class EncoderSettings(Settings):
         parse(module.Config, self.config, f"settings of encoder {self.name!r}")
         if self.objective:
             parse(module.Objective, self.objective, f"objective of encoder {self.name!r}")
+        if self.folder is not None and (self.config or self.objective):
+            raise ValueError("a trained encoder from `folder` has its own config and objective; leave these out")
         if (self.train is None) == (self.folder is None):
             raise ValueError("give either `train` (train one in the run) or `folder` (a trained encoder's directory)")
         return self
@@ -133,8 +135,8 @@ class Recipe(Settings):
     semantic: EncoderSettings
     compressor: CompressorSettings
     latents: LatentSettings = LatentSettings()
-    streams: dict[str, StreamSettings] = {"texture": StreamSettings(), "semantic": StreamSettings(weight=2.0)}
-    schedule: dict[str, Any] = DEFAULT_SCHEDULE
+    streams: dict[str, StreamSettings]
+    schedule: dict[str, Any]
     transformer: TransformerSettings = TransformerSettings()
     loss: LossSettings = LossSettings()
     train: TrainSettings
@@ -150,6 +152,8 @@ class Recipe(Settings):
                 raise unknown("stream", name, ("texture", "semantic"))
         if "texture" not in self.streams:
             raise SFDError("streams must hold 'texture': it is what pixels are decoded from")
+        if not 0 <= self.train.betas[0] < 1 or not 0 <= self.train.betas[1] < 1:
+            raise SFDError(f"train.betas must lie in [0, 1), got {self.train.betas}")
         schedule = build_schedule(self.schedule, tuple(self.streams))
         if self.transformer.clocks == "one" and schedule.knots:
             raise SFDError(
@@ -173,13 +177,38 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         SFDError: the file is missing or no YAML, or a field is unknown or of the wrong type.
     """
-    values = _merge({"schedule": DEFAULT_SCHEDULE}, _read(path, MAX_EXTENDS))
+    values = _merge(_defaults(), _read(path, MAX_EXTENDS))
     for override in overrides:
         _apply(values, override)
     if isinstance(values.get("streams"), dict):
         # An inherited stream is taken out by `semantic: null`.
         values["streams"] = {name: stream for name, stream in values["streams"].items() if stream is not None}
     return parse(Recipe, values, path.name)
+
+
+def _defaults() -> dict[str, Any]:
+    """What every recipe starts from: values that are changed field by field, not replaced whole."""
+    return {
+        "streams": {"texture": {}, "semantic": {"weight": 2.0}},
+        "schedule": {"name": "offset", "delta": 0.3},
+        "evaluation": EvaluationSettings().model_dump(mode="json"),
+    }
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML, with numbers as YAML 1.2 has them: 1e-4 is one.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, Loader=_Loader)  # noqa: S506: derived from SafeLoader
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but for numbers in scientific notation without a point."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -195,7 +224,7 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
             raise SFDError(
                 f"{path} is {path.stat().st_size} bytes long, too much for a recipe (at most {RECIPE_BYTES})"
             )
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SFDError(f"there is no recipe {path}; give a YAML file such as recipes/shapes-demo.yaml") from None
     except OSError as error:
@@ -226,7 +255,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not field:
         raise SFDError(f"{override!r} is no override; write field=value, such as train.steps=500")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError:
         raise SFDError(f"the value in {override!r} is not valid YAML; quote it if it has special characters") from None
     *parents, last = field.split(".")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
+from torch import nn
 
-from sfd import registry
-from sfd.config import EncoderSettings, Recipe, dump_recipe
-from sfd.models.semvae import SemVAE
+from sfd.config import Recipe, dump_recipe
 from sfd.models.transformer import TransformerConfig, flops, parameter_count
-from sfd.pipeline import architecture
-from sfd.settings import parse
-from sfd.streams import Composite, Stream
+from sfd.plan import check, planned_compressor, planned_encoder
 
 # A training step costs a forward and a backward pass, the latter twice the former.
 PASSES_A_STEP = 3
@@ -23,43 +19,26 @@ EFFICIENCY = 0.4
 
 def describe(recipe: Recipe, device: torch.device) -> str:
     """Write the resolved recipe and its estimates as text."""
-    config = planned_architecture(recipe)
+    config = check(recipe)
     forward, rate = flops(config), matrix_rate(device, recipe.train.precision)
     images = recipe.train.steps * recipe.train.batch_size
     seconds = images * forward * PASSES_A_STEP / (rate * EFFICIENCY)
     rows = {
         "transformer": f"{parameter_count(config):,} parameters, {config.composite.token_grid**2} tokens",
-        "texture encoder": _encoder_parameters(recipe.texture),
-        "semantic encoder": _encoder_parameters(recipe.semantic),
+        "texture encoder": _count(planned_encoder(recipe.texture)),
+        "semantic encoder": _count(planned_encoder(recipe.semantic)),
         "operations": f"{forward / 1e9:.3g} GFLOP an image forward, {_step_flops(recipe, forward) / 1e12:.3g} T a step",
         "training": f"{recipe.train.steps:,} steps, {images:,} images seen",
         "this machine": f"{rate / 1e12:.3g} TFLOP/s in {recipe.train.precision} matrix products on {device}",
         "estimated time": f"{seconds / 60:.1f} minutes for the transformer, at {EFFICIENCY:.0%} of that rate",
         "estimated memory": f"{_memory(recipe, config) / 2**30:.2f} GiB in training, the framework's own not counted",
     }
-    if recipe.compressor.name == "semvae" and "semantic" in recipe.streams:
-        rows["SemVAE"] = f"{_semvae_parameters(recipe):,} parameters"
+    with torch.device("meta"):
+        compressor = planned_compressor(recipe)
+    if compressor is not None:
+        rows["compressor"] = f"{_count(compressor)} ({recipe.compressor.name})"
     width = max(map(len, rows))
     return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
-
-
-def planned_architecture(recipe: Recipe) -> TransformerConfig:
-    """Derive the network from the recipe alone; the number of classes, known only with the data, counts as 0."""
-    texture, semantic = _shape(recipe.texture), _shape(recipe.semantic)
-    shapes = {"texture": texture, "semantic": (recipe.compressor.channels, semantic[1])}
-    composite = Composite(
-        streams=tuple(
-            Stream(
-                name=name,
-                channels=shapes[name][0],
-                grid=recipe.data.image_size // shapes[name][1],
-                patch_size=stream.patch_size,
-                weight=stream.weight,
-            )
-            for name, stream in recipe.streams.items()
-        )
-    )
-    return architecture(recipe, composite, 0, semantic[0])
 
 
 def matrix_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:
@@ -75,26 +54,8 @@ def matrix_rate(device: torch.device, precision: str, seconds: float = 0.3) -> f
     return best
 
 
-def _on_meta(settings: EncoderSettings) -> Any:
-    module = registry.find("sfd.encoders", settings.name, "encoder")
-    with torch.device("meta"):
-        return module.build(parse(module.Config, settings.config))
-
-
-def _shape(settings: EncoderSettings) -> tuple[int, int]:
-    """Give channels and downsampling of an encoder's output."""
-    encoder = _on_meta(settings)
-    return encoder.channels, encoder.downsample
-
-
-def _encoder_parameters(settings: EncoderSettings) -> str:
-    return f"{sum(p.numel() for p in _on_meta(settings).parameters()):,} parameters"
-
-
-def _semvae_parameters(recipe: Recipe) -> int:
-    with torch.device("meta"):
-        semvae = SemVAE(recipe.compressor.semvae(_shape(recipe.semantic)[0]))
-    return sum(p.numel() for p in semvae.parameters())
+def _count(part: nn.Module) -> str:
+    return f"{sum(p.numel() for p in part.parameters()):,} parameters"
 
 
 def _step_flops(recipe: Recipe, forward: int) -> float:

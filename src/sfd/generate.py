@@ -15,15 +15,22 @@ from sfd.errors import SFDError
 from sfd.guidance import VelocityField, guide
 from sfd.model import TEXTURE_STREAM, Model
 from sfd.models.transformer import Transformer
-from sfd.sampling import Progress, initial_noise, integrate
+from sfd.sampling import Progress, check_seeds, check_steps_and_shift, initial_noise, integrate
+from sfd.schedules import Schedule
 from sfd.settings import Settings
+from sfd.solvers import load_solver
+from sfd.streams import Composite
+
+DEFAULT_STEPS = 25
 
 
 class SampleSettings(Settings):
     """How images are sampled."""
 
     solver: str = Field("heun", description="a module of sfd.solvers")
-    steps: int | None = Field(25, description="over the whole interval; null for a solver that chooses its own")
+    steps: int | None = Field(
+        None, description="over the whole interval; null: 25, or the solver's own choice if it is adaptive"
+    )
     options: dict[str, Any] = Field({}, description="of the solver, such as rtol")
     shift: float = Field(1.0, description="time shift; below 1 puts more steps near noise")
     guidance: float | dict[str, float] = Field(1.0, description="scale for all streams, or by stream; 1: none")
@@ -32,6 +39,13 @@ class SampleSettings(Settings):
     )
     batch_size: int = Field(64, gt=0, description="images at a time; it does not change them, but for adaptive solvers")
     precision: Literal["float32", "bf16"] = "float32"
+
+    @property
+    def resolved_steps(self) -> int | None:
+        """The number of steps that will be taken; None for a solver that chooses its own."""
+        if self.steps is None and not load_solver(self.solver)[0].ADAPTIVE:
+            return DEFAULT_STEPS
+        return self.steps
 
 
 def without_guidance(settings: SampleSettings) -> SampleSettings:
@@ -70,9 +84,38 @@ def generate(
     Raises:
         SFDError: settings that do not fit the model or each other. Raised before anything is computed.
     """
+    check_sampling(model.schedule, model.composite, settings, has_weak=weak is not None or bool(model.classes))
     if len(labels) != len(seeds):
         raise SFDError(f"{len(labels)} labels were given for {len(seeds)} seeds; give one label a seed")
+    check_seeds(seeds)
     _check_weak(model, weak)
+    return _batches(model, labels, seeds, settings, weak, callback)
+
+
+def check_sampling(schedule: Schedule, composite: Composite, settings: SampleSettings, *, has_weak: bool) -> None:
+    """Check that solver, steps, shift and guidance fit the schedule, the streams and each other.
+
+    Raises:
+        SFDError: they do not; also guidance without anything to be guided away from (`has_weak`).
+    """
+    check_steps_and_shift(schedule, settings.solver, settings.resolved_steps, settings.options, settings.shift)
+
+    def still(x: Tensor, times: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    guided = guide(still, still if has_weak else None, settings.guidance, composite, settings.interval)
+    if settings.interval is not None and guided is still:
+        raise SFDError("a guidance interval was given, but no guidance scale other than 1; give both or neither")
+
+
+def _batches(
+    model: Model,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    weak: Model | None,
+    callback: Callable[[Progress], None] | None,
+) -> Iterator[Generated]:
     for start in range(0, len(seeds), settings.batch_size):
         end = start + settings.batch_size
         batch_labels = torch.tensor(labels[start:end], dtype=torch.long, device=model.device)
@@ -83,7 +126,7 @@ def generate(
             model.schedule,
             model.composite,
             solver=settings.solver,
-            steps=settings.steps,
+            steps=settings.resolved_steps,
             options=settings.options,
             shift=settings.shift,
             callback=callback,

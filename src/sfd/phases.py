@@ -23,7 +23,7 @@ def class_labels(model: Model) -> list[int]:
 
 def sampling_text(settings: SampleSettings) -> str:
     """Say in a few words how images were sampled."""
-    steps = f"{settings.steps} steps" if settings.steps else "adaptive steps"
+    steps = f"{settings.resolved_steps} steps" if settings.resolved_steps else "adaptive steps"
     return f"{settings.solver}, {steps}, guidance {settings.guidance}"
 
 

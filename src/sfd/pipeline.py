@@ -9,6 +9,7 @@ where it stopped and another recipe in the same folder is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,25 +22,29 @@ from torch import Tensor, nn
 from sfd import files, randomness, registry, stages
 from sfd.config import EncoderSettings, Recipe, dump_recipe
 from sfd.data.cache import cached
+from sfd.data.folder import skipped_report
 from sfd.data.images import ImageSource, to_tensor
-from sfd.data.latents import FEATURES, MANIFEST, LatentSet, prepare
+from sfd.data.latents import FEATURES, MANIFEST, LatentSet, prepare, shard_path
 from sfd.data.open import open_source
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
-from sfd.errors import SFDError
 from sfd.evaluation.extractors import classifier
+from sfd.evaluation.figures import image_grid
 from sfd.generate import SampleSettings, generate, without_guidance
-from sfd.model import Model, load_model
+from sfd.model import RECORD, Model, load_model
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import fit_pca
 from sfd.models.semvae import SemVAE
-from sfd.models.transformer import SIZES, Transformer, TransformerConfig, parameter_count
+from sfd.models.transformer import Transformer, TransformerConfig, parameter_count
+from sfd.plan import architecture
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import parse
+from sfd.stages import Stage
 from sfd.streams import Composite
 from sfd.training.diffusion import DiffusionTask
 from sfd.training.loop import FREE_TO_CHANGE, TrainSettings, fit
 from sfd.training.semvae import SemVAETask
+from sfd.weights import CONFIG_FILE, WEIGHTS_FILE
 
 PREVIEW_IMAGES = 32
 
@@ -65,67 +70,83 @@ class Pipeline:
 
     @cached_property
     def images(self) -> tuple[ImageSource, ImageSource]:
-        """The images to train on and those held out, in memory where they fit."""
-        whole = cached(open_source(self.recipe.data))
-        return split(whole, self.recipe.data.holdout, self.recipe.data.seed)
+        """The images to train on and those held out, in memory where they fit.
+
+        Raises:
+            SFDError: there are too few, or they do not fit the evaluator; said before anything is trained.
+        """
+        opened = open_source(self.recipe.data)
+        skipped = skipped_report(opened)
+        if skipped:
+            files.write_text(self.folder.skipped, skipped)
+        training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
+        classifier.check_data(held_out, self.recipe.evaluation.classifier)
+        return training, held_out
 
     def train_texture(self) -> None:
         """Train the texture encoder."""
-        self._train_encoder("texture encoder", self.recipe.texture, self.folder.texture)
+        self._train_encoder(self.recipe.texture, self._texture_stage())
 
     def train_semantic(self) -> None:
         """Train the semantic encoder."""
-        self._train_encoder("semantic encoder", self.recipe.semantic, self.folder.semantic)
+        self._train_encoder(self.recipe.semantic, self._semantic_stage())
 
-    def _train_encoder(self, name: str, settings: EncoderSettings, folder: Path) -> None:
+    def _texture_stage(self) -> Stage:
+        return self._encoder_stage("texture encoder", "sfd train-texture", self.recipe.texture, self.folder.texture)
+
+    def _semantic_stage(self) -> Stage:
+        return self._encoder_stage("semantic encoder", "sfd train-semantic", self.recipe.semantic, self.folder.semantic)
+
+    def _encoder_stage(self, name: str, command: str, settings: EncoderSettings, folder: Path) -> Stage:
+        made_from = {
+            "seed": self.recipe.seed,
+            "data": self._data(),
+            "encoder": settings.model_dump(exclude={"train"}),
+            "train": _lasting(settings.train),
+        }
+        return Stage(name, command, folder, made_from, _extent(settings.train), _part_files(folder))
+
+    def _train_encoder(self, settings: EncoderSettings, stage: Stage) -> None:
         if settings.train is None:
             return
         train, module = settings.train, registry.find("sfd.encoders", settings.name, "encoder")
 
         def work() -> None:
-            with randomness.seeded(self.recipe.seed, name):
+            with randomness.seeded(self.recipe.seed, stage.name):
                 encoder = module.build(parse(module.Config, settings.config))
             objective = parse(module.Objective, settings.objective)
             task = module.task(encoder, self.images[0], objective, seed=self.recipe.seed, batch_size=train.batch_size)
-            task.finish(fit(task, train, folder, device=self.device)).save(folder)
+            task.finish(fit(task, train, stage.folder, device=self.device)).save(stage.folder)
 
-        made_from = {
-            "seed": self.recipe.seed,
-            "data": self._data(),
-            "encoder": settings.model_dump(exclude={"train"}),
-            "train": _lasting(train),
-        }
-        stages.carry_out(name, folder, made_from, work, self.device, {"steps": train.steps})
+        stage.carry_out(work, self.device)
 
     @cached_property
     def texture(self) -> TextureEncoder:
-        """The trained texture encoder."""
-        folder = _trained(self.recipe.texture, self.folder.texture, "sfd train-texture")
-        return load_texture_encoder(folder).to(self.device)
+        """The trained texture encoder: the one that the recipe names, or the one that this run made."""
+        return load_texture_encoder(_trained(self.recipe.texture, self._texture_stage())).to(self.device)
 
     @cached_property
     def semantic(self) -> SemanticEncoder:
-        """The trained semantic encoder."""
-        folder = _trained(self.recipe.semantic, self.folder.semantic, "sfd train-semantic")
-        return load_semantic_encoder(folder).to(self.device)
+        """The trained semantic encoder: the one that the recipe names, or the one that this run made."""
+        return load_semantic_encoder(_trained(self.recipe.semantic, self._semantic_stage())).to(self.device)
 
-    def train_compressor(self) -> None:
-        """Train the SemVAE, or fit PCA, on the semantic encoder's features."""
-        if "semantic" not in self.recipe.streams:
-            return
-        settings = self.recipe.compressor
+    def _compressor_stage(self) -> Stage:
+        settings, folder = self.recipe.compressor, self.folder.compressor
         made_from = {
             "seed": self.recipe.seed,
             "data": self._data(),
             "encoder": self.semantic.identity,
             "compressor": settings.model_dump(exclude={"train"}),
-            "train": _lasting(settings.train) if settings.train else None,
+            "train": _lasting(settings.train),
         }
-        name, work = (
-            ("SemVAE", self._train_semvae) if settings.name == "semvae" else ("principal components", self._fit_pca)
-        )
-        extent = {"steps": settings.train.steps} if settings.train else {}
-        stages.carry_out(name, self.folder.compressor, made_from, work, self.device, extent)
+        name = "SemVAE" if settings.name == "semvae" else "principal components"
+        return Stage(name, "sfd train-semvae", folder, made_from, _extent(settings.train), _part_files(folder))
+
+    def train_compressor(self) -> None:
+        """Train the SemVAE, or fit PCA, on the semantic encoder's features."""
+        if "semantic" in self.recipe.streams:
+            work = self._train_semvae if self.recipe.compressor.name == "semvae" else self._fit_pca
+            self._compressor_stage().carry_out(work, self.device)
 
     def _train_semvae(self) -> None:
         settings, train = self.recipe.compressor, cast(TrainSettings, self.recipe.compressor.train)
@@ -154,27 +175,35 @@ class Pipeline:
     @cached_property
     def compressor(self) -> Compressor:
         """The trained compressor."""
-        if not (self.folder.compressor / stages.RECORD).exists():
-            raise SFDError(f"{self.folder.compressor} holds no trained compressor; run `sfd train-semvae` first")
+        self._compressor_stage().require()
         return load_compressor(self.folder.compressor).to(self.device)
 
-    def prepare(self) -> None:
-        """Encode the training images into latent shards."""
+    @cached_property
+    def tokenizers(self) -> dict[str, str]:
+        """The identity of what makes each stream, and of the encoder of the features."""
         tokenizers = {"texture": self.texture.identity}
         if "semantic" in self.recipe.streams:
             tokenizers["semantic"] = f"{self.semantic.identity}+{self.compressor.identity}"
-        tokenizers[FEATURES] = self.semantic.identity
+        return tokenizers | {FEATURES: self.semantic.identity}
+
+    def _latents_stage(self) -> Stage:
         made_from = {
             "data": self._data(),
-            "tokenizers": tokenizers,
+            "tokenizers": self.tokenizers,
             "latents": self.recipe.latents.model_dump(exclude={"batch_size", "workers"}),
         }
+        count = math.ceil(len(self.images[0]) / self.recipe.latents.shard_size)
+        results = (self.folder.latents / MANIFEST, *(shard_path(self.folder.latents, i) for i in range(count)))
+        return Stage("latents", "sfd prepare", self.folder.latents, made_from, results=results)
+
+    def prepare(self) -> None:
+        """Encode the training images into latent shards."""
 
         def work() -> None:
             settings = self.recipe.latents
-            prepare(self.images[0], self._encode, tokenizers, self.folder.latents, settings, device=self.device)
+            prepare(self.images[0], self._encode, self.tokenizers, self.folder.latents, settings, device=self.device)
 
-        stages.carry_out("latents", self.folder.latents, made_from, work, self.device)
+        self._latents_stage().carry_out(work, self.device)
 
     def _encode(self, images: Tensor) -> dict[str, Tensor]:
         features = self.semantic.encode(images)
@@ -185,8 +214,7 @@ class Pipeline:
 
     def train(self) -> None:
         """Train the transformer and write the model directory."""
-        if not (self.folder.latents / stages.RECORD).exists():
-            raise SFDError(f"{self.folder.latents} holds no latents; run `sfd prepare` first")
+        self._latents_stage().require()
         recipe = self.recipe
         made_from = {
             "seed": recipe.seed,
@@ -194,20 +222,13 @@ class Pipeline:
             **recipe.model_dump(include={"streams", "schedule", "transformer", "loss"}),
             "train": _lasting(recipe.train),
         }
-        stages.carry_out(
-            "transformer", self.folder.training, made_from, self._train, self.device, {"steps": recipe.train.steps}
-        )
+        results = (self.folder.model / RECORD,)
+        stage = Stage("transformer", "sfd train", self.folder.training, made_from, _extent(recipe.train), results)
+        stage.carry_out(self._train, self.device)
 
     def _train(self) -> None:
         recipe = self.recipe
         latents = LatentSet(self.folder.latents)
-        expected = self.texture.identity
-        made_by = latents.manifest.streams["texture"].tokenizer
-        if made_by != expected:
-            raise SFDError(
-                f"the latents in {self.folder.latents} were made by texture tokenizer {made_by}, but the run's is "
-                f"{expected}; remove that folder and run `sfd prepare` again"
-            )
         config = transformer_config(recipe, latents)
         schedule = build_schedule(recipe.schedule, config.composite.names)
         network = Transformer(config, seed=recipe.seed)
@@ -234,8 +255,6 @@ class Pipeline:
     def _preview(
         self, step: int, network: nn.Module, schedule: Schedule, classes: tuple[str, ...], folder: Path
     ) -> None:
-        from sfd.evaluation.figures import image_grid
-
         model = Model(cast(Transformer, network), schedule, self.texture, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
         settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES})
@@ -254,15 +273,14 @@ class Pipeline:
 
     def train_evaluator(self) -> None:
         """Train the classifier that judges the samples, on images that nothing else in the run sees."""
-        settings = self.recipe.evaluation.classifier
+        settings, folder = self.recipe.evaluation.classifier, self.folder.evaluator
         made_from: dict[str, Any] = {"data": self._data(), "classifier": settings.model_dump(exclude={"training"})}
         made_from["training"] = _lasting(settings.training)
-
-        def work() -> None:
-            classifier.train(self.images[1], settings, self.folder.evaluator, device=self.device)
-
-        extent = {"steps": settings.training.steps}
-        stages.carry_out("evaluation classifier", self.folder.evaluator, made_from, work, self.device, extent)
+        results = (folder / "extractor" / "extractor.json",)
+        stage = Stage(
+            "evaluation classifier", "sfd train-evaluator", folder, made_from, _extent(settings.training), results
+        )
+        stage.carry_out(lambda: classifier.train(self.images[1], settings, folder, device=self.device), self.device)
 
     def _data(self) -> dict[str, Any]:
         return {**self.recipe.data.model_dump(exclude={"strict"}), "identity": self.images[0].identity}
@@ -278,26 +296,6 @@ def transformer_config(recipe: Recipe, latents: LatentSet) -> TransformerConfig:
     return architecture(recipe, composite, len(latents.manifest.classes), features["channels"] if features else None)
 
 
-def architecture(recipe: Recipe, composite: Composite, num_classes: int, features: int | None) -> TransformerConfig:
-    """Join the recipe's network with the streams that it works on."""
-    given = recipe.transformer
-    size = SIZES[given.size]
-    leading_first = tuple(reversed(composite.names))  # the published order: semantic, then texture
-    repa = bool(recipe.loss.repa)
-    return TransformerConfig(
-        depth=given.depth or size.depth,
-        width=given.width or size.width,
-        heads=given.heads or size.heads,
-        composite=composite,
-        num_classes=num_classes,
-        clocks=leading_first if given.clocks == "streams" else (),
-        repa_block=given.repa_block if repa else None,
-        repa_width=given.repa_width,
-        repa_channels=features if repa else None,
-        checkpointing=given.checkpointing,
-    )
-
-
 def _without_projector(network: Transformer) -> Transformer:
     """Leave the REPA projector behind: only training has a use for it."""
     fields = {"repa_block": None, "repa_channels": None, "checkpointing": False}
@@ -307,15 +305,22 @@ def _without_projector(network: Transformer) -> Transformer:
     return plain.eval().requires_grad_(False)
 
 
-def _trained(settings: EncoderSettings, folder: Path, command: str) -> Path:
+def _trained(settings: EncoderSettings, stage: Stage) -> Path:
     """Find a trained encoder: the one that the recipe names, or the one that this run made."""
     if settings.folder is not None:
         return Path(settings.folder)
-    if not (folder / stages.RECORD).exists():
-        raise SFDError(f"{folder} holds no trained encoder; run `{command}` first, or `sfd run` for all stages")
-    return folder
+    stage.require()
+    return stage.folder
 
 
-def _lasting(settings: TrainSettings) -> Mapping[str, Any]:
+def _part_files(folder: Path) -> tuple[Path, ...]:
+    return folder / CONFIG_FILE, folder / WEIGHTS_FILE
+
+
+def _lasting(settings: TrainSettings | None) -> Mapping[str, Any] | None:
     """Training settings that the result depends on, but for how long it goes on."""
-    return settings.model_dump(exclude=set(FREE_TO_CHANGE))
+    return settings.model_dump(exclude=set(FREE_TO_CHANGE)) if settings else None
+
+
+def _extent(settings: TrainSettings | None) -> dict[str, int]:
+    return {"steps": settings.steps} if settings else {}

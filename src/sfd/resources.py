@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from sfd.errors import SFDError
+
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -18,17 +21,31 @@ SECONDS_BETWEEN_LOOKS = 0.2
 class Usage:
     """Filled in when the block of `measured` ends."""
 
+    started: float
+    """On the monotonic clock."""
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     """The largest resident memory of the process that was seen."""
     peak_device_memory_bytes: int = 0
     """The largest memory that PyTorch held on a CUDA device; 0 elsewhere."""
 
+    def so_far(self) -> float:
+        """Seconds since the block began."""
+        return time.monotonic() - self.started
+
+    def record(self) -> dict[str, float]:
+        """Give what was measured, as plain values."""
+        return {
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_device_memory_bytes": self.peak_device_memory_bytes,
+        }
+
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[Usage]:
     """Measure the block, looking at the process's memory a few times a second."""
-    usage, done = Usage(), threading.Event()
+    usage, done = Usage(time.monotonic()), threading.Event()
     process = psutil.Process()
 
     def watch() -> None:
@@ -40,16 +57,26 @@ def measured(device: torch.device) -> Iterator[Usage]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     watcher = threading.Thread(target=watch, daemon=True)
-    start = time.monotonic()
     watcher.start()
     try:
         yield usage
     finally:
-        usage.seconds = time.monotonic() - start
+        usage.seconds = usage.so_far()
         done.set()
         watcher.join()
         if device.type == "cuda":
             usage.peak_device_memory_bytes = torch.cuda.max_memory_allocated(device)
+
+
+def single_process() -> None:
+    """Refuse to run as one of several processes.
+
+    Raises:
+        SFDError: a launcher started more than one.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise SFDError(f"this command runs as one process, but a launcher started {count}; start it without a launcher")
 
 
 def choose_device(name: str) -> torch.device:
@@ -58,8 +85,6 @@ def choose_device(name: str) -> torch.device:
     Raises:
         SFDError: the device is not there.
     """
-    from sfd.errors import SFDError
-
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -67,6 +92,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            # So that everything that asks for "the" GPU gets this one, accelerate among it.
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SFDError(f"there is no device {name!r} here ({reason}); use auto, cpu, cuda or mps") from None

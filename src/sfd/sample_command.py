@@ -10,18 +10,17 @@ import click
 import yaml
 
 from sfd import files
+from sfd.config import read_yaml
 from sfd.errors import SFDError
 from sfd.evaluation.figures import strip_picture
 from sfd.generate import SampleSettings
 from sfd.model import RECORD, Model, load_model
-from sfd.phases import phase_strip
-from sfd.registry import find
+from sfd.phases import class_labels, phase_strip
 from sfd.resources import choose_device
 from sfd.sample_folder import write_grid, write_samples
 from sfd.settings import parse
 
 MAX_GRID_IMAGES = 400
-DEFAULT_STEPS = 25
 
 
 def sample_images(
@@ -33,19 +32,23 @@ def sample_images(
     where = choose_device(device)
     loaded = load_model(model_folder(model), where)
     weaker = load_model(model_folder(weak), where) if weak else None
-    labels = class_labels(loaded, classes)
+    labels = asked_labels(loaded, classes)
     pairs = [(label, seed) for label in labels for seed in chosen_seeds]
+    if weaker is not None and settings.guidance in (1.0, {}):
+        raise SFDError("--weak was given, but --guidance is 1, so it would do nothing; give a scale, such as 1.5")
     with files.exclusive(out):
         write_samples(out, loaded, [p[0] for p in pairs], [p[1] for p in pairs], settings, weak=weaker)
         if len(pairs) <= MAX_GRID_IMAGES:
             write_grid(out, range(len(pairs)), columns=len(chosen_seeds))
+        else:
+            click.echo(f"no grid.png: {len(pairs)} images are more than the {MAX_GRID_IMAGES} that one shows", err=True)
     click.echo(f"{len(pairs)} images in {out}")
 
 
 def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float, device: str) -> None:
     """Draw the phases of one sample into a PNG; see `sfd strip --help`."""
     loaded = load_model(model_folder(model), choose_device(device))
-    label = class_labels(loaded, class_name)[0] if class_name else None
+    label = asked_labels(loaded, class_name)[0] if class_name else None
     seen = phase_strip(loaded, SampleSettings(guidance=guidance), seed, label)
     figure = strip_picture(seen.base, seen.times, loaded.composite.names, seen.semantic, seen.decoded)
     with files.written(out) as partial:
@@ -57,22 +60,18 @@ def model_folder(path: Path) -> Path:
     return path / "model" if not (path / RECORD).exists() and (path / "model").is_dir() else path
 
 
-def class_labels(model: Model, classes: str) -> list[int]:
-    """Look up the classes asked for; the null class of an unconditional model."""
+def asked_labels(model: Model, classes: str) -> list[int]:
+    """Look up the classes asked for, by name or number, comma-separated; "all"."""
     if classes == "all":
-        return list(range(len(model.classes))) or [model.transformer.null_class]
+        return class_labels(model)
     return model.class_indices([name.strip() for name in classes.split(",")])
 
 
 def sample_settings(**options: Any) -> SampleSettings:
     """Build the settings from the command line's words."""
-    steps = options.pop("steps")
-    if steps is None and not find("sfd.solvers", options["solver"], "solver").ADAPTIVE:
-        steps = DEFAULT_STEPS
     interval = options.pop("interval")
     values = {
         **options,
-        "steps": steps,
         "options": dict(_assignment(text) for text in options.pop("options")),
         "guidance": _by_stream(options["guidance"], _number),
         "interval": _by_stream(interval, _range) if interval else None,
@@ -109,14 +108,13 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    name, value = _pair(text)
-    # YAML takes 1e-4 for text, so numbers are tried first.
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, yaml.safe_load(value)
+    name, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError
+        return name.strip(), read_yaml(value)
+    except (yaml.YAMLError, ValueError):
+        raise SFDError(f"--option {text!r} should be name=value, such as rtol=1e-4") from None
 
 
 def _number(text: str) -> float:
@@ -131,3 +129,14 @@ def _range(text: str) -> tuple[float, float]:
     if not match:
         raise SFDError(f"--interval: {text!r} is no range; give one such as 0.1-0.9")
     return _number(match[1]), _number(match[2])
+
+
+def export_model(model: Path, out: Path, dtype: str) -> None:
+    """Copy a model directory with its weights in another precision."""
+    import torch
+
+    if out.exists():
+        raise SFDError(f"{out} exists; give a folder that does not")
+    load_model(model_folder(model), torch.device("cpu")).save(out, getattr(torch, dtype))
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    click.echo(f"{out}: {size / 1e6:.2f} MB")

@@ -37,16 +37,17 @@ def write_samples(
         "model": model.identity,
         "weak": weak.identity if weak else None,
         # The batch size does not change an image.
-        "sampling": settings.model_dump(mode="json", exclude={"batch_size"}),
+        "sampling": settings.model_dump(mode="json", exclude={"batch_size"}) | {"steps": settings.resolved_steps},
         "classes": list(model.classes),
         "labels": list(labels) if model.classes else [],
         "seeds": list(seeds),
     }
-    _claim(folder, record)
     missing = [i for i in range(len(seeds)) if not _path(folder, i).exists()]
+    chosen_labels, chosen_seeds = [labels[i] for i in missing], [seeds[i] for i in missing]
+    batches = generate(model, chosen_labels, chosen_seeds, settings, weak=weak)  # refuses what makes no sense
+    _claim(folder, record)
     with bar("sampling", len(seeds), len(seeds) - len(missing)) as shown:
-        chosen_labels, chosen_seeds = [labels[i] for i in missing], [seeds[i] for i in missing]
-        for batch in generate(model, chosen_labels, chosen_seeds, settings, weak=weak):
+        for batch in batches:
             for offset, image in enumerate(batch.images):
                 with files.written(_path(folder, missing[batch.first + offset])) as partial:
                     Image.fromarray(image).save(partial, "PNG")

@@ -45,10 +45,31 @@ def initial_noise(seeds: Sequence[int], composite: Composite) -> Tensor:
     Raises:
         SFDError: a negative seed.
     """
+    check_seeds(seeds)
+    return randomness.normal(seeds, composite.size, "noise")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse negative seeds.
+
+    Raises:
+        SFDError: names the first.
+    """
     for seed in seeds:
         if seed < 0:
             raise SFDError(f"a seed must be a whole number of at least 0, got {seed}")
-    return randomness.normal(seeds, composite.size, "noise")
+
+
+def check_steps_and_shift(
+    schedule: Schedule, solver: str, steps: int | None, options: Mapping[str, Any] | None, shift: float
+) -> None:
+    """Check what `integrate` would check, before there is anything to integrate.
+
+    Raises:
+        SFDError: solver, options, steps and shift do not fit the schedule or each other.
+    """
+    method, _ = load_solver(solver, options)
+    _grids(method, solver, _moving_segments(schedule), steps, shift)
 
 
 def integrate(

@@ -35,10 +35,11 @@ def parse(kind: type[SettingsType], values: Mapping[str, Any], where: str = "") 
         # Validation from JSON takes lists for tuples and stays strict otherwise: "3" is no integer.
         return kind.model_validate_json(json.dumps(dict(values)))
     except (ValidationError, TypeError, ValueError) as error:
-        raise _explain(error, kind, where) from None
+        raise explain(error, kind, where) from None
 
 
-def _explain(error: Exception, kind: type[BaseModel], where: str) -> SFDError:
+def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDError:
+    """Say in a sentence what validation found wrong; `kind` is the record that was validated."""
     prefix = f"{where}: " if where else ""
     if not isinstance(error, ValidationError):
         return SFDError(f"{prefix}{error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sfd.errors import SFDError
 from sfd.progress import console
 from sfd.resources import measured
 
-RECORD = "stage.json"
+RECORD, SPENT = "stage.json", "spent.json"
 
 
 class RunFolder:
@@ -22,6 +23,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.recipe = root / "recipe.yaml"
+        self.skipped = root / "skipped-images.txt"
         self.texture = root / "texture"
         self.semantic = root / "semantic"
         self.compressor = root / "compressor"
@@ -30,6 +32,7 @@ class RunFolder:
         self.model = root / "model"
         self.evaluator = root / "evaluator"
         self.samples = root / "samples"
+        self.metrics = root / "metrics"
         self.report = root / "report.html"
 
     def stages(self) -> list[dict[str, Any]]:
@@ -38,52 +41,85 @@ class RunFolder:
         return sorted(records, key=lambda record: record["finished"])
 
 
-def finished(folder: Path, made_from: Mapping[str, Any], extent: Mapping[str, Any] | None = None) -> bool:
-    """Tell whether a stage is done, with these settings and to this extent.
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run: what it is made from, and whether it is done."""
 
-    Raises:
-        SFDError: it was done with other settings.
-    """
-    if not (folder / RECORD).exists():
-        return False
-    record = files.read_json(folder / RECORD, "stage")
-    different = _first_difference(record["made_from"], files.plain(made_from))
-    if different is None:
-        return bool(record["extent"] == files.plain(extent or {}))
-    name, then, now = different
-    raise SFDError(
-        f"{folder} was made with {name} = {then!r}, but this command has {now!r}; "
-        f"give another --out folder, or remove {folder} to make it anew"
-    )
+    name: str
+    """For people ("texture encoder")."""
+    command: str
+    """What makes it ("sfd train-texture")."""
+    folder: Path
+    """Its record, which is written last, lies here."""
+    made_from: Mapping[str, Any]
+    """Plain values that the result depends on: a finished stage with others is another one."""
+    extent: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values that may grow: a finished stage with others goes on (more steps)."""
+    results: tuple[Path, ...] = ()
+    """What must be there for it to be done."""
 
+    def finished(self) -> bool:
+        """Tell whether the stage is done, with these settings and to this extent, and all its results are there.
 
-def carry_out(
-    name: str,
-    folder: Path,
-    made_from: Mapping[str, Any],
-    work: Callable[[], object],
-    device: torch.device,
-    extent: Mapping[str, Any] | None = None,
-) -> None:
-    """Do a stage's work, unless it is done; then record what it was made from, how long it took and its memory.
+        Raises:
+            SFDError: it was done with other settings.
+        """
+        if not (self.folder / RECORD).exists():
+            return False
+        record = files.read_json(self.folder / RECORD, "stage")
+        different = _first_difference(record["made_from"], files.plain(self.made_from))
+        if different is not None:
+            name, then, now = different
+            raise SFDError(
+                f"{self.folder} was made with {name} = {then!r}, but this command has {now!r}; "
+                f"give another --out folder, or remove {self.folder} to make it anew"
+            )
+        return record["extent"] == files.plain(self.extent) and all(path.exists() for path in self.results)
 
-    Args:
-        name: for people ("texture encoder").
-        folder: of the stage; its record goes there last.
-        made_from: plain values that the result depends on.
-        work: does it; goes on by itself where an earlier attempt stopped.
-        device: whose memory is measured.
-        extent: plain values that may differ from those of a finished stage, which then goes on (more steps).
-    """
-    if finished(folder, made_from, extent):
-        console.print(f"{name}: done before, in {folder}", style="dim", markup=False, soft_wrap=True)
-        return
-    console.print(f"{name} → {folder}", style="bold", markup=False, soft_wrap=True)
-    with measured(device) as usage:
-        work()
-    record = {"stage": name, "finished": files.now(), **vars(usage)}
-    record |= {"made_from": files.plain(made_from), "extent": files.plain(extent or {})}
-    files.write_json(folder / RECORD, record)
+    def require(self) -> None:
+        """Insist that the stage is done.
+
+        Raises:
+            SFDError: it is not, or it was done with other settings.
+        """
+        if self.finished():
+            return
+        record = self.folder / RECORD
+        then = files.read_json(record, "stage")["extent"] if record.exists() else files.plain(self.extent)
+        different = _first_difference(then, files.plain(self.extent))
+        reason = f": it was made with {different[0]} = {different[1]}, not {different[2]}" if different else ""
+        raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
+
+    def carry_out(self, work: Callable[[], object], device: torch.device) -> None:
+        """Do the work, unless it is done; then record what it was made from, how long it took and its memory.
+
+        Args:
+            work: does it; goes on by itself where an earlier attempt stopped.
+            device: whose memory is measured.
+        """
+        if self.finished():
+            console.print(f"{self.name}: done before, in {self.folder}", style="dim", markup=False, soft_wrap=True)
+            return
+        console.print(f"{self.name} → {self.folder}", style="bold", markup=False, soft_wrap=True)
+        earlier = self._spent()
+        with measured(device) as usage:
+            try:
+                work()
+            except BaseException:
+                # An interrupted attempt counts too; one that is killed outright cannot be counted.
+                if self.folder.is_dir():
+                    files.write_json(self.folder / SPENT, {"seconds": earlier + usage.so_far()})
+                raise
+        record: dict[str, Any] = {"stage": self.name, "finished": files.now(), **usage.record()}
+        record["seconds"] += earlier
+        record |= {"made_from": files.plain(self.made_from), "extent": files.plain(self.extent)}
+        files.write_json(self.folder / RECORD, record)
+        (self.folder / SPENT).unlink(missing_ok=True)
+
+    def _spent(self) -> float:
+        """Seconds of earlier, interrupted attempts."""
+        path = self.folder / SPENT
+        return float(files.read_json(path, "stage")["seconds"]) if path.exists() else 0.0
 
 
 def _first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:

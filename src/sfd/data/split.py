@@ -59,7 +59,7 @@ def split(source: ImageSource, holdout: float, seed: int) -> tuple[ImageSource, 
         if len(members) < 2:
             where = f"class {source.classes[label]!r}" if source.classes else "the data set"
             raise SFDError(
-                f"{where} has {len(members)} image, but to hold some out takes 2; add images or set holdout to 0"
+                f"{where} has {len(members)} image, but to hold some out takes 2; add some, or remove that class"
             )
         order = randomness.generator(seed, "split", label).permutation(members)
         count = min(max(round(holdout * len(members)), 1), len(members) - 1)

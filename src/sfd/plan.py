@@ -1,0 +1,138 @@
+"""What a recipe will build, known and checked before anything is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from sfd import registry
+from sfd.config import EncoderSettings, Recipe
+from sfd.encoders import load_encoder
+from sfd.errors import SFDError
+from sfd.generate import check_sampling
+from sfd.models.convnet import ConvNet
+from sfd.models.pca import PCA
+from sfd.models.semvae import SemVAE
+from sfd.models.transformer import SIZES, TransformerConfig
+from sfd.schedules import Schedule, build_schedule
+from sfd.settings import explain, parse
+from sfd.streams import Composite, Stream
+from sfd.weights import Part
+
+
+def check(recipe: Recipe) -> TransformerConfig:
+    """Plan the whole run, so that parts that do not fit are found before hours of work.
+
+    Returns:
+        the planned network; the number of classes, known only with the data, counts as 0.
+
+    Raises:
+        SFDError: an architecture that cannot be, streams that share no token grid, features that do not fit REPA, an
+            image size that does not fit an encoder or the evaluator, or a way of sampling that makes no sense.
+    """
+    try:
+        config = planned_architecture(recipe)
+        with torch.device("meta"):
+            planned_compressor(recipe)
+            evaluator = ConvNet(recipe.evaluation.classifier.network)
+    except (ValidationError, ValueError) as error:
+        raise explain(error, TransformerConfig, f"recipe {recipe.name!r}") from None
+    _check_size(recipe, "evaluation classifier", evaluator.config.downsample)
+    composite = config.composite
+    check_sampling(build_schedule(recipe.schedule, composite.names), composite, recipe.sample, has_weak=True)
+    if recipe.loss.repa:
+        _check_repa(recipe, composite)
+    return config
+
+
+def planned_architecture(recipe: Recipe) -> TransformerConfig:
+    """Derive the network from the recipe alone; the number of classes, known only with the data, counts as 0."""
+    texture, semantic = planned_encoder(recipe.texture), planned_encoder(recipe.semantic)
+    shapes = {
+        "texture": (texture.channels, texture.downsample),
+        "semantic": (recipe.compressor.channels, semantic.downsample),
+    }
+    for name, (_, downsample) in shapes.items():
+        _check_size(recipe, f"{name} encoder", downsample)
+    composite = Composite(
+        streams=tuple(
+            Stream(
+                name=name,
+                channels=shapes[name][0],
+                grid=recipe.data.image_size // shapes[name][1],
+                patch_size=stream.patch_size,
+                weight=stream.weight,
+            )
+            for name, stream in recipe.streams.items()
+        )
+    )
+    return architecture(recipe, composite, 0, semantic.channels)
+
+
+def architecture(recipe: Recipe, composite: Composite, num_classes: int, features: int | None) -> TransformerConfig:
+    """Join the recipe's network with the streams that it works on."""
+    given = recipe.transformer
+    size = SIZES[given.size]
+    repa = bool(recipe.loss.repa)
+    schedule = build_schedule(recipe.schedule, composite.names)
+    return TransformerConfig(
+        depth=given.depth or size.depth,
+        width=given.width or size.width,
+        heads=given.heads or size.heads,
+        composite=composite,
+        num_classes=num_classes,
+        clocks=leading_first(schedule) if given.clocks == "streams" else (),
+        repa_block=given.repa_block if repa else None,
+        repa_width=given.repa_width,
+        repa_channels=features if repa else None,
+        checkpointing=given.checkpointing,
+    )
+
+
+def leading_first(schedule: Schedule) -> tuple[str, ...]:
+    """Order streams as the published time embedding does: those ahead first; on a par, texture last."""
+    middle = schedule.at(torch.tensor(0.5, dtype=torch.float64)).time.tolist()
+    ahead = dict(zip(schedule.streams, middle, strict=True))
+    backwards = schedule.streams[::-1]
+    return tuple(sorted(backwards, key=lambda name: -ahead[name]))
+
+
+def planned_encoder(settings: EncoderSettings) -> Any:
+    """Build an encoder without memory for its weights, or load the one that the recipe names."""
+    if settings.folder is not None:
+        return load_encoder(Path(settings.folder))
+    module = registry.find("sfd.encoders", settings.name, "encoder")
+    with torch.device("meta"):
+        return module.build(parse(module.Config, settings.config))
+
+
+def planned_compressor(recipe: Recipe) -> Part | None:
+    """Build the compressor of the semantic features; None where no semantic stream is generated."""
+    if "semantic" not in recipe.streams:
+        return None
+    channels = planned_encoder(recipe.semantic).channels
+    if recipe.compressor.name == "pca":
+        return PCA(recipe.compressor.pca(channels))
+    return SemVAE(recipe.compressor.semvae(channels))
+
+
+def _check_size(recipe: Recipe, what: str, downsample: int) -> None:
+    if recipe.data.image_size % downsample:
+        raise SFDError(
+            f"data.image_size is {recipe.data.image_size}, but the {what} shrinks images by {downsample}; "
+            f"choose a multiple of {downsample}"
+        )
+
+
+def _check_repa(recipe: Recipe, composite: Composite) -> None:
+    if not recipe.latents.features:
+        raise SFDError("loss.repa needs the encoder's features; set latents.features=true, or loss.repa=0")
+    grid = recipe.data.image_size // planned_encoder(recipe.semantic).downsample
+    if grid != composite.token_grid:
+        raise SFDError(
+            f"loss.repa aligns tokens with features, but tokens are on a grid of {composite.token_grid} rows and "
+            f"features on one of {grid}; choose patch sizes that make these equal, or set loss.repa=0"
+        )
