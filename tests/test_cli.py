@@ -271,6 +271,20 @@ def test_shapes_can_be_written_as_a_folder(tmp_path):
     assert len(list((tmp_path / "shapes").glob("*/*.png"))) == 20
 
 
+def test_ctrl_c_while_sampling_leaves_whole_images(finished, tmp_path):
+    arguments = ["sample", str(finished.folder.root), "--seeds", "0-999", "--batch-size", "2", "--steps", "3"]
+    command = [sys.executable, "-m", "sfd", *arguments, "--out", str(tmp_path / "o"), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "o" / "000003.png").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(2)
+    _, message = process.communicate()
+    assert process.returncode == 130 and "run the same command to go on" in message
+    for path in (tmp_path / "o").glob("*.png"):
+        Image.open(path).load()
+    assert not list((tmp_path / "o").glob(".*.partial"))
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
     command = [sys.executable, "-m", "sfd", "train-texture", str(recipe), "texture.train.steps=400"]
     command += ["--out", str(tmp_path / "o"), "--device", "cpu"]

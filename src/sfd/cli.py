@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,13 @@ device_option = click.option("--device", default="auto", show_default=True, help
 
 class Group(click.Group):
     """Turns what a user can mend into one sentence and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; Ctrl-C, wherever it comes, leaves with its own message and code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted(signal.SIGINT) from None
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command; see `click.Group.main`."""
