@@ -286,7 +286,7 @@ def test_ctrl_c_while_sampling_leaves_whole_images(finished, tmp_path):
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
-    command = [sys.executable, "-m", "sfd", "train-texture", str(recipe), "texture.train.steps=400"]
+    command = [sys.executable, "-m", "sfd", "train-texture", str(recipe), "texture.train.steps=150"]
     command += ["--out", str(tmp_path / "o"), "--device", "cpu"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "o" / "texture" / "tensorboard").exists() and process.poll() is None:
