@@ -18,7 +18,7 @@ from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
 from sfd.evaluation.extractors._base import load_extractor
 from sfd.evaluation.extractors.classifier import divide
-from sfd.evaluation.report import Gallery, ReportContent, StageCost, write_report
+from sfd.evaluation.report import Gallery, ReportContent, StageCost, Strip, write_report
 from sfd.evaluation.samples import load_samples
 from sfd.generate import SampleSettings, without_guidance
 from sfd.model import Model
@@ -73,7 +73,8 @@ def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
 
     def work() -> None:
         write_samples(folder, model, labels, seeds, settings)
-        write_grid(folder, _grid_numbers(evaluation.samples_per_class, len(class_labels(model))), GRID_COLUMNS)
+        classes, per_class = len(class_labels(model)), evaluation.samples_per_class
+        write_grid(folder, _grid_numbers(per_class, classes), min(GRID_COLUMNS, per_class))
 
     Stage(f"{name} samples", "sfd report", folder, made_from).carry_out(work, pipeline.device)
 
@@ -157,14 +158,21 @@ def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
         recipe=dump_recipe(recipe),
         galleries=[_gallery(pipeline, name) for name in names],
         schedule=schedule_curves(model),
-        strip=phase_strip(model, pipeline.sample_settings(model), seed=recipe.evaluation.seed)
-        if len(model.schedule.streams) > 1
-        else None,
+        strip=_strip(pipeline),
         logs=_logs(folder),
         metrics=metrics,
         stages=costs,
     )
     write_report(folder.report, content)
+
+
+def _strip(pipeline: Pipeline) -> Strip | None:
+    """Follow the first sample of the class in the middle; a single stream has no phases to show."""
+    model, labels = pipeline.model, class_labels(pipeline.model)
+    if len(model.composite.streams) < 2:
+        return None
+    seed, settings = pipeline.recipe.evaluation.seed, pipeline.sample_settings(model)
+    return phase_strip(model, settings, seed, labels[len(labels) // 2])
 
 
 def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
