@@ -180,6 +180,22 @@ def test_a_refused_command_leaves_the_recipe(finished, recipe, tmp_path):
     assert (out / "recipe.yaml").read_text() == before
 
 
+def test_a_lost_sample_is_made_again(finished, recipe, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(finished.folder.root, out)
+    lost = out / "samples" / "guided" / "000003.png"
+    whole = lost.read_bytes()
+    lost.unlink()
+    assert sfd("report", recipe, "--out", out, "--device", "cpu").exit_code == 0
+    assert lost.read_bytes() == whole
+
+
+def test_a_report_of_another_recipe_is_refused(finished, recipe, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(finished.folder.root, out)
+    refused(sfd("report", recipe, "train.steps=9", "--out", out, "--device", "cpu"), "steps = 6, not 9")
+
+
 @pytest.mark.parametrize("lost", ["texture/model.safetensors", "latents/shard-00001.safetensors", "model/model.json"])
 def test_a_lost_result_is_made_again_by_its_stage(finished, recipe, tmp_path, lost):
     out = tmp_path / "o"
@@ -205,6 +221,7 @@ def test_a_lost_result_is_made_again_by_its_stage(finished, recipe, tmp_path, lo
         ("sample.solver=hoin", "no solver"),
         ("sample.steps=0", "at least 1"),
         ("sample.guidance=-3", "at least 0"),
+        ("texture.name=convnet", "texture encoder is needed"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_at_once(recipe, tmp_path, override, word):

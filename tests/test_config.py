@@ -46,6 +46,16 @@ def test_an_inherited_stream_can_be_taken_out(tmp_path):
     assert list(load_recipe(write_recipe(tmp_path), overrides).streams) == ["texture"]
 
 
+def test_the_resolved_copy_of_a_single_stream_means_the_same(tmp_path):
+    overrides = ["streams.semantic=null", "schedule={name: synchronous}", "loss.repa=0"]
+    recipe = load_recipe(write_recipe(tmp_path), overrides)
+    assert load_recipe(write_recipe(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_what_looks_like_a_date_is_text(tmp_path):
+    assert load_recipe(write_recipe(tmp_path), ["data.source=2024-05-01"]).data.source == "2024-05-01"
+
+
 def test_a_recipe_that_extends_itself_is_refused(tmp_path):
     loop = tmp_path / "loop.yaml"
     loop.write_text("extends: loop.yaml\n")

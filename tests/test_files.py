@@ -26,6 +26,14 @@ def test_written_replaces_a_file_only_at_the_end(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "new"
 
 
+def test_a_file_never_replaces_a_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").touch()
+    with pytest.raises(SFDError, match="is a folder"):
+        files.write_text(tmp_path / "run", "text")
+    assert (tmp_path / "run" / "precious").exists() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_written_replaces_a_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").touch()

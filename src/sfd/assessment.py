@@ -16,7 +16,6 @@ from sfd.config import Recipe, dump_recipe, load_recipe
 from sfd.data.latents import LatentSet
 from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
-from sfd.evaluation.extractors._base import load_extractor
 from sfd.evaluation.extractors.classifier import divide
 from sfd.evaluation.report import Gallery, ReportContent, StageCost, Strip, write_report
 from sfd.evaluation.samples import load_samples
@@ -24,7 +23,7 @@ from sfd.generate import SampleSettings, without_guidance
 from sfd.model import Model
 from sfd.phases import class_labels, phase_strip, sampling_text, schedule_curves
 from sfd.pipeline import Pipeline
-from sfd.sample_folder import read_images, write_grid, write_samples
+from sfd.sample_folder import image_path, read_images, write_grid, write_samples
 from sfd.settings import parse
 from sfd.stages import RunFolder, Stage
 
@@ -41,12 +40,13 @@ def assess(pipeline: Pipeline) -> None:
         _sample(pipeline, name, settings)
     made_from = {
         "model": model.identity,
-        "evaluator": load_extractor(folder.evaluator / "extractor", pipeline.device).identity,
+        "evaluator": pipeline.evaluator.identity,
         "evaluation": recipe.evaluation.model_dump(exclude={"classifier"}),
         "variants": {name: s.model_dump(exclude={"batch_size"}) for name, s in variants.items()},
     }
-    stage = Stage("metrics", "sfd report", folder.metrics, made_from)
-    stage.carry_out(lambda: _measure(pipeline, list(variants), folder.metrics), pipeline.device)
+    results = tuple(metrics_path(folder, row) for row in _rows(list(variants)))
+    stage = Stage("metrics", "sfd report", folder.metrics, made_from, results=results)
+    stage.carry_out(lambda: _measure(pipeline, list(variants)), pipeline.device)
     write_run_report(pipeline, list(variants))
 
 
@@ -76,7 +76,8 @@ def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
         classes, per_class = len(class_labels(model)), evaluation.samples_per_class
         write_grid(folder, _grid_numbers(per_class, classes), min(GRID_COLUMNS, per_class))
 
-    Stage(f"{name} samples", "sfd report", folder, made_from).carry_out(work, pipeline.device)
+    results = tuple(image_path(folder, number) for number in range(len(seeds)))
+    Stage(f"{name} samples", "sfd report", folder, made_from, results=results).carry_out(work, pipeline.device)
 
 
 def _grid_numbers(per_class: int, classes: int) -> list[int]:
@@ -88,12 +89,11 @@ def _grid_numbers(per_class: int, classes: int) -> list[int]:
 
 def reference(pipeline: Pipeline) -> Reference:
     """The real images that samples are compared with, seen through the run's evaluator."""
-    extractor = load_extractor(pipeline.folder.evaluator / "extractor", pipeline.device)
     _, images = divide(pipeline.images[1], pipeline.recipe.evaluation.classifier)
-    return measure(images, extractor, REFERENCE_NAME)
+    return measure(images, pipeline.evaluator, REFERENCE_NAME)
 
 
-def _measure(pipeline: Pipeline, names: list[str], out: Path) -> None:
+def _measure(pipeline: Pipeline, names: list[str]) -> None:
     against = reference(pipeline)
     rows = []
     for name in names:
@@ -102,13 +102,22 @@ def _measure(pipeline: Pipeline, names: list[str], out: Path) -> None:
         rows.append(evaluate(samples.batches(), labels, against, name=f"{name} samples", sampling=samples.sampling))
     rows.append(evaluate_real(pipeline.images[0], against, rows[0].n_samples, pipeline.recipe.seed))
     for row in rows:
-        row.write(out / f"{row.name.replace(' ', '-')}.json")
+        row.write(metrics_path(pipeline.folder, row.name))
+
+
+def metrics_path(folder: RunFolder, row: str) -> Path:
+    """Name the file of a row of the results."""
+    return folder.metrics / f"{row.replace(' ', '-')}.json"
+
+
+def _rows(names: list[str]) -> list[str]:
+    """Name the rows: the variants, then real images."""
+    return [*(f"{name} samples" for name in names), "real training images"]
 
 
 def read_run_metrics(folder: RunFolder, names: list[str]) -> list[Metrics]:
     """Read what a run measured: the named variants, then real images."""
-    rows = [f"{name}-samples" for name in names] + ["real-training-images"]
-    return [read_metrics(folder.metrics / f"{row}.json") for row in rows]
+    return [read_metrics(metrics_path(folder, row)) for row in _rows(names)]
 
 
 def evaluate_folder(samples: Path, run: Path, out: Path | None, device: torch.device) -> str:

@@ -49,6 +49,8 @@ class EncoderSettings(Settings):
             parse(module.Objective, self.objective, f"objective of encoder {self.name!r}")
         if self.folder is not None and (self.config or self.objective):
             raise ValueError("a trained encoder from `folder` has its own config and objective; leave these out")
+        if self.train is not None and not hasattr(module, "task"):
+            raise ValueError(f"encoder {self.name!r} cannot be trained here; give the `folder` of a finished one")
         if (self.train is None) == (self.folder is None):
             raise ValueError("give either `train` (train one in the run) or `folder` (a trained encoder's directory)")
         return self
@@ -120,7 +122,6 @@ class EvaluationSettings(Settings):
     samples_per_class: int = Field(64, gt=0, description="of an unconditional model: in all")
     seed: int = Field(0, ge=0, description="image i has seed + i")
     unguided: bool = Field(True, description="also measure samples without guidance")
-    extractor: Literal["classifier"] = "classifier"
     classifier: ClassifierSettings = ClassifierSettings()
 
 
@@ -162,7 +163,7 @@ class Recipe(Settings):
             )
         if self.loss.repa and self.transformer.repa_block is None:
             raise SFDError("loss.repa is set, but transformer.repa_block is null; set it, or set loss.repa to 0")
-        if self.data.holdout == 0 and self.evaluation.extractor == "classifier":
+        if self.data.holdout == 0:
             raise SFDError("data.holdout is 0, but evaluation trains its classifier on held-out images; give a share")
         return self
 
@@ -205,15 +206,23 @@ def read_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but for numbers in scientific notation without a point."""
+    """The safe loader, but numbers in scientific notation need no point, and dates are text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Write a recipe out in full, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Write a recipe out in full, as YAML that reads back as the same recipe."""
+    values = recipe.model_dump(mode="json")
+    # A stream that every recipe starts with and this one has not must be taken out again on reading.
+    values["streams"] |= {name: None for name in _defaults()["streams"] if name not in recipe.streams}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _read(path: Path, depth: int) -> dict[str, Any]:

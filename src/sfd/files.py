@@ -27,13 +27,15 @@ os.umask(_UMASK)
 def written(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` at the end, or remove it if the block fails.
 
-    The block may write a file or make a folder. A folder that stands at `path` is replaced. Whatever wrote the files,
-    they get the mode that the process's umask gives to new ones. What a killed process left half written at `path` is
-    removed first, so no two processes may write to one path at a time (see `exclusive`).
+    The block may write a file or make a folder. Only a folder replaces a folder that stands at `path`. Whatever wrote
+    the files, they get the mode that the process's umask gives to new ones. What a killed process left half written at
+    `path` is removed first, so no two processes may write to one path at a time (see `exclusive`).
 
     Raises:
-        SFDError: the disk is full, or the place cannot be written to.
+        SFDError: the disk is full, the place cannot be written to, or a file would replace a folder.
     """
+    if not path.name:
+        raise SFDError(f"{path} is a folder, but a file is to be written; give a file's name")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +43,8 @@ def written(path: Path) -> Iterator[Path]:
         yield partial
         _settle(partial)
         if path.is_dir():
+            if not partial.is_dir():
+                raise SFDError(f"{path} is a folder, but a file is to be written; give a file's name")
             shutil.rmtree(path)
         partial.replace(path)
         _flush_folder(path.parent)

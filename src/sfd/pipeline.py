@@ -29,6 +29,7 @@ from sfd.data.open import open_source
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
 from sfd.evaluation.extractors import classifier
+from sfd.evaluation.extractors._base import Extractor, load_extractor
 from sfd.evaluation.figures import image_grid
 from sfd.generate import SampleSettings, generate, without_guidance
 from sfd.model import RECORD, Model, load_model
@@ -79,6 +80,8 @@ class Pipeline:
         skipped = skipped_report(opened)
         if skipped:
             files.write_text(self.folder.skipped, skipped)
+        else:
+            self.folder.skipped.unlink(missing_ok=True)
         training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
         classifier.check_data(held_out, self.recipe.evaluation.classifier)
         return training, held_out
@@ -212,8 +215,7 @@ class Pipeline:
             latents["semantic"] = self.compressor.encode(features)
         return latents | {FEATURES: features}
 
-    def train(self) -> None:
-        """Train the transformer and write the model directory."""
+    def _transformer_stage(self) -> Stage:
         self._latents_stage().require()
         recipe = self.recipe
         made_from = {
@@ -223,8 +225,11 @@ class Pipeline:
             "train": _lasting(recipe.train),
         }
         results = (self.folder.model / RECORD,)
-        stage = Stage("transformer", "sfd train", self.folder.training, made_from, _extent(recipe.train), results)
-        stage.carry_out(self._train, self.device)
+        return Stage("transformer", "sfd train", self.folder.training, made_from, _extent(recipe.train), results)
+
+    def train(self) -> None:
+        """Train the transformer and write the model directory."""
+        self._transformer_stage().carry_out(self._train, self.device)
 
     def _train(self) -> None:
         recipe = self.recipe
@@ -269,18 +274,31 @@ class Pipeline:
     @cached_property
     def model(self) -> Model:
         """The trained model."""
+        self._transformer_stage().require()
         return load_model(self.folder.model, self.device)
 
-    def train_evaluator(self) -> None:
-        """Train the classifier that judges the samples, on images that nothing else in the run sees."""
+    def _evaluator_stage(self) -> Stage:
         settings, folder = self.recipe.evaluation.classifier, self.folder.evaluator
         made_from: dict[str, Any] = {"data": self._data(), "classifier": settings.model_dump(exclude={"training"})}
         made_from["training"] = _lasting(settings.training)
         results = (folder / "extractor" / "extractor.json",)
-        stage = Stage(
-            "evaluation classifier", "sfd train-evaluator", folder, made_from, _extent(settings.training), results
-        )
-        stage.carry_out(lambda: classifier.train(self.images[1], settings, folder, device=self.device), self.device)
+        extent = _extent(settings.training)
+        return Stage("evaluation classifier", "sfd train-evaluator", folder, made_from, extent, results)
+
+    def train_evaluator(self) -> None:
+        """Train the classifier that judges the samples, on images that nothing else in the run sees."""
+        stage, settings = self._evaluator_stage(), self.recipe.evaluation.classifier
+
+        def work() -> None:
+            classifier.train(self.images[1], settings, stage.folder, device=self.device)
+
+        stage.carry_out(work, self.device)
+
+    @cached_property
+    def evaluator(self) -> Extractor:
+        """The classifier that judges the samples."""
+        self._evaluator_stage().require()
+        return load_extractor(self.folder.evaluator / "extractor", self.device)
 
     def _data(self) -> dict[str, Any]:
         return {**self.recipe.data.model_dump(exclude={"strict"}), "identity": self.images[0].identity}

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from sfd import registry
 from sfd.config import EncoderSettings, Recipe
-from sfd.encoders import load_encoder
+from sfd.encoders import SEMANTIC, TEXTURE, load_encoder
 from sfd.errors import SFDError
 from sfd.generate import check_sampling
 from sfd.models.convnet import ConvNet
@@ -51,6 +51,9 @@ def check(recipe: Recipe) -> TransformerConfig:
 def planned_architecture(recipe: Recipe) -> TransformerConfig:
     """Derive the network from the recipe alone; the number of classes, known only with the data, counts as 0."""
     texture, semantic = planned_encoder(recipe.texture), planned_encoder(recipe.semantic)
+    for stream, encoder, kind in (("texture", texture, TEXTURE), ("semantic", semantic, SEMANTIC)):
+        if encoder.kind != kind:
+            raise SFDError(f"{stream}: {encoder.name!r} is a {encoder.kind}, but a {kind} is needed; name another")
     shapes = {
         "texture": (texture.channels, texture.downsample),
         "semantic": (recipe.compressor.channels, semantic.downsample),

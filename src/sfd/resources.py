@@ -76,7 +76,7 @@ def single_process() -> None:
     """
     count = os.environ.get("WORLD_SIZE", "1")
     if count != "1":
-        raise SFDError(f"this command runs as one process, but a launcher started {count}; start it without a launcher")
+        raise SFDError(f"this command runs as one process, but a launcher started {count}; start it without one")
 
 
 def choose_device(name: str) -> torch.device:

@@ -42,14 +42,14 @@ def write_samples(
         "labels": list(labels) if model.classes else [],
         "seeds": list(seeds),
     }
-    missing = [i for i in range(len(seeds)) if not _path(folder, i).exists()]
+    missing = [i for i in range(len(seeds)) if not image_path(folder, i).exists()]
     chosen_labels, chosen_seeds = [labels[i] for i in missing], [seeds[i] for i in missing]
     batches = generate(model, chosen_labels, chosen_seeds, settings, weak=weak)  # refuses what makes no sense
     _claim(folder, record)
     with bar("sampling", len(seeds), len(seeds) - len(missing)) as shown:
         for batch in batches:
             for offset, image in enumerate(batch.images):
-                with files.written(_path(folder, missing[batch.first + offset])) as partial:
+                with files.written(image_path(folder, missing[batch.first + offset])) as partial:
                     Image.fromarray(image).save(partial, "PNG")
             shown.advance(len(batch.images))
 
@@ -64,12 +64,13 @@ def read_images(folder: Path, numbers: Sequence[int]) -> np.ndarray:
     """Read some images of a folder: uint8 (len(numbers), S, S, 3)."""
     images = []
     for number in numbers:
-        with Image.open(_path(folder, number)) as image:
+        with Image.open(image_path(folder, number)) as image:
             images.append(np.asarray(image.convert("RGB")))
     return np.stack(images)
 
 
-def _path(folder: Path, number: int) -> Path:
+def image_path(folder: Path, number: int) -> Path:
+    """Name the file of an image."""
     return folder / f"{number:06d}.png"
 
 

@@ -117,9 +117,11 @@ class Stage:
         (self.folder / SPENT).unlink(missing_ok=True)
 
     def _spent(self) -> float:
-        """Seconds of earlier, interrupted attempts."""
-        path = self.folder / SPENT
-        return float(files.read_json(path, "stage")["seconds"]) if path.exists() else 0.0
+        """Seconds of earlier attempts: interrupted ones, or a finished one that now goes on."""
+        for path in (self.folder / SPENT, self.folder / RECORD):
+            if path.exists():
+                return float(files.read_json(path, "stage")["seconds"])
+        return 0.0
 
 
 def _first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
