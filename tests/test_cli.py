@@ -1,9 +1,11 @@
 """What a user sees: every mistake gives one sentence and exit code 2, and leaves nothing half-written behind."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,6 +28,12 @@ def refused(result, *words):
     assert len(lines) == 1 and "Traceback" not in result.output, result.output
     for word in words:
         assert word in lines[0]
+
+
+def interruptible(command):
+    """Start a command that hears SIGINT, also where the tests themselves run in the background and ignore it."""
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def picture(path, size=(40, 30), mode="RGB"):
@@ -291,7 +299,7 @@ def test_shapes_can_be_written_as_a_folder(tmp_path):
 def test_ctrl_c_while_sampling_leaves_whole_images(finished, tmp_path):
     arguments = ["sample", str(finished.folder.root), "--seeds", "0-999", "--batch-size", "2", "--steps", "3"]
     command = [sys.executable, "-m", "sfd", *arguments, "--out", str(tmp_path / "o"), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = interruptible(command)
     while not (tmp_path / "o" / "000003.png").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(2)
@@ -305,7 +313,7 @@ def test_ctrl_c_while_sampling_leaves_whole_images(finished, tmp_path):
 def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
     command = [sys.executable, "-m", "sfd", "train-texture", str(recipe), "texture.train.steps=150"]
     command += ["--out", str(tmp_path / "o"), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = interruptible(command)
     while not (tmp_path / "o" / "texture" / "tensorboard").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(2)
