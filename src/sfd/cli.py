@@ -222,9 +222,9 @@ def export(model: Path, out: Path, dtype: str) -> None:
 @click.option("--out", type=FOLDER, default=Path("strip.png"), show_default=True, help="the PNG to write")
 @click.option("--class", "class_name", help="name or number  [default: the first]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--guidance", type=float, default=1.0, show_default=True)
+@click.option("--guidance", type=float, help="scale  [default: 2, and 1 without classes]")
 @device_option
-def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float, device: str) -> None:
+def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str) -> None:
     """Show one sample of a MODEL on its way from noise to an image, through the schedule's phases."""
     from sfd.sample_command import draw_strip
 

@@ -30,5 +30,5 @@ def unknown(kind: str, given: str, choices: Iterable[str]) -> SFDError:
     """
     names = sorted(choices)
     near = difflib.get_close_matches(given, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     return SFDError(f"there is no {kind} {given!r}{hint} (known: {', '.join(names) or 'none'})")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from sfd.config import Recipe, dump_recipe
+from sfd.evaluation.report import duration
 from sfd.models.transformer import TransformerConfig, flops, parameter_count
 from sfd.plan import check, planned_compressor, planned_encoder
 
@@ -24,13 +26,14 @@ def describe(recipe: Recipe, device: torch.device) -> str:
     images = recipe.train.steps * recipe.train.batch_size
     seconds = images * forward * PASSES_A_STEP / (rate * EFFICIENCY)
     rows = {
+        "data": _data(recipe),
         "transformer": f"{parameter_count(config):,} parameters, {config.composite.token_grid**2} tokens",
         "texture encoder": _count(planned_encoder(recipe.texture)),
         "semantic encoder": _count(planned_encoder(recipe.semantic)),
         "operations": f"{forward / 1e9:.3g} GFLOP an image forward, {_step_flops(recipe, forward) / 1e12:.3g} T a step",
         "training": f"{recipe.train.steps:,} steps, {images:,} images seen",
         "this machine": f"{rate / 1e12:.3g} TFLOP/s in {recipe.train.precision} matrix products on {device}",
-        "estimated time": f"{seconds / 60:.1f} minutes for the transformer, at {EFFICIENCY:.0%} of that rate",
+        "estimated time": f"{duration(seconds)} for the transformer alone, at {EFFICIENCY:.0%} of that rate",
         "estimated memory": f"{_memory(recipe, config) / 2**30:.2f} GiB in training, the framework's own not counted",
     }
     with torch.device("meta"):
@@ -52,6 +55,13 @@ def matrix_rate(device: torch.device, precision: str, seconds: float = 0.3) -> f
         (a @ a).sum().item()
         best = max(best, 2 * size**3 / (time.monotonic() - start))
     return best
+
+
+def _data(recipe: Recipe) -> str:
+    source = recipe.data.source
+    if source == "shapes":
+        return f"shapes, {recipe.data.count:,} images"
+    return source if Path(source).exists() else f"{source} is not there; give data.source=FOLDER"
 
 
 def _count(part: nn.Module) -> str:

@@ -21,6 +21,7 @@ from sfd.sample_folder import write_grid, write_samples
 from sfd.settings import parse
 
 MAX_GRID_IMAGES = 400
+STRIP_GUIDANCE = 2.0
 
 
 def sample_images(
@@ -45,10 +46,12 @@ def sample_images(
     click.echo(f"{len(pairs)} images in {out}")
 
 
-def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float, device: str) -> None:
+def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str) -> None:
     """Draw the phases of one sample into a PNG; see `sfd strip --help`."""
     loaded = load_model(model_folder(model), choose_device(device))
     label = asked_labels(loaded, class_name)[0] if class_name else None
+    if guidance is None:
+        guidance = STRIP_GUIDANCE if loaded.classes else 1.0
     seen = phase_strip(loaded, SampleSettings(guidance=guidance), seed, label)
     figure = strip_picture(seen.base, seen.times, loaded.composite.names, seen.semantic, seen.decoded)
     with files.written(out) as partial:
@@ -57,7 +60,11 @@ def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidan
 
 def model_folder(path: Path) -> Path:
     """Find the model in a folder that is one, or in a run's folder."""
-    return path / "model" if not (path / RECORD).exists() and (path / "model").is_dir() else path
+    if (path / RECORD).exists():
+        return path
+    if (path / "recipe.yaml").exists() and not (path / "model" / RECORD).exists():
+        raise SFDError(f"{path} is a run whose transformer is not trained yet; finish it with `sfd run` or `sfd train`")
+    return path / "model" if (path / "model").is_dir() else path
 
 
 def asked_labels(model: Model, classes: str) -> list[int]:

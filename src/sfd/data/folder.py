@@ -191,7 +191,7 @@ def _open_files(path: Path) -> _Files:
         return _Archive(path)
     if path.exists():
         raise SFDError(f"{path} is neither a folder nor a zip archive; give one that holds images")
-    raise SFDError(f"there is no {path}; give a folder or a zip archive of images")
+    raise SFDError(f"there is no {path}; give a folder or a zip archive of images (in a recipe: data.source)")
 
 
 class _Directory:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfd.errors import Interrupted, SFDError
-from sfd.progress import bar
+from sfd.progress import bar, console
 from sfd.settings import Settings
 from sfd.training import checkpoints
 from sfd.training.log import TrainingLog
@@ -102,6 +102,8 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     run = _Run(task, settings, folder, device)
+    if 0 < run.step < settings.steps:
+        console.print(f"{task.name}: going on after step {run.step}", markup=False, soft_wrap=True)
     with (
         run.logging(),
         bar(task.name, settings.steps, run.step) as shown,
