@@ -30,7 +30,8 @@ def describe(recipe: Recipe, device: torch.device) -> str:
         "transformer": f"{parameter_count(config):,} parameters, {config.composite.token_grid**2} tokens",
         "texture encoder": _count(planned_encoder(recipe.texture)),
         "semantic encoder": _count(planned_encoder(recipe.semantic)),
-        "operations": f"{forward / 1e9:.3g} GFLOP an image forward, {_step_flops(recipe, forward) / 1e12:.3g} T a step",
+        "operations": f"{forward / 1e9:.3g} GFLOP an image forward, "
+        f"{_step_flops(recipe, forward) / 1e12:.3g} TFLOP a training step",
         "training": f"{recipe.train.steps:,} steps, {images:,} images seen",
         "this machine": f"{rate / 1e12:.3g} TFLOP/s in {recipe.train.precision} matrix products on {device}",
         "estimated time": f"{duration(seconds)} for the transformer alone, at {EFFICIENCY:.0%} of that rate",
