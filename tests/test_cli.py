@@ -198,6 +198,29 @@ def test_a_lost_sample_is_made_again(finished, recipe, tmp_path):
     assert lost.read_bytes() == whole
 
 
+def test_encoders_from_elsewhere_are_used(finished, recipe, tmp_path):
+    parts = finished.folder
+    given = [
+        f"{name}={{name: {kind}, train: null, folder: '{folder}'}}"
+        for name, kind, folder in (
+            ("texture", "autoencoder_kl", parts.texture),
+            ("semantic", "convnet", parts.semantic),
+        )
+    ]
+    assert sfd("run", recipe, *given, "--out", tmp_path / "o", "--dry-run", "--device", "cpu").exit_code == 0
+    for command in ("train-semvae", "prepare"):
+        result = sfd(command, recipe, *given, "--out", tmp_path / "o", "--device", "cpu")
+        assert result.exit_code == 0, result.output
+    manifest = files.read_json(tmp_path / "o" / "latents" / "manifest.json", "folder of latents")
+    assert manifest["streams"]["texture"]["tokenizer"] == finished.texture.identity
+    assert not (tmp_path / "o" / "texture").exists()
+
+
+def test_metrics_are_not_written_over_a_folder(finished, tmp_path):
+    samples = finished.folder.samples / "guided"
+    refused(sfd("evaluate", samples, "--run", finished.folder.root, "--out", tmp_path), "is a folder")
+
+
 def test_a_report_of_another_recipe_is_refused(finished, recipe, tmp_path):
     out = tmp_path / "o"
     shutil.copytree(finished.folder.root, out)

@@ -128,6 +128,8 @@ def evaluate_folder(samples: Path, run: Path, out: Path | None, device: torch.de
     """
     if not (run / "recipe.yaml").exists():
         raise SFDError(f"{run} is no run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
+    if out is not None and out.is_dir():
+        raise SFDError(f"--out {out} is a folder; give a file's name, such as metrics.json")
     pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, device)
     loaded = load_samples(samples)
     against = reference(pipeline)
@@ -142,13 +144,14 @@ def describe(metrics: Metrics) -> str:
     """Write metrics with their protocol as text."""
     protocol = metrics.protocol
     accuracy = "" if metrics.class_accuracy is None else f"class accuracy     {metrics.class_accuracy:.1%}\n"
+    judge = "" if protocol.extractor_accuracy is None else f"; its own accuracy {protocol.extractor_accuracy:.1%}"
     return (
         f"Fréchet distance   {metrics.frechet_distance:.3f}\n"
         f"precision, recall  {metrics.precision:.3f}, {metrics.recall:.3f}\n"
         f"{accuracy}"
         f"{metrics.n_samples} samples ({'balanced' if metrics.balanced else 'not balanced'}) against "
         f"{protocol.reference_count} {protocol.reference}, in the features of {protocol.extractor_identity} "
-        f"({protocol.extractor_task}; its own accuracy {protocol.extractor_accuracy or 0:.1%})"
+        f"({protocol.extractor_task}{judge})"
     )
 
 

@@ -37,8 +37,7 @@ def describe(recipe: Recipe, device: torch.device) -> str:
         "estimated time": f"{duration(seconds)} for the transformer alone, at {EFFICIENCY:.0%} of that rate",
         "estimated memory": f"{_memory(recipe, config) / 2**30:.2f} GiB in training, the framework's own not counted",
     }
-    with torch.device("meta"):
-        compressor = planned_compressor(recipe)
+    compressor = planned_compressor(recipe)
     if compressor is not None:
         rows["compressor"] = f"{_count(compressor)} ({recipe.compressor.name})"
     width = max(map(len, rows))

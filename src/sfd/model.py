@@ -17,7 +17,7 @@ import torch
 
 from sfd import files
 from sfd.encoders import TextureEncoder, load_texture_encoder
-from sfd.errors import SFDError
+from sfd.errors import SFDError, unknown
 from sfd.models.transformer import Transformer, TransformerConfig
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import Settings, parse
@@ -82,8 +82,6 @@ class Model:
         Raises:
             SFDError: there is no such class, or the model is unconditional.
         """
-        from sfd.errors import unknown
-
         if not self.classes:
             raise SFDError("this model is unconditional: it has no classes; leave --classes away")
         indices = []

@@ -35,8 +35,8 @@ def check(recipe: Recipe) -> TransformerConfig:
     """
     try:
         config = planned_architecture(recipe)
+        planned_compressor(recipe)
         with torch.device("meta"):
-            planned_compressor(recipe)
             evaluator = ConvNet(recipe.evaluation.classifier.network)
     except (ValidationError, ValueError) as error:
         raise explain(error, TransformerConfig, f"recipe {recipe.name!r}") from None
@@ -113,13 +113,14 @@ def planned_encoder(settings: EncoderSettings) -> Any:
 
 
 def planned_compressor(recipe: Recipe) -> Part | None:
-    """Build the compressor of the semantic features; None where no semantic stream is generated."""
+    """Build the compressor without memory for its weights; None where no semantic stream is generated."""
     if "semantic" not in recipe.streams:
         return None
     channels = planned_encoder(recipe.semantic).channels
-    if recipe.compressor.name == "pca":
-        return PCA(recipe.compressor.pca(channels))
-    return SemVAE(recipe.compressor.semvae(channels))
+    with torch.device("meta"):
+        if recipe.compressor.name == "pca":
+            return PCA(recipe.compressor.pca(channels))
+        return SemVAE(recipe.compressor.semvae(channels))
 
 
 def _check_size(recipe: Recipe, what: str, downsample: int) -> None:
