@@ -73,9 +73,7 @@ def main() -> None:
                 judged(pipeline, model, against, name).write(path)
             seen = read_metrics(path)
             rows.append({"delta": delta, "seed": seed, **seen.model_dump(include=MEASURED)})
-            print(
-                f"Δ {delta:<4g} seed {seed}: {seen.class_accuracy:.1%} right, Fréchet distance {seen.frechet_distance:.2f}"
-            )
+            print(f"{name}: {seen.class_accuracy:.1%} recognised, Fréchet distance {seen.frechet_distance:.2f}")
             files.write_json(given.out / "table.json", {"overrides": given.overrides, "rows": rows})
 
 

@@ -153,6 +153,26 @@ def test_the_velocity_is_judged_on_the_straight_path(latents):
     torch.testing.assert_close(task.loss(task.model, batch)["cosine"], cosine)
 
 
+@pytest.mark.parametrize("resting", [True, False])
+def test_a_stream_at_rest_is_trained_or_left_out(latents, resting):
+    task = make_task(latents, {"name": "sequential"}, resting=resting)
+    batch = task.batch(0, range(32))
+    semantics_move = batch["times"][:, 0] == 0
+    batch = {name: values[semantics_move] for name, values in batch.items()}
+    losses = task.loss(task.model, batch)
+    (losses["velocity"] + losses["cosine"]).backward()
+    texture, semantic = (head.weight.grad.abs().sum() for head in task.model.heads)
+    assert semantic > 0 and (texture > 0) == resting
+    velocity = task.model(
+        flow.interpolate(batch["x1"], batch["x0"], task.composite.expand(batch["times"])),
+        batch["times"],
+        batch["labels"],
+    ).velocity
+    squares = task.composite.split((velocity - (batch["x1"] - batch["x0"])).square())
+    total = 2 * squares["semantic"].sum() + resting * squares["texture"].sum()
+    torch.testing.assert_close(losses["velocity"], total / batch["x1"].numel())
+
+
 def test_a_weight_in_the_loss_does_not_change_what_is_drawn(latents):
     one, other = (make_task(latents, cosine=w).batch(2, range(4)) for w in (0.0, 1.0))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -25,6 +25,7 @@ class LossSettings(Settings):
     base_time: flow.BaseTime = Field("logit_normal", description="as the published runs; the paper's text says uniform")
     cosine: float = Field(1.0, ge=0, description="weight of 1 − cos(v̂, v)")
     repa: float = Field(1.0, ge=0, description="weight of the alignment with the encoder's features; 0: none")
+    resting: bool = Field(True, description="also train a stream while its clock stands still, as the published runs")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples that are trained on the null class")
     flip: bool = Field(True, description="use both orientations of every image")
 
@@ -64,7 +65,10 @@ class DiffusionTask:
         self._weights = self.composite.expand(torch.tensor([s.weight for s in self.composite.streams]))
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels (B,), and features for REPA."""
+        """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels (B,), and features for REPA.
+
+        Where resting streams are left out, also which streams move: (B, K).
+        """
         indices = self.order.indices(step, samples, self.batch_size)
         uniforms, normals = self._draw(step, samples)
         flips = (uniforms[:, 0] < 0.5) & self.settings.flip
@@ -72,12 +76,15 @@ class DiffusionTask:
         labels = self.latents.labels[torch.from_numpy(indices)]
         dropped = torch.from_numpy(uniforms[:, 1] < self.settings.label_dropout)
         u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), self.settings.base_time)
+        time, rate = self.schedule.at(u)
         batch = {
             "x1": self.composite.join(self.composite.normalize(raw)),
             "x0": torch.from_numpy(normals[:, 1:].copy()),
-            "times": self.schedule.at(u).time,
+            "times": time,
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
         }
+        if not self.settings.resting:
+            batch["moving"] = rate > 0
         if self.settings.repa:
             batch["features"] = self.latents.read(FEATURES, indices, flips)
         return batch
@@ -98,11 +105,15 @@ class DiffusionTask:
         x = flow.interpolate(x1, x0, self.composite.expand(times))
         target = flow.velocity_target(x1, x0)
         output: Output = model(x, times, batch["labels"], project=bool(self.settings.repa))
-        velocity = flow.velocity_loss(output.velocity, target, self._weights.to(x.device)).mean()
+        predicted = output.velocity
+        if "moving" in batch:  # entries that are 0 in both count neither in the squares nor in the cosine
+            moving = self.composite.expand(batch["moving"])
+            predicted, target = predicted * moving, target * moving
+        velocity = flow.velocity_loss(predicted, target, self._weights.to(x.device)).mean()
         losses = {"loss": velocity, "velocity": velocity}
         if self.settings.cosine:
-            prediction = self.composite.positions(output.velocity)
-            losses["cosine"] = flow.cosine_loss(prediction, self.composite.positions(target)).mean()
+            positions = self.composite.positions
+            losses["cosine"] = flow.cosine_loss(positions(predicted), positions(target)).mean()
             losses["loss"] = losses["loss"] + self.settings.cosine * losses["cosine"]
         if output.projection is not None:
             losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
