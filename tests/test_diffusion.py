@@ -9,7 +9,8 @@ from torch import nn
 
 from sfd import flow, randomness
 from sfd.data.folder import FolderSource
-from sfd.data.latents import FEATURES, LatentSet, LatentSettings, prepare
+from sfd.data.latents import FEATURES, LatentSet
+from sfd.data.prepare import LatentSettings, prepare
 from sfd.data.shapes import ShapesSource
 from sfd.errors import SFDError
 from sfd.models.transformer import Transformer, TransformerConfig

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from sfd.data.images import to_tensor
-from sfd.data.latents import FEATURES, LatentSet, LatentSettings, prepare
+from sfd.data.latents import FEATURES, LatentSet
+from sfd.data.prepare import LatentSettings, prepare
 from sfd.data.shapes import ShapesSource
 from sfd.errors import SFDError
 

@@ -16,8 +16,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from sfd import files, registry
-from sfd.data.latents import LatentSettings
 from sfd.data.open import DataSettings
+from sfd.data.prepare import LatentSettings
 from sfd.errors import SFDError, unknown
 from sfd.evaluation.extractors.classifier import ClassifierSettings
 from sfd.generate import SampleSettings

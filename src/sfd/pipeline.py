@@ -24,8 +24,9 @@ from sfd.config import EncoderSettings, Recipe, dump_recipe
 from sfd.data.cache import cached
 from sfd.data.folder import skipped_report
 from sfd.data.images import ImageSource, to_tensor
-from sfd.data.latents import FEATURES, MANIFEST, LatentSet, prepare, shard_path
+from sfd.data.latents import FEATURES, MANIFEST, LatentSet, shard_path
 from sfd.data.open import open_source
+from sfd.data.prepare import prepare
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
 from sfd.evaluation.extractors import classifier

@@ -1,17 +1,14 @@
-"""Latent shards: every image encoded once, in both orientations, with a manifest that says what they are.
+"""Latent shards, read: every image in both orientations, beside a manifest that says what they are.
 
 A shard holds, for each stream k, `k` and `k_flip` (n, channels, grid, grid), `labels` (n), and perhaps `features` and
 `features_flip`: the encoder's own output, which REPA aligns with. `manifest.json` holds counts, shapes, statistics,
 the identities of the tokenizers and a checksum a shard; it is written last, so where it stands the rest is whole.
+Shards in the published format hold the same under other names (`sfd.data.published_latents`).
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,30 +18,16 @@ from pydantic import Field
 from torch import Tensor
 
 from sfd import files
-from sfd.data.images import ImageSource, to_tensor
-from sfd.data.statistics import ChannelStatistics
-from sfd.errors import SFDError
-from sfd.progress import bar
+from sfd.errors import SFDError, unknown
 from sfd.settings import Settings, parse
 from sfd.streams import Composite, Stream
 
 MANIFEST = "manifest.json"
 FEATURES = "features"
-FORMAT = 1
+FLIP = "_flip"
+FORMAT: Literal[1] = 1
 # Checksums of anything larger would take longer at every start than they are worth; `verify` is there for those.
 CHECKED_AT_OPENING = 2 << 30
-
-Encode = Callable[[Tensor], Mapping[str, Tensor]]
-
-
-class LatentSettings(Settings):
-    """How images become latent shards."""
-
-    shard_size: int = Field(4096, gt=0, description="images a shard")
-    batch_size: int = Field(256, gt=0, description="images encoded at a time")
-    workers: int = Field(2, gt=0, description="threads that read images ahead of the encoder")
-    dtype: Literal["float32", "float16"] = "float32"
-    features: bool = Field(True, description="keep the encoder's features, in half precision, for REPA")
 
 
 class StreamRecord(Settings):
@@ -60,10 +43,10 @@ class StreamRecord(Settings):
 class ShardRecord(Settings):
     """What the manifest says of one shard."""
 
-    file: str = Field(pattern=r"^shard-\d{5}\.safetensors$")
+    file: str = Field(pattern=r"^[^/\\]+\.safetensors$")
     count: int = Field(gt=0)
     bytes: int = Field(gt=0)
-    sha256: str
+    sha256: str | None = Field(None, description="null: made elsewhere, and never read whole here")
 
 
 class Manifest(Settings):
@@ -77,6 +60,7 @@ class Manifest(Settings):
     streams: dict[str, StreamRecord]
     features: dict[str, Any] | None
     shards: tuple[ShardRecord, ...]
+    keys: dict[str, str] = Field({}, description="what streams and features are called in the shards, if otherwise")
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -84,176 +68,54 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def prepare(
-    source: ImageSource,
-    encode: Encode,
-    tokenizers: Mapping[str, str],
-    folder: Path,
-    settings: LatentSettings,
-    *,
-    device: torch.device,
-) -> Manifest:
-    """Encode a whole source into shards, or go on where an earlier call stopped.
-
-    Args:
-        source: the images.
-        encode: images (B, 3, S, S) in [-1, 1] → one latent (B, C, g, g) a stream, and perhaps "features".
-        tokenizers: the identity of what makes each stream, and of the encoder of "features".
-        folder: where the shards and the manifest go.
-        settings: shard size, precision and the like.
-        device: where `encode` computes.
+def read_manifest(folder: Path) -> Manifest:
+    """Read what `prepare` wrote last.
 
     Raises:
-        SFDError: the folder holds latents of other images or tokenizers, or the disk is full.
+        SFDError: it is missing or damaged.
     """
-    job = {"data": source.identity, **{f"tokenizer.{k}": v for k, v in tokenizers.items()}}
-    job |= {name: str(value) for name, value in settings.model_dump().items() if name not in ("batch_size", "workers")}
-    statistics: dict[str, ChannelStatistics] = {}
-    formats: dict[str, torch.Size] = {}
-    records = []
-    with bar("preparing latents", len(source)) as shown, ThreadPoolExecutor(settings.workers) as pool:
-        for number in range(math.ceil(len(source) / settings.shard_size)):
-            indices = np.arange(number * settings.shard_size, min((number + 1) * settings.shard_size, len(source)))
-            path = shard_path(folder, number)
-            if path.exists():
-                tensors = _finished(path, job)
-                shown.advance(len(indices))
-            else:
-                tensors = {"labels": torch.from_numpy(source.labels[indices])}
-                tensors |= _encode(source, indices, encode, settings, device, pool, shown.advance)
-                _write_shard(path, tensors, job)
-            for name in tokenizers:
-                if name != FEATURES:
-                    statistics.setdefault(name, ChannelStatistics(tensors[name].shape[1])).add(tensors[name])
-            formats = {name: tensor.shape[1:] for name, tensor in tensors.items()}
-            del tensors  # one shard in memory at a time
-            records.append({"file": path.name, "count": len(indices), "bytes": path.stat().st_size})
-            records[-1]["sha256"] = files.checksum(path)
-    manifest = {
-        "format": FORMAT,
-        "data": source.identity,
-        "count": len(source),
-        "classes": list(source.classes),
-        "dtype": settings.dtype,
-        "streams": {name: _stream_record(formats[name], statistics[name], tokenizers[name]) for name in statistics},
-        "features": _features_record(formats, tokenizers) if settings.features and FEATURES in formats else None,
-        "shards": records,
-    }
-    files.write_json(folder / MANIFEST, manifest)
-    return parse(Manifest, manifest, MANIFEST)
-
-
-def _encode(
-    source: ImageSource,
-    indices: np.ndarray,
-    encode: Encode,
-    settings: LatentSettings,
-    device: torch.device,
-    pool: ThreadPoolExecutor,
-    advance: Callable[[int], None],
-) -> dict[str, Tensor]:
-    """Encode one shard's images, reading a few batches ahead."""
-    chunks = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
-    encoded: dict[str, Tensor] = {}
-    done = 0
-    for images in _read_ahead(pool, source.load, chunks, settings.workers):
-        batch = to_tensor(images).to(device)
-        for suffix, view in (("", batch), ("_flip", batch.flip(-1))):
-            with torch.no_grad():
-                latents = encode(view)
-            for name, value in latents.items():
-                if name != FEATURES or settings.features:
-                    dtype = torch.float16 if name == FEATURES else getattr(torch, settings.dtype)
-                    if name + suffix not in encoded:
-                        encoded[name + suffix] = torch.empty(len(indices), *value.shape[1:], dtype=dtype)
-                    encoded[name + suffix][done : done + len(images)] = value
-        done += len(images)
-        advance(len(images))
-    return encoded
-
-
-def _read_ahead(
-    pool: ThreadPoolExecutor, load: Callable[[np.ndarray], np.ndarray], chunks: Sequence[np.ndarray], workers: int
-) -> Iterator[np.ndarray]:
-    """Give the images of every chunk in order; at most one chunk more than there are workers waits to be used."""
-    pending: deque[Future[np.ndarray]] = deque()
-    for chunk in chunks:
-        pending.append(pool.submit(load, chunk))
-        if len(pending) > workers:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor], job: Mapping[str, str]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise SFDError(f"encoding gave non-finite values in {name!r}; retrain the encoder or use dtype: float32")
-    # One entry, because the order of several in the file is not always the same.
-    files.write_tensors(path, tensors, {"job": json.dumps(dict(job))})
-
-
-def _finished(path: Path, job: Mapping[str, str]) -> dict[str, Tensor]:
-    """Read a shard that an earlier call finished."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as handle:
-            before = json.loads((handle.metadata() or {}).get("job", "{}"))
-    except (SafetensorError, OSError) as error:
-        raise SFDError(f"{path} is damaged ({error}); remove it and run the same command again") from None
-    for key, value in job.items():
-        if before.get(key) != value:
-            raise SFDError(
-                f"{path.parent} holds latents made with {key} {before.get(key)}, but this run has {value}; "
-                "use another folder, or remove that one to encode anew"
-            )
-    return files.read_tensors(path)
-
-
-def _stream_record(shape: torch.Size, statistics: ChannelStatistics, tokenizer: str) -> dict[str, Any]:
-    mean, std = statistics.mean.tolist(), statistics.std.tolist()
-    return {"channels": shape[0], "grid": shape[1], "mean": mean, "std": std, "tokenizer": tokenizer}
-
-
-def _features_record(formats: Mapping[str, torch.Size], tokenizers: Mapping[str, str]) -> dict[str, Any]:
-    channels, grid, _ = formats[FEATURES]
-    return {"channels": channels, "grid": grid, "dtype": "float16", "tokenizer": tokenizers[FEATURES]}
+    return parse(Manifest, files.read_json(folder / MANIFEST, "folder of latents"), str(folder / MANIFEST))
 
 
 class LatentSet:
-    """Prepared latents, read through memory maps: opening costs nothing, and memory holds only what is used."""
+    """Latents, read through memory maps: opening costs nothing, and memory holds only what is used."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open a folder that `prepare` made.
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        """Open a folder of shards.
+
+        Args:
+            folder: where the shards lie.
+            manifest: what they are; None: the folder's own `manifest.json` says.
 
         Raises:
             SFDError: the manifest or a shard is missing, damaged, or does not belong to the others.
         """
         self.folder = folder
-        self.manifest = parse(Manifest, files.read_json(folder / MANIFEST, "folder of latents"), str(folder / MANIFEST))
+        self.manifest = read_manifest(folder) if manifest is None else manifest
         self.verify(checksums=sum(s.bytes for s in self.manifest.shards) <= CHECKED_AT_OPENING)
-        self._shards = [_mapped(folder / shard.file) for shard in self.manifest.shards]
+        self._shards = [mapped(folder / shard.file) for shard in self.manifest.shards]
         self._starts = np.cumsum([0] + [shard.count for shard in self.manifest.shards])
-        self.labels = torch.cat([shard["labels"] for shard in self._shards])
+        self.labels = torch.cat([shard["labels"] for shard in self._shards]).long()
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def verify(self, *, checksums: bool) -> None:
-        """Check that every shard is there, has its size and, if asked for, its checksum.
+        """Check that every shard is there, has its size and, if asked for, its checksum (where it has one).
 
         Raises:
             SFDError: the first shard that fails, by name.
         """
+        again = "fetch it again" if self.manifest.keys else "run the command that prepared the latents again"
         if sum(shard.count for shard in self.manifest.shards) != self.manifest.count:
             raise SFDError(f"{self.folder / MANIFEST} is damaged: its shards do not add up to {self.manifest.count}")
         for shard in self.manifest.shards:
             path = self.folder / shard.file
             if not path.is_file():
-                raise SFDError(f"{path} is missing; run the command that prepared the latents again")
-            if path.stat().st_size != shard.bytes or (checksums and files.checksum(path) != shard.sha256):
-                raise SFDError(f"{path} is damaged; remove it and run the command that prepared the latents again")
+                raise SFDError(f"{path} is missing; {again}")
+            changed = checksums and shard.sha256 is not None and files.checksum(path) != shard.sha256
+            if path.stat().st_size != shard.bytes or changed:
+                raise SFDError(f"{path} is damaged; remove it and {again}")
 
     def composite(self, patch_sizes: Mapping[str, int], weights: Mapping[str, float]) -> Composite:
         """Describe the streams for a network; those not named have patch size 1 and weight 1."""
@@ -278,14 +140,20 @@ class LatentSet:
 
         Returns:
             (B, C, g, g) float32, as encoded (not normalised).
+
+        Raises:
+            SFDError: nothing to read, or there is no such stream.
         """
+        if name not in self.manifest.streams and (name != FEATURES or self.manifest.features is None):
+            raise unknown("stream of latents", name, self.manifest.streams)
+        key = self.manifest.keys.get(name, name)
         owners = np.searchsorted(self._starts, indices, side="right") - 1
         out: Tensor | None = None
         for owner in np.unique(owners):
             for flip in (False, True):
                 places = np.flatnonzero((owners == owner) & (flips == flip))
                 if len(places):
-                    stored = self._shards[owner][name + ("_flip" if flip else "")]
+                    stored = self._shards[owner][key + (FLIP if flip else "")]
                     rows = stored[torch.from_numpy(indices[places] - self._starts[owner])].float()
                     if out is None:
                         out = rows.new_empty(len(indices), *rows.shape[1:])
@@ -295,8 +163,18 @@ class LatentSet:
         return out
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
+def mapped(path: Path) -> dict[str, Tensor]:
+    """Map a safetensors file: its tensors are read from the disk where they are used.
 
-    handle = safe_open(path, "pt")
-    return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    Raises:
+        SFDError: it is damaged or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(path, "pt")
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise SFDError(f"{path} is no intact safetensors file ({error}); make or fetch it again") from None
+    except OSError as error:
+        raise files.explained(error, path) from None

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from sfd.settings import Settings
+
+# Images that are turned to float64 at a time: a fixed number, because the last bits of a sum depend on it.
+_CHUNK = 256
+
+
+class ChannelRecord(Settings):
+    """`ChannelStatistics` as plain values, exact to the last bit."""
+
+    count: int = Field(ge=0)
+    mean: tuple[float, ...]
+    squares: tuple[float, ...]
 
 
 class ChannelStatistics:
@@ -15,11 +29,20 @@ class ChannelStatistics:
         self._squares = torch.zeros(channels, dtype=torch.float64)
 
     def add(self, latents: Tensor) -> None:
-        """Take in a batch (B, channels, h, w)."""
-        values = latents.double().cpu().transpose(0, 1).flatten(1)
-        count, mean = values.shape[1], values.mean(1)
+        """Take in latents (B, channels, h, w)."""
+        for chunk in latents.split(_CHUNK):
+            values = chunk.double().cpu().transpose(0, 1).flatten(1)
+            mean = values.mean(1)
+            self._merge(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
+
+    def merge(self, other: ChannelRecord) -> None:
+        """Take in what was gathered elsewhere."""
+        mean, squares = (torch.tensor(values, dtype=torch.float64) for values in (other.mean, other.squares))
+        self._merge(other.count, mean, squares)
+
+    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
         total, shift = self.count + count, mean - self.mean
-        self._squares += (values - mean[:, None]).square().sum(1) + shift.square() * self.count * count / total
+        self._squares += squares + shift.square() * self.count * count / total
         self.mean = self.mean + shift * count / total
         self.count = total
 
@@ -27,3 +50,7 @@ class ChannelStatistics:
     def std(self) -> Tensor:
         """The unbiased standard deviation, as the published statistics have it."""
         return (self._squares / max(self.count - 1, 1)).sqrt()
+
+    def record(self) -> ChannelRecord:
+        """Give what was gathered, to be kept and merged later."""
+        return ChannelRecord(count=self.count, mean=tuple(self.mean.tolist()), squares=tuple(self._squares.tolist()))

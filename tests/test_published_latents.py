@@ -1,0 +1,193 @@
+"""Published latent shards: the reference numbers come out, damage is named, and what is written reads back."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfd import files
+from sfd.data.latents import FEATURES
+from sfd.data.published_latents import identity, open_published, write_published
+from sfd.errors import SFDError
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARDS = GOLDEN / "latent_shards"
+NAMES = ["latents_rank00_shard000.safetensors", "latents_rank00_shard001.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return open_published(SHARDS)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return files.read_tensors(GOLDEN / "latent_shards.expected.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(SHARDS, tmp_path / "shards")
+
+
+def everything(latents, name, flip):
+    return latents.read(name, np.arange(len(latents)), np.full(len(latents), flip))
+
+
+def change(path, **tensors):
+    """Replace tensors of a shard, or take them out (None)."""
+    changed = {**files.read_tensors(path), **tensors}
+    files.write_tensors(path, {name: t for name, t in changed.items() if t is not None})
+
+
+@pytest.mark.parametrize(("suffix", "flip"), [("plain", False), ("flip", True)])
+def test_the_reference_composite_and_features_come_out(latents, expected, suffix, flip):
+    composite = latents.composite({}, {})
+    normal = composite.normalize({name: everything(latents, name, flip) for name in composite.names})
+    joined = composite.join(normal).view(len(latents), -1, 8, 8)
+    torch.testing.assert_close(joined, expected[f"composite_{suffix}"], rtol=0, atol=1e-6)
+    assert torch.equal(everything(latents, FEATURES, flip), expected[f"features_{suffix}"])
+
+
+def test_the_reference_statistics_and_labels_come_out(latents, expected):
+    for name, stream in latents.manifest.streams.items():
+        for field in ("mean", "std"):
+            value = torch.tensor(getattr(stream, field))
+            torch.testing.assert_close(value, expected[f"{name}_{field}"], rtol=0, atol=1e-6)
+    assert torch.equal(latents.labels, expected["labels"])
+
+
+@given(st.permutations(range(10)), st.integers(1, 10), st.lists(st.booleans(), min_size=10, max_size=10))
+def test_images_are_found_in_any_order(latents, expected, order, count, flips):
+    both = torch.stack([expected["features_plain"], expected["features_flip"]])
+    read = latents.read(FEATURES, np.array(order[:count]), np.array(flips[:count]))
+    assert torch.equal(read, both[torch.tensor(flips[:count]).long(), torch.tensor(order[:count])])
+
+
+@pytest.mark.parametrize("shape", [(1, -1, 1, 1), (-1,)])
+def test_statistics_beside_the_shards_are_used(folder, latents, shape):
+    for name, key in (("texture", "latents"), ("semantic", "latents_sv")):
+        record = latents.manifest.streams[name]
+        values = {"mean": torch.tensor(record.mean) + 0.125, "std": 1.25 * torch.tensor(record.std)}
+        torch.save({k: v.view(shape) for k, v in values.items()}, folder / f"{key}_stats.pt")
+    read = open_published(folder).manifest.streams["semantic"]
+    before = latents.manifest.streams["semantic"]
+    assert read.mean == pytest.approx([m + 0.125 for m in before.mean], abs=1e-6)
+    assert read.std == pytest.approx([1.25 * s for s in before.std])
+
+
+ONES = torch.ones(1, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"mean": ONES[:, :4], "std": ONES[:, :4]}, r"\[1, 4, 1, 1\], but the latents have 8 channels"),
+        ({"mean": ONES, "std": 0 * ONES}, "not positive"),
+        ({"mean": ONES / 0, "std": ONES}, "not finite"),
+        ({"mean": ONES, "std": 100 * ONES}, "not of these latents"),
+        ({"mean": ONES}, "no tensors 'mean' and 'std'"),
+        (ONES, "no tensors 'mean' and 'std'"),
+        ({"mean": ONES, "std": Path("x")}, "cannot be read as tensors alone"),
+    ],
+    ids=["length", "zero", "not finite", "of other data", "missing", "no dict", "objects"],
+)
+def test_unusable_statistics_are_refused(folder, values, words):
+    torch.save(values, folder / "latents_stats.pt")
+    with pytest.raises(SFDError, match=f"latents_stats.pt.*{words}"):
+        open_published(folder)
+
+
+def test_statistics_that_are_no_file_of_tensors_are_refused(folder):
+    (folder / "latents_stats.pt").write_bytes(b"half")
+    with pytest.raises(SFDError, match=r"latents_stats\.pt cannot be read"):
+        open_published(folder)
+
+
+def test_a_truncated_shard_is_named(folder):
+    path = folder / NAMES[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SFDError, match=rf"{NAMES[1]} is damaged"):
+        open_published(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"latents": None}, "lacks 'latents'"),
+        ({"latents_sv_flip": None}, "lacks 'latents_sv_flip'"),
+        ({"feats_dino": None}, "lacks 'feats_dino'"),
+        ({"labels": None}, "lacks 'labels'"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, "latents holds 5 images, but labels 4"),
+        ({"labels": torch.zeros(5)}, "expected one integer an image"),
+        ({"labels": torch.tensor([0, 1, 2, 3, -4])}, "labels lie between -4 and 3"),
+        ({"latents_flip": torch.zeros(5, 8, 4, 4)}, r"latents_flip is F32 \[5, 8, 4, 4\]"),
+        ({"latents": torch.full((5, 8, 8, 8), torch.nan)}, "not finite"),
+    ],
+)
+def test_a_shard_with_wrong_content_is_named(folder, tensors, words):
+    change(folder / NAMES[1], **tensors)
+    with pytest.raises(SFDError, match=f"{NAMES[1]}.*{words}"):
+        open_published(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({k: torch.zeros(5, 4, 4, 4) for k in ("latents_sv", "latents_sv_flip")}, "F32 4×8×8.*F32 4×4×4"),
+        ({k: torch.zeros(5, 8, 8, 8).half() for k in ("latents", "latents_flip")}, "F32 8×8×8.*F16 8×8×8"),
+        (dict.fromkeys(("feats_dino", "feats_dino_flip")), "feats_dino is F16 16×8×8.*absent"),
+    ],
+)
+def test_shards_of_two_shapes_are_both_named(folder, tensors, words):
+    change(folder / NAMES[1], **tensors)
+    with pytest.raises(SFDError, match=f"{NAMES[0]} and {NAMES[1]} do not belong together.*{words}"):
+        open_published(folder)
+
+
+def test_a_channel_without_spread_is_refused(folder):
+    for name in NAMES:
+        change(folder / name, latents_sv=torch.ones(5, 4, 8, 8))
+    with pytest.raises(SFDError, match="channel 0 of latents_sv is the same everywhere"):
+        open_published(folder)
+
+
+def test_folders_without_shards(tmp_path):
+    with pytest.raises(SFDError, match="give the folder of the published"):
+        open_published(tmp_path)
+    with pytest.raises(SFDError, match="there is no folder"):
+        open_published(tmp_path / "none")
+
+
+def test_labels_beyond_the_classes_are_refused():
+    with pytest.raises(SFDError, match="set latents"):
+        open_published(SHARDS, classes=2)
+
+
+def test_identity_follows_the_content_not_the_place(folder):
+    assert identity(folder) == identity(SHARDS)
+    sv = files.read_tensors(folder / NAMES[0])["latents_sv"]
+    change(folder / NAMES[0], latents_sv=sv + 1)
+    assert identity(folder) != identity(SHARDS)
+
+
+@pytest.mark.parametrize("shard_size", [3, 100])
+def test_what_is_written_reads_back(latents, tmp_path, shard_size):
+    write_published(latents, tmp_path / "out", shard_size)
+    again = open_published(tmp_path / "out")
+    for name in ("texture", "semantic", FEATURES):
+        for flip in (False, True):
+            assert torch.equal(everything(again, name, flip), everything(latents, name, flip))
+    assert torch.equal(again.labels, latents.labels)
+    for name, record in latents.manifest.streams.items():
+        assert again.manifest.streams[name].mean == pytest.approx(record.mean, abs=1e-6)
+        assert again.manifest.streams[name].std == pytest.approx(record.std, rel=1e-6)
+
+
+def test_nothing_is_written_over(latents, folder):
+    with pytest.raises(SFDError, match="exists already"):
+        write_published(latents, folder, 10)
