@@ -33,26 +33,34 @@ RECIPE_BYTES = 1 << 20
 
 
 class EncoderSettings(Settings):
-    """An encoder: which one, its own settings, and how it is trained here, or where a trained one lies."""
+    """An encoder: which one, its own settings, and how it is trained here, or where a finished one lies."""
 
     name: str = Field(description="a module of sfd.encoders")
-    config: dict[str, Any] = Field({}, description="its architecture")
+    config: dict[str, Any] = Field({}, description="its settings; of a published one: what it should be")
     objective: dict[str, Any] = Field({}, description="its training loss")
-    train: TrainSettings | None = Field(None, description="null: not trained here, `folder` has it")
-    folder: str | None = Field(None, description="a trained encoder's directory; null: train one in the run")
+    train: TrainSettings | None = Field(None, description="train it in the run")
+    folder: str | None = Field(None, description="a trained encoder's directory")
+    pretrained: str | None = Field(None, description="a published encoder: a hub name, or a folder in the hub's format")
 
     @model_validator(mode="after")
     def _check(self) -> EncoderSettings:
         module = registry.find("sfd.encoders", self.name, "encoder")
         parse(module.Config, self.config, f"settings of encoder {self.name!r}")
+        if self.objective and not hasattr(module, "Objective"):
+            raise ValueError(f"encoder {self.name!r} has no training objective; leave `objective` out")
         if self.objective:
             parse(module.Objective, self.objective, f"objective of encoder {self.name!r}")
         if self.folder is not None and (self.config or self.objective):
             raise ValueError("a trained encoder from `folder` has its own config and objective; leave these out")
+        if self.pretrained is not None and not hasattr(module, "pretrained"):
+            raise ValueError(f"no {self.name!r} encoder is published; give `train`, or a trained one's `folder`")
         if self.train is not None and not hasattr(module, "task"):
-            raise ValueError(f"encoder {self.name!r} cannot be trained here; give the `folder` of a finished one")
-        if (self.train is None) == (self.folder is None):
-            raise ValueError("give either `train` (train one in the run) or `folder` (a trained encoder's directory)")
+            raise ValueError(f"encoder {self.name!r} cannot be trained here; give `pretrained` or `folder`")
+        if sum(way is not None for way in (self.train, self.folder, self.pretrained)) != 1:
+            raise ValueError(
+                "give exactly one of `train` (train one in the run), `folder` (a trained encoder's directory) and "
+                "`pretrained` (a hub name, or a folder in the hub's format)"
+            )
         return self
 
 

@@ -46,9 +46,10 @@ from sfd.streams import Composite
 from sfd.training.diffusion import DiffusionTask
 from sfd.training.loop import FREE_TO_CHANGE, TrainSettings, fit
 from sfd.training.semvae import SemVAETask
-from sfd.weights import CONFIG_FILE, WEIGHTS_FILE
+from sfd.weights import CONFIG_FILE, WEIGHTS_FILE, Part
 
 PREVIEW_IMAGES = 32
+ENCODERS = "sfd.encoders"
 
 
 class Pipeline:
@@ -59,12 +60,20 @@ class Pipeline:
 
     def all(self) -> None:
         """Do every stage up to the model and its evaluator."""
+        self._check_published()
         self.train_texture()
         self.train_semantic()
         self.train_compressor()
         self.prepare()
         self.train()
         self.train_evaluator()
+
+    def _check_published(self) -> None:
+        """Load the published encoders first: one that cannot be had should not be found out after hours."""
+        if self.recipe.texture.pretrained is not None:
+            _ = self.texture
+        if self.recipe.semantic.pretrained is not None:
+            _ = self.semantic
 
     def save_recipe(self) -> None:
         """Keep the resolved recipe with the run."""
@@ -113,7 +122,7 @@ class Pipeline:
     def _train_encoder(self, settings: EncoderSettings, stage: Stage) -> None:
         if settings.train is None:
             return
-        train, module = settings.train, registry.find("sfd.encoders", settings.name, "encoder")
+        train, module = settings.train, registry.find(ENCODERS, settings.name, "encoder")
 
         def work() -> None:
             with randomness.seeded(self.recipe.seed, stage.name):
@@ -126,13 +135,17 @@ class Pipeline:
 
     @cached_property
     def texture(self) -> TextureEncoder:
-        """The trained texture encoder: the one that the recipe names, or the one that this run made."""
-        return load_texture_encoder(_trained(self.recipe.texture, self._texture_stage())).to(self.device)
+        """The texture encoder: the one that the recipe names, or the one that this run made."""
+        settings = self.recipe.texture
+        encoder = _published(settings) or load_texture_encoder(_trained(settings, self._texture_stage()))
+        return cast(TextureEncoder, encoder.to(self.device))
 
     @cached_property
     def semantic(self) -> SemanticEncoder:
-        """The trained semantic encoder: the one that the recipe names, or the one that this run made."""
-        return load_semantic_encoder(_trained(self.recipe.semantic, self._semantic_stage())).to(self.device)
+        """The semantic encoder: the one that the recipe names, or the one that this run made."""
+        settings = self.recipe.semantic
+        encoder = _published(settings) or load_semantic_encoder(_trained(settings, self._semantic_stage()))
+        return cast(SemanticEncoder, encoder.to(self.device))
 
     def _compressor_stage(self) -> Stage:
         settings, folder = self.recipe.compressor, self.folder.compressor
@@ -322,6 +335,14 @@ def _without_projector(network: Transformer) -> Transformer:
     kept = {name: t for name, t in network.state_dict().items() if not name.startswith("projector.")}
     plain.load_state_dict(kept)
     return plain.eval().requires_grad_(False)
+
+
+def _published(settings: EncoderSettings) -> Part | None:
+    """Load a published encoder, if that is what the recipe names."""
+    if settings.pretrained is None:
+        return None
+    module = registry.find(ENCODERS, settings.name, "encoder")
+    return cast(Part, module.pretrained(settings.pretrained, settings.config))
 
 
 def _trained(settings: EncoderSettings, stage: Stage) -> Path:

@@ -104,12 +104,20 @@ def leading_first(schedule: Schedule) -> tuple[str, ...]:
 
 
 def planned_encoder(settings: EncoderSettings) -> Any:
-    """Build an encoder without memory for its weights, or load the one that the recipe names."""
+    """Build an encoder without memory for its weights, or load the one whose `folder` the recipe names.
+
+    Raises:
+        SFDError: a trained one is damaged, or the architecture of a published one cannot be known here.
+    """
     if settings.folder is not None:
         return load_encoder(Path(settings.folder))
     module = registry.find("sfd.encoders", settings.name, "encoder")
+    if settings.pretrained is not None:
+        config = module.planned(settings.pretrained, settings.config)
+    else:
+        config = parse(module.Config, settings.config)
     with torch.device("meta"):
-        return module.build(parse(module.Config, settings.config))
+        return module.build(config)
 
 
 def planned_compressor(recipe: Recipe) -> Part | None:

@@ -8,6 +8,8 @@ from sfd.encoders._base import (
     load_encoder,
     load_semantic_encoder,
     load_texture_encoder,
+    open_semantic,
+    open_texture,
 )
 
 __all__ = [
@@ -18,4 +20,6 @@ __all__ = [
     "load_encoder",
     "load_semantic_encoder",
     "load_texture_encoder",
+    "open_semantic",
+    "open_texture",
 ]

@@ -1,8 +1,8 @@
 """What an encoder is, and how one is loaded from its folder.
 
 An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config`, a function `build(config)` that gives a
-`Part` with fresh weights and, if it can be trained here, an `Objective` and a function `task`; see
-docs/extending-encoders.md.
+`Part` with fresh weights and, if it can be trained here, an `Objective` and a function `task`; if published weights can
+be used, functions `planned` and `pretrained`. See docs/extending-encoders.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from sfd import registry, weights
+from sfd import files, registry, weights
 from sfd.errors import SFDError
 from sfd.settings import parse
 from sfd.weights import Part
@@ -76,6 +76,37 @@ def load_semantic_encoder(folder: Path) -> SemanticEncoder:
         SFDError: as `load_encoder`, or the folder holds a texture encoder.
     """
     return cast(SemanticEncoder, _of_kind(folder, SEMANTIC))
+
+
+def open_texture(source: str) -> TextureEncoder:
+    """Open a texture encoder, in eval mode, without gradients, on the CPU.
+
+    Args:
+        source: the folder of a part, a folder in diffusers' format, or a hub name (see `sfd.encoders.kl`).
+
+    Raises:
+        SFDError: there is none, it cannot be had, or it is damaged.
+    """
+    return cast(TextureEncoder, _open(source, TEXTURE, "kl"))
+
+
+def open_semantic(source: str) -> SemanticEncoder:
+    """Open a semantic encoder, in eval mode, without gradients, on the CPU.
+
+    Args:
+        source: the folder of a part, a folder in transformers' format, or a hub name (see `sfd.encoders.vit`).
+
+    Raises:
+        SFDError: there is none, it cannot be had, or it is damaged.
+    """
+    return cast(SemanticEncoder, _open(source, SEMANTIC, "vit"))
+
+
+def _open(source: str, kind: str, published: str) -> Part:
+    config = Path(source) / weights.CONFIG_FILE
+    if config.is_file() and "kind" in files.read_json(config, kind):
+        return _of_kind(Path(source), kind)
+    return cast(Part, registry.find(PACKAGE, published, "encoder").pretrained(source, {}))
 
 
 def _of_kind(folder: Path, kind: str) -> Part:
