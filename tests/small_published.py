@@ -25,3 +25,41 @@ def save_kl(folder: Path, **changes: Any):
         model = AutoencoderKL(**{**KL, **changes}).eval()
     model.save_pretrained(folder)
     return model
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MLP = {"intermediate_size": 24}
+DECODER = {
+    "decoder_hidden_size": 8,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 8,
+}
+# model_type: the class that is published, its configuration's class, and its settings. The position embeddings are of
+# 3×3 or 4×4 patches.
+VITS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        {"patch_size": 7, "image_size": 21, "num_register_tokens": 3},
+    ),
+    "dinov2": ("Dinov2Model", "Dinov2Config", {"patch_size": 7, "image_size": 21, "use_swiglu_ffn": True}),
+    "vit_mae": ("ViTMAEForPreTraining", "ViTMAEConfig", {"patch_size": 8, "image_size": 32, **MLP, **DECODER}),
+    "clip_vision_model": ("CLIPVisionModel", "CLIPVisionConfig", {"patch_size": 8, "image_size": 32, **MLP}),
+    "siglip_vision_model": ("SiglipVisionModel", "SiglipVisionConfig", {"patch_size": 8, "image_size": 32, **MLP}),
+}
+
+
+def save_vit(folder: Path, model_type: str, **changes: Any):
+    """Save a vision transformer, and give it; every weight is random, so that each of them matters."""
+    import torch
+    import transformers
+
+    model, config, settings = VITS[model_type]
+    network = getattr(transformers, model)(getattr(transformers, config)(**{**SIZES, **settings, **changes})).eval()
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+    network.save_pretrained(folder)
+    return network

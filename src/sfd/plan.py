@@ -60,6 +60,12 @@ def planned_architecture(recipe: Recipe) -> TransformerConfig:
     }
     for name, (_, downsample) in shapes.items():
         _check_size(recipe, f"{name} encoder", downsample)
+    tile = getattr(semantic, "tile", 1)
+    if recipe.data.image_size % tile:
+        raise SFDError(
+            f"data.image_size is {recipe.data.image_size}, but the semantic encoder reads tiles of {tile} pixels; "
+            f"choose a multiple of {tile}, or set semantic.config.tile"
+        )
     composite = Composite(
         streams=tuple(
             Stream(

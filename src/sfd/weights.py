@@ -134,9 +134,10 @@ def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
             if name in tensors and tuple(tensors[name].shape) != shape
         ],
     }
-    return "; ".join(f"{label}: {_some(names)}" for label, names in problems.items() if names)
+    return "; ".join(f"{label}: {some(names)}" for label, names in problems.items() if names)
 
 
-def _some(names: list[str], limit: int = 4) -> str:
+def some(names: list[str], limit: int = 4) -> str:
+    """List names, the first few of many."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

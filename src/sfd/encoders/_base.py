@@ -7,6 +7,9 @@ be used, functions `planned` and `pretrained`. See docs/extending-encoders.md.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -100,6 +103,23 @@ def open_semantic(source: str) -> SemanticEncoder:
         SFDError: there is none, it cannot be had, or it is damaged.
     """
     return cast(SemanticEncoder, _open(source, SEMANTIC, "vit"))
+
+
+@contextmanager
+def without_torchvision() -> Iterator[None]:
+    """Import diffusers or transformers as if torchvision were not installed.
+
+    They import it where they find it, though nothing here uses it, and one that was built for another PyTorch would
+    fail. What they found stays so for the whole process; torchvision itself can be imported afterwards.
+    """
+    if "torchvision" in sys.modules:
+        yield
+        return
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torchvision"]
 
 
 def _open(source: str, kind: str, published: str) -> Part:

@@ -31,6 +31,8 @@ class Format(NamedTuple):
     """Turns the contents of `config.json` (and the name of where they stand) into fields of the module's Config."""
     known: Mapping[str, Mapping[str, Any]]
     """Hub name → such fields, of models that can be planned with, and fetched, by name."""
+    choices: tuple[str, ...] = ()
+    """Fields of the Config that the caller chooses, whatever the model."""
 
 
 def planned(source: str, given: Mapping[str, Any], config: type[ConfigType], format: Format) -> ConfigType:
@@ -52,17 +54,17 @@ def planned(source: str, given: Mapping[str, Any], config: type[ConfigType], for
         values: Mapping[str, Any] = format.architecture(files.read_json(folder / CONFIG_FILE, _what(format)), where)
     elif source in format.known:
         where, values = source, format.known[source]
-    elif given:
+    elif any(field not in format.choices for field in given):
         return parse(config, given, f"config of {source}")
     else:
         raise _absent(source, format)
-    expected = parse(config, {**values, **given}, f"config of {source}")
     read = parse(config, {**given, **values}, where)
-    for field in given:
-        if getattr(expected, field) != getattr(read, field):
+    for field, value in files.plain(given).items():
+        found = files.plain(getattr(read, field))
+        if value != found:
             raise SFDError(
-                f"{source}: `config` says {field} = {files.plain(getattr(expected, field))}, but {where} has "
-                f"{files.plain(getattr(read, field))}; leave `config` out, or give another `pretrained`"
+                f"{source}: `config` says {field} = {value}, but {where} has {found}; "
+                f"leave {field} out of `config`, or give another `pretrained`"
             )
     return read
 

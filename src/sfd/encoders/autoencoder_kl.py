@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd.encoders._base import TEXTURE, check_divisible
+from sfd.encoders._base import TEXTURE, check_divisible, without_torchvision
 from sfd.moments import Moments
 from sfd.settings import Settings
 from sfd.weights import Part
@@ -65,7 +65,8 @@ class TextureAutoencoder(Part):
     def __init__(self, config: Config) -> None:
         super().__init__()
         # Imported here because it takes seconds, which whoever only lists encoders should not wait for.
-        from diffusers import AutoencoderKL
+        with without_torchvision():
+            from diffusers import AutoencoderKL
 
         self.config = config
         self.channels = config.latent_channels

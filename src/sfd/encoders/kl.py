@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfd import files
 from sfd.encoders import _published
-from sfd.encoders._base import TEXTURE, check_divisible
+from sfd.encoders._base import TEXTURE, check_divisible, without_torchvision
 from sfd.errors import SFDError
 from sfd.settings import Settings
 from sfd.weights import Part, load_tensors
@@ -37,7 +37,7 @@ class Config(Settings):
     up_block_types: tuple[UpBlock, ...] = ("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 4)
     mid_block_add_attention: bool = True
     norm_num_groups: int = Field(32, ge=1)
-    act_fn: str = "silu"
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
 
@@ -67,7 +67,8 @@ class PublishedAutoencoder(Part):
     def __init__(self, config: Config) -> None:
         super().__init__()
         # Imported here because it takes seconds, which whoever only lists encoders should not wait for.
-        from diffusers import AutoencoderKL
+        with without_torchvision():
+            from diffusers import AutoencoderKL
 
         self.config = config
         self.channels = config.latent_channels
