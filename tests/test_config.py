@@ -52,6 +52,12 @@ def test_the_resolved_copy_of_a_single_stream_means_the_same(tmp_path):
     assert load_recipe(write_recipe(tmp_path, dump_recipe(recipe))) == recipe
 
 
+def test_without_a_judge_nothing_need_be_held_out(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path), ["data.holdout=0", "evaluation.classifier=null"])
+    assert recipe.evaluation.classifier is None
+    assert load_recipe(write_recipe(tmp_path, dump_recipe(recipe))) == recipe
+
+
 def test_what_looks_like_a_date_is_text(tmp_path):
     assert load_recipe(write_recipe(tmp_path), ["data.source=2024-05-01"]).data.source == "2024-05-01"
 
@@ -81,6 +87,7 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path):
         (["streams={semantic: {}}"], "must hold 'texture'"),
         (["compressor.name=pca"], "pca takes none"),
         (["data.holdout=0"], "holdout is 0"),
+        (["evaluation.weak=there", "sample.guidance=1.0"], "evaluation.weak is set, but sample.guidance is 1"),
         (["nonsense"], "is no override"),
     ],
 )

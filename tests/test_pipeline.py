@@ -113,6 +113,47 @@ def test_autoguidance_by_another_model(finished):
     torch.testing.assert_close(guided.latents, plain.latents)  # guided by itself: unchanged
 
 
+def without_judge(finished, out, *overrides):
+    shutil.copytree(
+        finished.folder.root, out, ignore=shutil.ignore_patterns("evaluator", "samples", "metrics", "*.html")
+    )
+    recipe = load_recipe(finished.folder.recipe, ["evaluation.classifier=null", *overrides])
+    return Pipeline(recipe, out, CPU)
+
+
+def test_without_a_judge_a_run_ends_with_samples_and_how_to_measure_them(finished, tmp_path):
+    pipeline = without_judge(finished, tmp_path / "out")
+    pipeline.all()
+    assess(pipeline)
+    page = pipeline.folder.report.read_text()
+    assert "sfd evaluate" in page and "Fréchet distance" not in page
+    assert len(list((pipeline.folder.samples / "guided").glob("0*.png"))) == 20
+    with pytest.raises(SFDError, match=r"has no evaluation\.classifier"):
+        pipeline.train_evaluator()
+
+
+def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
+    pipeline = without_judge(finished, tmp_path / "out", f"evaluation.weak={finished.folder.root}")
+    pipeline.all()
+    assess(pipeline)
+    record = files.read_json(pipeline.folder.samples / "guided" / "samples.json", "samples")
+    assert record["weak"] == finished.model.identity
+    guided, unguided = (read_images(pipeline.folder.samples / name, range(4)) for name in ("guided", "unguided"))
+    assert np.abs(guided.astype(int) - unguided).max() <= 1  # guided by itself: unchanged, but for rounding
+
+
+def test_a_missing_weak_model_is_found_before_training(finished, tmp_path):
+    recipe = load_recipe(finished.folder.recipe, ["evaluation.weak=nowhere"])
+    with pytest.raises(SFDError, match=r"no model directory \(evaluation.weak\)"):
+        Pipeline(recipe, tmp_path, CPU).all()
+
+
+def test_data_of_another_number_of_classes_are_refused(finished, tmp_path):
+    recipe = load_recipe(finished.folder.recipe, ["data.classes=1000"])
+    with pytest.raises(SFDError, match=r"data\.classes is 1000, but shapes has 10 classes"):
+        Pipeline(recipe, tmp_path, CPU).train_texture()
+
+
 def test_a_folder_of_samples_is_judged(finished):
     text = evaluate_folder(finished.folder.samples / "guided", finished.folder.root, None, CPU)
     assert "class accuracy" in text and "20 samples (balanced)" in text

@@ -1,4 +1,7 @@
-"""What comes after training: samples, their metrics against images that training did not see, and the report."""
+"""What comes after training: samples, their metrics against images that training did not see, and the report.
+
+A recipe without an evaluator gets samples and a report that says how to measure them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from sfd.data.latents import LatentSet
 from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
 from sfd.evaluation.extractors.classifier import divide
-from sfd.evaluation.report import Gallery, ReportContent, StageCost, Strip, write_report
+from sfd.evaluation.report import MAX_ROWS, Gallery, ReportContent, StageCost, Strip, write_report
 from sfd.evaluation.samples import load_samples
 from sfd.generate import SampleSettings, without_guidance
 from sfd.model import Model
@@ -34,20 +37,24 @@ REFERENCE_NAME = "held-out real images"
 
 def assess(pipeline: Pipeline) -> None:
     """Sample with and without guidance, measure both and real images beside them, and write the report."""
-    recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
     variants = _variants(pipeline)
     for name, settings in variants.items():
         _sample(pipeline, name, settings)
+    if pipeline.recipe.evaluation.classifier is not None:
+        _metrics_stage(pipeline, variants).carry_out(lambda: _measure(pipeline, list(variants)), pipeline.device)
+    write_run_report(pipeline, list(variants))
+
+
+def _metrics_stage(pipeline: Pipeline, variants: dict[str, SampleSettings]) -> Stage:
+    folder = pipeline.folder
     made_from = {
-        "model": model.identity,
+        "model": pipeline.model.identity,
         "evaluator": pipeline.evaluator.identity,
-        "evaluation": recipe.evaluation.model_dump(exclude={"classifier"}),
+        "evaluation": pipeline.recipe.evaluation.model_dump(exclude={"classifier"}),
         "variants": {name: s.model_dump(exclude={"batch_size"}) for name, s in variants.items()},
     }
     results = tuple(metrics_path(folder, row) for row in _rows(list(variants)))
-    stage = Stage("metrics", "sfd report", folder.metrics, made_from, results=results)
-    stage.carry_out(lambda: _measure(pipeline, list(variants)), pipeline.device)
-    write_run_report(pipeline, list(variants))
+    return Stage("metrics", "sfd report", folder.metrics, made_from, results=results)
 
 
 def _variants(pipeline: Pipeline) -> dict[str, SampleSettings]:
@@ -64,32 +71,41 @@ def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
     labels = [label for label in class_labels(model) for _ in range(evaluation.samples_per_class)]
     seeds = list(range(evaluation.seed, evaluation.seed + len(labels)))
     folder = pipeline.folder.samples / name
+    weak = pipeline.weak if name == GUIDED else None
     made_from = {
         "model": model.identity,
+        "weak": weak.identity if weak else None,
         "sampling": settings.model_dump(exclude={"batch_size"}),
         "samples_per_class": evaluation.samples_per_class,
         "seed": evaluation.seed,
     }
 
     def work() -> None:
-        write_samples(folder, model, labels, seeds, settings)
-        classes, per_class = len(class_labels(model)), evaluation.samples_per_class
-        write_grid(folder, _grid_numbers(per_class, classes), min(GRID_COLUMNS, per_class))
+        write_samples(folder, model, labels, seeds, settings, weak=weak)
+        per_class = evaluation.samples_per_class
+        write_grid(folder, _grid_numbers(per_class, _shown_classes(model)), min(GRID_COLUMNS, per_class))
 
     results = tuple(image_path(folder, number) for number in range(len(seeds)))
     Stage(f"{name} samples", "sfd report", folder, made_from, results=results).carry_out(work, pipeline.device)
 
 
-def _grid_numbers(per_class: int, classes: int) -> list[int]:
-    """Numbers of the first images of each class: a row a class."""
-    if classes == 1:
+def _shown_classes(model: Model) -> list[int]:
+    """Numbers of the classes that grids show: all, or an even choice of as many as a page has room for."""
+    classes = len(class_labels(model))
+    rows = min(classes, MAX_ROWS)
+    return [i * classes // rows for i in range(rows)]
+
+
+def _grid_numbers(per_class: int, classes: list[int]) -> list[int]:
+    """Numbers of the first images of each of these classes: a row a class."""
+    if len(classes) == 1:
         return list(range(min(per_class, GRID_COLUMNS**2)))
-    return [c * per_class + i for c in range(classes) for i in range(min(GRID_COLUMNS, per_class))]
+    return [c * per_class + i for c in classes for i in range(min(GRID_COLUMNS, per_class))]
 
 
 def reference(pipeline: Pipeline) -> Reference:
     """The real images that samples are compared with, seen through the run's evaluator."""
-    _, images = divide(pipeline.images[1], pipeline.recipe.evaluation.classifier)
+    _, images = divide(pipeline.images[1], pipeline.classifier_settings)
     return measure(images, pipeline.evaluator, REFERENCE_NAME)
 
 
@@ -158,7 +174,8 @@ def describe(metrics: Metrics) -> str:
 def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
     """Gather all that a finished run knows of itself into report.html."""
     recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
-    metrics = read_run_metrics(folder, names)
+    judged = recipe.evaluation.classifier is not None
+    metrics = read_run_metrics(folder, names) if judged else []
     costs = [
         StageCost(r["stage"], r["seconds"], r["peak_memory_bytes"], r["peak_device_memory_bytes"])
         for r in folder.stages()
@@ -184,12 +201,14 @@ def _strip(pipeline: Pipeline) -> Strip | None:
     if len(model.composite.streams) < 2:
         return None
     seed, settings = pipeline.recipe.evaluation.seed, pipeline.sample_settings(model)
-    return phase_strip(model, settings, seed, labels[len(labels) // 2])
+    return phase_strip(model, settings, seed, labels[len(labels) // 2], pipeline.weak)
 
 
 def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
-    accuracy = metrics[0].class_accuracy
+    accuracy = metrics[0].class_accuracy if metrics else None
     judged = "" if accuracy is None else f" An independent classifier recognises {accuracy:.1%} of its samples."
+    if not metrics:
+        judged = " This run has no judge of its own: measure its samples with sfd evaluate SAMPLES --reference …"
     parameters = f"{model.history['parameters']:,}"
     return (
         f"A semantic-first diffusion model of {parameters} parameters, trained from nothing on {recipe.data.source}."
@@ -214,10 +233,13 @@ def _facts(pipeline: Pipeline) -> dict[str, str]:
 
 def _gallery(pipeline: Pipeline, name: str) -> Gallery:
     model, per_class = pipeline.model, pipeline.recipe.evaluation.samples_per_class
-    numbers = _grid_numbers(per_class, len(class_labels(model)))
+    shown = _shown_classes(model)
+    numbers = _grid_numbers(per_class, shown)
     record = files.read_json(pipeline.folder.samples / name / "samples.json", "folder of samples")
     labels = np.array([record["labels"][i] for i in numbers]) if model.classes else None
     caption = sampling_text(parse(SampleSettings, record["sampling"], "samples.json"))
+    if model.classes and len(shown) < len(model.classes):
+        caption += f"; {len(shown)} of {len(model.classes)} classes"
     return Gallery(
         name.capitalize(), caption, read_images(pipeline.folder.samples / name, numbers), labels, model.classes
     )

@@ -130,7 +130,13 @@ class EvaluationSettings(Settings):
     samples_per_class: int = Field(64, gt=0, description="of an unconditional model: in all")
     seed: int = Field(0, ge=0, description="image i has seed + i")
     unguided: bool = Field(True, description="also measure samples without guidance")
-    classifier: ClassifierSettings = ClassifierSettings()
+    classifier: ClassifierSettings | None = Field(
+        ClassifierSettings(), description="the run's own judge; null: none, samples are measured by `sfd evaluate`"
+    )
+    weak: str | None = Field(
+        None,
+        description="a model's directory or a run's folder, for AutoGuidance; null: guide by the null class",
+    )
 
 
 class Recipe(Settings):
@@ -138,6 +144,9 @@ class Recipe(Settings):
 
     name: str = Field(min_length=1)
     note: str = Field("", description="what it is for")
+    published: dict[str, float | None] = Field(
+        {}, description="numbers published for this run, by metric; null: none was published"
+    )
     seed: int = Field(0, ge=0)
     data: DataSettings
     texture: EncoderSettings
@@ -171,8 +180,15 @@ class Recipe(Settings):
             )
         if self.loss.repa and self.transformer.repa_block is None:
             raise SFDError("loss.repa is set, but transformer.repa_block is null; set it, or set loss.repa to 0")
-        if self.data.holdout == 0:
-            raise SFDError("data.holdout is 0, but evaluation trains its classifier on held-out images; give a share")
+        if self.evaluation.weak is not None and self.sample.guidance in (1.0, {}):
+            raise SFDError(
+                "evaluation.weak is set, but sample.guidance is 1, so it would do nothing; give a scale, such as 1.5"
+            )
+        if self.data.holdout == 0 and self.evaluation.classifier is not None:
+            raise SFDError(
+                "data.holdout is 0, but evaluation trains its classifier on held-out images; give a share, or set "
+                "evaluation.classifier=null"
+            )
         return self
 
 

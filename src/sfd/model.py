@@ -113,6 +113,19 @@ class Model:
             files.write_json(partial / RECORD, record)
 
 
+def model_folder(path: Path) -> Path:
+    """Find the model in a folder that is one, or in a run's folder.
+
+    Raises:
+        SFDError: the run has not trained its transformer yet.
+    """
+    if (path / RECORD).exists():
+        return path
+    if (path / "recipe.yaml").exists() and not (path / "model" / RECORD).exists():
+        raise SFDError(f"{path} is a run whose transformer is not trained yet; finish it with `sfd run` or `sfd train`")
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def load_model(folder: Path, device: torch.device) -> Model:
     """Load a model directory, in evaluation mode, as float32.
 

@@ -34,14 +34,16 @@ def schedule_curves(model: Model) -> ScheduleCurves:
     return ScheduleCurves(model.composite.names, base, times.numpy(), rates.numpy(), model.schedule.knots)
 
 
-def phase_strip(model: Model, settings: SampleSettings, seed: int, label: int | None = None) -> Strip:
+def phase_strip(
+    model: Model, settings: SampleSettings, seed: int, label: int | None = None, weak: Model | None = None
+) -> Strip:
     """Follow one sample from noise to image, at evenly spaced base times."""
     if len(model.composite.streams) < 2:
         raise SFDError("this model has a single stream, so there are no phases to show; use a model with two")
     chosen = class_labels(model)[0] if label is None else label
     seen: list[Progress] = []
     fixed = settings.model_copy(update={"solver": "heun", "steps": STRIP_STEPS, "options": {}, "shift": 1.0})
-    list(generate(model, [chosen], [seed], fixed, callback=seen.append))
+    list(generate(model, [chosen], [seed], fixed, weak=weak, callback=seen.append))
     wanted = np.linspace(0, 1, STRIP_FRAMES + 1)[1:]
     frames = [min(seen, key=lambda p: abs(p.u - u)) for u in wanted]
     states = torch.cat([frame.x for frame in frames])

@@ -25,15 +25,16 @@ from sfd.data.cache import cached
 from sfd.data.folder import skipped_report
 from sfd.data.images import ImageSource, to_tensor
 from sfd.data.latents import FEATURES, MANIFEST, LatentSet, shard_path
-from sfd.data.open import open_source
+from sfd.data.open import check_classes, open_source
 from sfd.data.prepare import prepare
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
+from sfd.errors import SFDError
 from sfd.evaluation.extractors import classifier
 from sfd.evaluation.extractors._base import Extractor, load_extractor
 from sfd.evaluation.figures import image_grid
 from sfd.generate import SampleSettings, generate, without_guidance
-from sfd.model import RECORD, Model, load_model
+from sfd.model import RECORD, Model, load_model, model_folder
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import fit_pca
 from sfd.models.semvae import SemVAE
@@ -59,14 +60,18 @@ class Pipeline:
         self.recipe, self.folder, self.device = recipe, stages.RunFolder(root), device
 
     def all(self) -> None:
-        """Do every stage up to the model and its evaluator."""
+        """Do every stage up to the model and its evaluator, if there is one."""
         self._check_published()
+        weak = self.recipe.evaluation.weak
+        if weak is not None:  # needed only at the end, but missed at the start
+            files.read_json(model_folder(Path(weak)) / RECORD, "model directory (evaluation.weak)")
         self.train_texture()
         self.train_semantic()
         self.train_compressor()
         self.prepare()
         self.train()
-        self.train_evaluator()
+        if self.recipe.evaluation.classifier is not None:
+            self.train_evaluator()
 
     def _check_published(self) -> None:
         """Load the published encoders first: one that cannot be had should not be found out after hours."""
@@ -93,7 +98,8 @@ class Pipeline:
         else:
             self.folder.skipped.unlink(missing_ok=True)
         training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
-        classifier.check_data(held_out, self.recipe.evaluation.classifier)
+        if self.recipe.evaluation.classifier is not None:
+            classifier.check_data(held_out, self.recipe.evaluation.classifier)
         return training, held_out
 
     def train_texture(self) -> None:
@@ -277,13 +283,16 @@ class Pipeline:
         model = Model(cast(Transformer, network), schedule, self.texture, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
         settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES})
+        if self.recipe.evaluation.weak is not None:
+            settings = without_guidance(settings)
         images = np.concatenate([g.images for g in generate(model, labels, range(PREVIEW_IMAGES), settings)])
         with files.written(folder / f"step-{step:09d}.png") as partial:
             image_grid(images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
 
     def sample_settings(self, model: Model) -> SampleSettings:
-        """The recipe's way of sampling; without guidance where the images turned out to have no classes."""
-        return self.recipe.sample if model.classes else without_guidance(self.recipe.sample)
+        """The recipe's way of sampling; without guidance where nothing is there to be guided away from."""
+        guided = bool(model.classes) or self.recipe.evaluation.weak is not None
+        return self.recipe.sample if guided else without_guidance(self.recipe.sample)
 
     @cached_property
     def model(self) -> Model:
@@ -291,8 +300,29 @@ class Pipeline:
         self._transformer_stage().require()
         return load_model(self.folder.model, self.device)
 
+    @cached_property
+    def weak(self) -> Model | None:
+        """The weaker model that AutoGuidance guides away from, if the recipe names one."""
+        weak = self.recipe.evaluation.weak
+        return load_model(model_folder(Path(weak)), self.device) if weak is not None else None
+
+    @property
+    def classifier_settings(self) -> classifier.ClassifierSettings:
+        """How the evaluator is made.
+
+        Raises:
+            SFDError: the recipe has none.
+        """
+        settings = self.recipe.evaluation.classifier
+        if settings is None:
+            raise SFDError(
+                f"recipe {self.recipe.name!r} has no evaluation.classifier; "
+                "measure its samples with `sfd evaluate SAMPLES --reference …`, or set evaluation.classifier={}"
+            )
+        return settings
+
     def _evaluator_stage(self) -> Stage:
-        settings, folder = self.recipe.evaluation.classifier, self.folder.evaluator
+        settings, folder = self.classifier_settings, self.folder.evaluator
         made_from: dict[str, Any] = {"data": self._data(), "classifier": settings.model_dump(exclude={"training"})}
         made_from["training"] = _lasting(settings.training)
         results = (folder / "extractor" / "extractor.json",)
@@ -301,7 +331,7 @@ class Pipeline:
 
     def train_evaluator(self) -> None:
         """Train the classifier that judges the samples, on images that nothing else in the run sees."""
-        stage, settings = self._evaluator_stage(), self.recipe.evaluation.classifier
+        stage, settings = self._evaluator_stage(), self.classifier_settings
 
         def work() -> None:
             classifier.train(self.images[1], settings, stage.folder, device=self.device)
@@ -315,7 +345,7 @@ class Pipeline:
         return load_extractor(self.folder.evaluator / "extractor", self.device)
 
     def _data(self) -> dict[str, Any]:
-        return {**self.recipe.data.model_dump(exclude={"strict"}), "identity": self.images[0].identity}
+        return {**self.recipe.data.model_dump(exclude={"strict", "classes"}), "identity": self.images[0].identity}
 
 
 def transformer_config(recipe: Recipe, latents: LatentSet) -> TransformerConfig:
@@ -324,6 +354,7 @@ def transformer_config(recipe: Recipe, latents: LatentSet) -> TransformerConfig:
     patch_sizes = {name: s.patch_size for name, s in recipe.streams.items()}
     composite = latents.composite(patch_sizes, weights)
     composite = Composite(streams=tuple(composite[name] for name in recipe.streams))
+    check_classes(recipe.data, len(latents.manifest.classes), str(latents.folder))
     features = latents.manifest.features
     return architecture(recipe, composite, len(latents.manifest.classes), features["channels"] if features else None)
 

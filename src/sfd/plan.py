@@ -27,7 +27,7 @@ def check(recipe: Recipe) -> TransformerConfig:
     """Plan the whole run, so that parts that do not fit are found before hours of work.
 
     Returns:
-        the planned network; the number of classes, known only with the data, counts as 0.
+        the planned network.
 
     Raises:
         SFDError: an architecture that cannot be, streams that share no token grid, features that do not fit REPA, an
@@ -36,11 +36,9 @@ def check(recipe: Recipe) -> TransformerConfig:
     try:
         config = planned_architecture(recipe)
         planned_compressor(recipe)
-        with torch.device("meta"):
-            evaluator = ConvNet(recipe.evaluation.classifier.network)
+        _check_evaluator(recipe)
     except (ValidationError, ValueError) as error:
         raise explain(error, TransformerConfig, f"recipe {recipe.name!r}") from None
-    _check_size(recipe, "evaluation classifier", evaluator.config.downsample)
     composite = config.composite
     check_sampling(build_schedule(recipe.schedule, composite.names), composite, recipe.sample, has_weak=True)
     if recipe.loss.repa:
@@ -49,7 +47,10 @@ def check(recipe: Recipe) -> TransformerConfig:
 
 
 def planned_architecture(recipe: Recipe) -> TransformerConfig:
-    """Derive the network from the recipe alone; the number of classes, known only with the data, counts as 0."""
+    """Derive the network from the recipe alone.
+
+    Classes that `data.classes` does not tell are known only with the data, and count as 0.
+    """
     texture, semantic = planned_encoder(recipe.texture), planned_encoder(recipe.semantic)
     for stream, encoder, kind in (("texture", texture, TEXTURE), ("semantic", semantic, SEMANTIC)):
         if encoder.kind != kind:
@@ -78,7 +79,7 @@ def planned_architecture(recipe: Recipe) -> TransformerConfig:
             for name, stream in recipe.streams.items()
         )
     )
-    return architecture(recipe, composite, 0, semantic.channels)
+    return architecture(recipe, composite, recipe.data.classes or 0, semantic.channels)
 
 
 def architecture(recipe: Recipe, composite: Composite, num_classes: int, features: int | None) -> TransformerConfig:
@@ -135,6 +136,13 @@ def planned_compressor(recipe: Recipe) -> Part | None:
         if recipe.compressor.name == "pca":
             return PCA(recipe.compressor.pca(channels))
         return SemVAE(recipe.compressor.semvae(channels))
+
+
+def _check_evaluator(recipe: Recipe) -> None:
+    if recipe.evaluation.classifier is not None:
+        with torch.device("meta"):
+            evaluator = ConvNet(recipe.evaluation.classifier.network)
+        _check_size(recipe, "evaluation classifier", evaluator.config.downsample)
 
 
 def _check_size(recipe: Recipe, what: str, downsample: int) -> None:

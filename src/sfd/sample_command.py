@@ -14,7 +14,7 @@ from sfd.config import read_yaml
 from sfd.errors import SFDError
 from sfd.evaluation.figures import strip_picture
 from sfd.generate import SampleSettings
-from sfd.model import RECORD, Model, load_model
+from sfd.model import Model, load_model, model_folder
 from sfd.phases import class_labels, phase_strip
 from sfd.resources import choose_device
 from sfd.sample_folder import write_grid, write_samples
@@ -56,15 +56,6 @@ def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidan
     figure = strip_picture(seen.base, seen.times, loaded.composite.names, seen.semantic, seen.decoded)
     with files.written(out) as partial:
         figure.savefig(partial, format="png", facecolor="white")
-
-
-def model_folder(path: Path) -> Path:
-    """Find the model in a folder that is one, or in a run's folder."""
-    if (path / RECORD).exists():
-        return path
-    if (path / "recipe.yaml").exists() and not (path / "model" / RECORD).exists():
-        raise SFDError(f"{path} is a run whose transformer is not trained yet; finish it with `sfd run` or `sfd train`")
-    return path / "model" if (path / "model").is_dir() else path
 
 
 def asked_labels(model: Model, classes: str) -> list[int]:

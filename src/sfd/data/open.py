@@ -7,6 +7,7 @@ from pydantic import Field
 from sfd.data.folder import FolderSource
 from sfd.data.images import ImageSource
 from sfd.data.shapes import ShapesSource
+from sfd.errors import SFDError
 from sfd.settings import Settings
 
 
@@ -20,6 +21,9 @@ class DataSettings(Settings):
     count: int = Field(20000, gt=0, description="number of images; shapes only")
     holdout: float = Field(0.5, ge=0, lt=1, description="share kept from training, for evaluation")
     seed: int = Field(0, ge=0, description="of the shapes drawn and of the images held out")
+    classes: int | None = Field(
+        None, gt=0, description="how many the images must have; null: as many as they have, which only the data tell"
+    )
     strict: bool = Field(False, description="stop at a broken file in place of skipping it")
 
 
@@ -27,8 +31,25 @@ def open_source(settings: DataSettings) -> ImageSource:
     """Open the whole data set, before `sfd.data.split.split` divides it.
 
     Raises:
-        SFDError: it cannot be used; see FolderSource and ShapesSource.
+        SFDError: it cannot be used; see FolderSource, ShapesSource and `check_classes`.
     """
+    source: ImageSource
     if settings.source == "shapes":
-        return ShapesSource(settings.count, settings.seed, settings.image_size)
-    return FolderSource(settings.source, settings.image_size, strict=settings.strict)
+        source = ShapesSource(settings.count, settings.seed, settings.image_size)
+    else:
+        source = FolderSource(settings.source, settings.image_size, strict=settings.strict)
+    check_classes(settings, len(source.classes), settings.source)
+    return source
+
+
+def check_classes(settings: DataSettings, found: int, where: str) -> None:
+    """Refuse data that have another number of classes than the recipe says.
+
+    Raises:
+        SFDError: `where` has them; names both numbers.
+    """
+    if settings.classes is not None and found != settings.classes:
+        raise SFDError(
+            f"data.classes is {settings.classes}, but {where} has {found} classes; give the data that the recipe is "
+            f"for, or set data.classes={found or 'null'}"
+        )
