@@ -6,6 +6,7 @@ it lay in the package.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import sys
@@ -17,6 +18,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SOURCE = re.compile(
+    r"\[`([^`\]]+)`\]\((?:\.\./)+(src/[^)]+)\)"
+)  # [`src/sfd/flow.py: velocity_loss`](../src/sfd/flow.py)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")  # to a file beside the page, not to another site
 NEW_FILE = re.compile(r"# src/(sfd/\w+)/(\w+)\.py\n")
 
 
@@ -67,3 +72,36 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 def test_pages_with_code_are_found():
     assert {"extending-schedules.md", "extending-solvers.md"} <= {page.name for page in with_code(PAGES)}
+
+
+def defined(body: list[ast.stmt]) -> dict[str, list[ast.stmt]]:
+    """Names that a module or class defines, with what they hold themselves."""
+    names: dict[str, list[ast.stmt]] = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names[node.name] = node.body
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id: [] for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_symbols(page):
+    text = page.read_text(encoding="utf-8")
+    missing = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+    for label, path in SOURCE.findall(text):
+        file, _, symbol = label.partition(": ")
+        assert file == path, f"{label} links to {path}"
+        body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body if (ROOT / file).exists() else []
+        for name in symbol.split("."):
+            if name not in defined(body):
+                missing.append(label)
+                break
+            body = defined(body)[name]
+    assert not missing
+
+
+def test_the_method_names_its_sources():
+    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    assert len(SOURCE.findall(method)) > 40 and "src/" not in SOURCE.sub("", method)

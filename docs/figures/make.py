@@ -1,0 +1,170 @@
+"""Draws the figures of docs/method.md, from the project's own code and from docs/results/offset-sweep.json.
+
+    python docs/figures/make.py [schedules times knots offset]
+
+All of them take about half a minute. The phases of a sample are drawn by `sfd strip models/shapes`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sfd import flow
+from sfd.analytic import GaussianMixture
+from sfd.evaluation.figures import COLOURS
+from sfd.sampling import initial_noise, integrate
+from sfd.schedules import Schedule, build_schedule
+from sfd.streams import Composite, Stream
+
+HERE = Path(__file__).parent
+SWEEP = HERE.parent / "results" / "offset-sweep.json"
+STREAMS = ("texture", "semantic")
+OFFSET = {"name": "offset", "delta": 0.3}
+PIXELS = {"dpi": 130, "facecolor": "white"}
+
+
+def plain(axis: Axes, title: str, x: str, y: str = "") -> None:
+    """Title, labels, a pale grid and no frame."""
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(color="#e6e6e6", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def schedules() -> Figure:
+    """Times above, rates below; offset, synchronous, sequential."""
+    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True, sharey="row")
+    specs = {
+        "offset, Δ = 0.3": OFFSET,
+        "synchronous (Δ = 0)": {"name": "synchronous"},
+        "sequential (Δ = 1)": {"name": "sequential"},
+    }
+    for column, (title, spec) in enumerate(specs.items()):
+        schedule = build_schedule(spec, STREAMS)
+        for j, (start, end) in enumerate(schedule.segments):
+            u = torch.linspace(start, end, 2, dtype=torch.float64)
+            for axis, values in zip(axes[:, column], schedule.at(u, j), strict=True):
+                draw_streams(axis, u, values, label=j == 0)
+        for axis in axes[:, column]:
+            for knot in schedule.knots:
+                axis.axvline(knot, color="#808080", linewidth=1, linestyle=":")
+        plain(axes[0, column], title, "", "stream time τ(u)" if column == 0 else "")
+        plain(axes[1, column], "", "base time u", "rate τ′(u)" if column == 0 else "")
+    axes[1, 1].legend(frameon=False, loc="lower center")
+    return figure
+
+
+def draw_streams(axis: Axes, u: torch.Tensor, values: torch.Tensor, label: bool) -> None:
+    """One line a stream; the second dashed, so that both are seen where they coincide."""
+    for k, name in enumerate(STREAMS):
+        style = "-" if k == 0 else (0, (4, 2))
+        axis.plot(u, values[:, k], color=COLOURS[k], linewidth=2.2, linestyle=style, label=name if label else None)
+
+
+def times() -> Figure:
+    """What share of training each stream spends where, at Δ = 0.3."""
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    schedule = build_schedule(OFFSET, STREAMS)
+    normals = torch.from_numpy(np.random.default_rng(0).standard_normal(1_000_000))
+    for axis, distribution in zip(axes, ("logit_normal", "uniform"), strict=True):
+        seen = schedule.at(flow.sample_base_time(normals, distribution)).time.numpy()
+        for k, name in enumerate(STREAMS):
+            end = 0 if name == "texture" else 1
+            resting = (seen[:, k] == end).mean()
+            between = seen[(seen[:, k] > 0) & (seen[:, k] < 1), k]
+            counts, edges = np.histogram(between, 50, (0, 1))
+            label = f"{name} ({resting:.0%} rests at t = {end})"
+            axis.stairs(counts * 50 / len(seen), edges, baseline=None, linewidth=2, color=COLOURS[k], label=label)
+        plain(axis, f"u {distribution.replace('_', '-')}", "stream time t", "density in training")
+        axis.set_ylim(0, 1.35)
+        axis.legend(frameon=False, loc="lower center", fontsize=9)
+    axes[1].set_ylabel("")
+    return figure
+
+
+def mixture() -> GaussianMixture:
+    """Five Gaussians over texture (4 channels) and semantics (2), close enough for smooth paths between them."""
+    composite = Composite(
+        streams=(Stream(name="texture", channels=4, grid=1), Stream(name="semantic", channels=2, grid=1))
+    )
+    random = np.random.default_rng(0)
+    means, stds = random.standard_normal((5, 6)), random.uniform(0.4, 0.8, (5, 6))
+    return GaussianMixture(composite, torch.ones(5).double(), torch.from_numpy(means), torch.from_numpy(stds))
+
+
+def knot_errors() -> dict[str, list[tuple[int, float, float]]]:
+    """Evaluations and root mean square error on the mixture's exact velocity, by solver, with knots and blind."""
+    exact = mixture()
+    schedule: Schedule = build_schedule(OFFSET, STREAMS)
+    noise = initial_noise(range(256), exact.composite).double()
+
+    def run(solver: str, **settings: object) -> tuple[torch.Tensor, int]:
+        result = integrate(exact.velocity, noise, schedule, exact.composite, solver=solver, **settings)  # type: ignore[arg-type]
+        return result.x, result.evaluations
+
+    truth, _ = run("dopri5", options={"rtol": 1e-10, "atol": 1e-12})
+    steps = (10, 13, 16, 20, 26, 32, 40, 52, 64, 80, 104, 130, 160)
+    tolerances = tuple(10.0**-n for n in np.arange(2, 6.5, 0.5))
+    settings = {
+        "euler": [{"steps": n} for n in steps],
+        "heun": [{"steps": n} for n in steps],
+        "dopri5": [{"options": {"rtol": rtol, "atol": rtol / 1000}} for rtol in tolerances],
+    }
+    errors = {}
+    for solver, tried in settings.items():
+        for knots in (True, False):
+            ends = [run(solver, knots=knots, **given) for given in tried]
+            label = f"{solver}{'' if knots else ', blind'}"
+            errors[label] = [(n, float((x - truth).square().mean().sqrt())) for x, n in ends]
+    return errors
+
+
+def knots() -> Figure:
+    """Error over evaluations, stopping at knots and blind to them."""
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharex=True, sharey=True)
+    errors = knot_errors()
+    for axis, solver in zip(axes, ("euler", "heun", "dopri5"), strict=True):
+        for label, colour, marker in ((solver, COLOURS[1], "o"), (f"{solver}, blind", COLOURS[4], "x")):
+            evaluations, error = zip(*errors[label], strict=True)
+            name = "blind to the knots" if "blind" in label else "stops at the knots"
+            axis.loglog(evaluations, error, color=colour, marker=marker, markersize=5, linewidth=1.5, label=name)
+        plain(axis, solver, "velocity evaluations", "error (RMS)" if solver == "euler" else "")
+        axis.minorticks_off()
+        axis.set_xticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
+    axes[0].legend(frameon=False, loc="lower left", fontsize=9)
+    return figure
+
+
+def offset() -> Figure:
+    """What the sweep over Δ measured, a line a seed."""
+    rows = json.loads(SWEEP.read_text(encoding="utf-8"))["rows"]
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    quantities = {"frechet_distance": "Fréchet distance (lower is better)", "class_accuracy": "samples recognised"}
+    for axis, (key, title) in zip(figure.subplots(1, 2), quantities.items(), strict=True):
+        for index, seed in enumerate(sorted({row["seed"] for row in rows})):
+            points = sorted((row["delta"], row[key]) for row in rows if row["seed"] == seed)
+            axis.plot(*zip(*points, strict=True), color=COLOURS[index], marker="o", linewidth=1.5, label=f"seed {seed}")
+        plain(axis, title, "offset Δ")
+        axis.legend(frameon=False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {"schedules": schedules, "times": times, "knots": knots, "offset": offset}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or FIGURES:
+        FIGURES[name]().savefig(HERE / f"{name}.png", **PIXELS)
+        print(HERE / f"{name}.png")
