@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +18,12 @@ from sfd.evaluation.metrics import (
 
 GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "metrics.io.safetensors")
-EXPECTED = json.loads((GOLDEN / "metrics.json").read_text())
 REFERENCE, SAMPLES = TENSORS["reference_features"], TENSORS["sample_features"]
 
 
 def random_gaussian(rng, size, rank=None):
     factor = rng.normal(size=(size, rank or size))
     return Gaussian(rng.normal(size=size), factor @ factor.T, 100)
-
-
-def test_frechet_distance_is_the_published_one():
-    distance = frechet_distance(gaussian(REFERENCE), gaussian(SAMPLES))
-    assert distance == pytest.approx(EXPECTED["frechet_distance"], abs=1e-6)
-
-
-def test_inception_score_is_the_published_one():
-    score = inception_score(TENSORS["sample_probabilities"], split_size=100)
-    assert score == pytest.approx(EXPECTED["inception_score_split_100"], abs=1e-6)
-
-
-def test_precision_and_recall_are_the_published_ones():
-    assert precision_recall(REFERENCE, SAMPLES, k=3) == pytest.approx(
-        (EXPECTED["precision_k3"], EXPECTED["recall_k3"]), abs=1e-6
-    )
 
 
 @given(size=st.integers(1, 8), seed=st.integers(0, 2**31))

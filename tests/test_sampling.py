@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfd import interop
 from sfd.analytic import GaussianMixture
 from sfd.errors import SFDError
 from sfd.guidance import VelocityField
+from sfd.interop import transformer as interop
 from sfd.models.transformer import Transformer
 from sfd.sampling import Progress, initial_noise, integrate, split_steps
 from sfd.schedules import Schedule, StreamTimes, build_schedule

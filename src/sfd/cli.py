@@ -246,6 +246,22 @@ def evaluate(samples: Path, run_folder: Path, out: Path | None, device: str) -> 
 
 
 @main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="relative error")
+@click.option("--json", "out", type=FOLDER, help="write what was found to this JSON file too")
+@device_option
+def verify(folder: Path, tolerance: float, out: Path | None, device: str) -> None:
+    """Compare with the published implementation's numbers in FOLDER; exit code 1 if any differs.
+
+    Dopri5 samples are allowed ten times the tolerance, metrics a hundredth of it.
+    """
+    from sfd.verify_command import verify_folder
+
+    if not verify_folder(folder, tolerance, device, out):
+        sys.exit(1)
+
+
+@main.command()
 @click.argument("out", type=FOLDER)
 @click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)

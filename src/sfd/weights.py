@@ -118,6 +118,19 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in module.state_dict().items()}
 
 
+def differences(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """List the tensors that are "missing", "left over" and "misshapen", by comparing names and shapes."""
+    return {
+        "missing": sorted(expected.keys() - given.keys()),
+        "left over": sorted(given.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {given[name]} for {shape}"
+            for name, shape in expected.items()
+            if name in given and given[name] != shape
+        ],
+    }
+
+
 def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str:
     """Name the tensors that are missing, left over or misshapen; nothing ("") where all fit.
 
@@ -125,16 +138,19 @@ def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]
         tensors: what is given.
         expected: the shape of everything that should be, by name.
     """
-    problems = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "left over": sorted(tensors.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} {tuple(tensors[name].shape)} for {shape}"
-            for name, shape in expected.items()
-            if name in tensors and tuple(tensors[name].shape) != shape
-        ],
-    }
+    problems = differences({name: tuple(t.shape) for name, t in tensors.items()}, expected)
     return "; ".join(f"{label}: {some(names)}" for label, names in problems.items() if names)
+
+
+def fitting(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Refuse tensors that are not those expected.
+
+    Raises:
+        SFDError: some are missing, left over or misshapen; they are named, and so is `what` they should make up.
+    """
+    problems = misfit(tensors, expected)
+    if problems:
+        raise SFDError(f"{what}: the tensors do not fit its configuration ({problems})")
 
 
 def some(names: list[str], limit: int = 4) -> str:

@@ -6,7 +6,6 @@ encoder put there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from sfd.errors import SFDError
 from sfd.models.compressor import KIND
 from sfd.moments import Moments
 from sfd.settings import Settings
-from sfd.weights import Part, load_tensors
+from sfd.weights import Part
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -144,59 +143,3 @@ class _Block(nn.Module):
 def build(config: SemVAEConfig) -> SemVAE:
     """Make a SemVAE with fresh weights, from torch's global generator (see `sfd.randomness.seeded`)."""
     return SemVAE(config)
-
-
-# Names within a published block and ours; a tower is embed, blocks, norm, head in one nn.Sequential there.
-_PUBLISHED_BLOCK = {
-    "norm1": "norm1",
-    "attn.in_proj_": "qkv.",
-    "attn.out_proj": "attention_out",
-    "norm2": "norm2",
-    "mlp.0": "mlp_in",
-    "mlp.2": "mlp_out",
-}
-
-
-def published_names(blocks: int) -> dict[str, str]:
-    """Map every tensor name of a published SemVAE checkpoint to the name it has here."""
-    names = {}
-    for tower in ("encoder", "decoder"):
-        parts = {f"{tower}.0": "embed", f"{tower}.{blocks + 1}": "norm", f"{tower}.{blocks + 2}": "head"}
-        for block in range(blocks):
-            parts |= {f"{tower}.{block + 1}.{a}": f"blocks.{block}.{b}" for a, b in _PUBLISHED_BLOCK.items()}
-        for theirs, ours in parts.items():
-            for kind in ("weight", "bias"):
-                dot = "" if theirs.endswith("_") else "."
-                names[f"{theirs}{dot}{kind}"] = f"{tower}.{ours.removesuffix('.')}.{kind}"
-    return names
-
-
-def from_published(tensors: Mapping[str, Tensor], heads: int = 6) -> SemVAE:
-    """Build a SemVAE from the tensors of a published checkpoint; the sizes are read from their shapes.
-
-    Args:
-        tensors: the checkpoint's state, names as published.
-        heads: attention heads, the one thing that shapes do not tell.
-
-    Raises:
-        SFDError: a tensor is missing, unknown or misshapen.
-    """
-    indices = [int(name.split(".")[1]) for name in tensors if name.startswith("encoder.")]
-    blocks = max(indices, default=0) - 2
-    first, last = tensors.get("encoder.0.weight"), tensors.get(f"encoder.{blocks + 2}.weight")
-    if blocks < 1 or first is None or last is None:
-        raise SFDError(
-            "this is no published SemVAE checkpoint: it needs tensors encoder.0.weight, encoder.1.norm1.weight, … "
-            f"and has {', '.join(sorted(tensors)[:3]) or 'none'}; give the file's state dictionary"
-        )
-    config = SemVAEConfig(
-        input_channels=first.shape[1],
-        latent_channels=last.shape[0] // 2,
-        width=first.shape[0],
-        heads=heads,
-        blocks=blocks,
-    )
-    names = published_names(blocks)
-    model = SemVAE(config)
-    load_tensors(model, {names.get(name, name): t for name, t in tensors.items()}, "the published SemVAE checkpoint")
-    return model

@@ -7,6 +7,7 @@ by stream, and so are the output layer's rows. Every tensor is accounted for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 
 from sfd.errors import SFDError
-from sfd.models.layers import position_table, rotary_table
+from sfd.models.layers import position_table
 from sfd.models.transformer import Transformer, TransformerConfig
+from sfd.settings import explain
 from sfd.streams import Composite, Stream
-from sfd.weights import misfit, shapes
+from sfd.weights import fitting, shapes
 
+TABLES = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+LABELS = "y_embedder.embedding_table.weight"
 # Ours → published. What is not here needs more than a new name.
 _NAMES = {
     "embedding_bias": "x_embedder.proj.bias",
-    "class_embedding.weight": "y_embedder.embedding_table.weight",
+    "class_embedding.weight": LABELS,
     "final_norm.weight": "final_layer.norm_final.weight",
 }
 _MODULES = {"final_modulation": "final_layer.adaLN_modulation.1", "projector": "repa_projector"}
@@ -35,8 +39,9 @@ _BLOCK = {
     "mlp.w3": "mlp.w3",
     "modulation": "adaLN_modulation.1",
 }
+_COMPOSITES = (("texture", "semantic"), ("texture",))
 _CLOCKS = {"semantic": "t_embedder_sem", "texture": "t_embedder_tex"}
-# The published tables are recomputed here; theirs were made in float32 by another order of operations.
+# The published tables are recomputed here; another processor may round them differently.
 _TABLE_TOLERANCE = 1e-4
 _FEATURES = {"s": 384, "b": 768, "l": 1024, "g": 1536}  # channels of DINOv2, by the letter after "vit"
 
@@ -52,17 +57,11 @@ def published_config(values: Mapping[str, Any]) -> TransformerConfig:
             if values[flag] is not expected:
                 raise SFDError(f"published configuration has {flag} = {values[flag]!r}; only {expected!r} is supported")
         semantic, offset, repa = values["semantic_chans"], values["semfirst_delta_t"], values["use_repa"]
-        shared = {"grid": values["input_size"], "patch_size": values["patch_size"]}
         return TransformerConfig(
             depth=values["depth"],
             width=values["hidden_size"],
             heads=values["num_heads"],
-            composite=Composite(
-                streams=(
-                    Stream(name="texture", channels=values["in_channels"] - semantic, **shared),
-                    Stream(name="semantic", channels=semantic, weight=2.0, **shared),
-                )
-            ),
+            composite=_composite(values["in_channels"], semantic, values["input_size"], values["patch_size"]),
             num_classes=values["num_classes"],
             clocks=("semantic", "texture") if offset > 0 else (),
             repa_block=values["repa_depth"] if repa else None,
@@ -71,6 +70,51 @@ def published_config(values: Mapping[str, Any]) -> TransformerConfig:
         )
     except KeyError as missing:
         raise SFDError(f"published configuration lacks the field {missing}") from None
+    except (TypeError, ValueError) as error:
+        raise explain(error, TransformerConfig, "published configuration") from None
+
+
+def inferred_config(shapes: Mapping[str, tuple[int, ...]], semantic: int, repa_block: int = 2) -> TransformerConfig:
+    """Read a published network's configuration from the shapes of its tensors.
+
+    Args:
+        shapes: by published name; missing, spare and misshapen ones are found when they are compared with
+            `published_shapes` of what this returns.
+        semantic: how many of the channels, the last ones, are the semantic stream's: shapes tell the sum only.
+        repa_block: 1-based block whose tokens the projector takes, if there is one; shapes do not tell it.
+
+    Raises:
+        SFDError: a tensor that tells a size is missing or impossible.
+    """
+    try:
+        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        tokens, head = shapes["pos_embed"][1], shapes["blocks.0.attn.q_norm.weight"][0]
+        projector = "repa_projector.0.weight" in shapes
+        return TransformerConfig(
+            depth=len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+            width=width,
+            heads=width // head,
+            composite=_composite(channels, semantic, patch * math.isqrt(tokens), patch),
+            num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+            clocks=("semantic", "texture") if "t_embedder_sem.mlp.0.weight" in shapes else (),
+            repa_block=repa_block if projector else None,
+            repa_width=shapes["repa_projector.0.weight"][0] if projector else 2048,
+            repa_channels=shapes["repa_projector.4.weight"][0] if projector else None,
+        )
+    except KeyError as missing:
+        raise SFDError(f"this is no published transformer: it lacks the tensor {missing}") from None
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise explain(error, TransformerConfig, "shapes of the published transformer") from None
+
+
+def _composite(channels: int, semantic: int, grid: int, patch: int) -> Composite:
+    """Texture first, semantic last, as published; no semantic channels: texture alone."""
+    texture = Stream(name="texture", channels=channels - semantic, grid=grid, patch_size=patch)
+    if not semantic:
+        return Composite(streams=(texture,))
+    return Composite(
+        streams=(texture, Stream(name="semantic", channels=semantic, grid=grid, patch_size=patch, weight=2.0))
+    )
 
 
 _SWITCHES = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False}
@@ -92,22 +136,28 @@ def to_published(state: Mapping[str, Tensor], config: TransformerConfig) -> dict
     """
     with torch.device("meta"):
         expected = shapes(Transformer(config))
-    _check(state, expected, "transformer weights")
+    fitting(state, expected, "transformer")
     return _publish(state, config)
 
 
 def from_published(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """Turn the published state dict into our transformer's, for `load_state_dict(…, strict=True)`.
 
+    A network that was trained without label dropout has no row for the null class; here it gets one of zeros, which
+    nothing trained.
+
     Raises:
         SFDError: tensors are missing, left over or misshapen for `config`, or the checkpoint's position tables are not
             those that this network computes.
     """
-    _check(state, published_shapes(config), "published checkpoint")
-    for name, table in _tables(config).items():
+    table = state.get(LABELS)
+    if table is not None and len(table) == config.num_classes > 0:
+        state = {**state, LABELS: torch.cat([table, table.new_zeros(1, *table.shape[1:])])}
+    fitting(state, published_shapes(config), "published transformer")
+    for name, table in tables(config).items():
         error = (state[name].float().cpu() - table).abs().max().item()
         if not error <= _TABLE_TOLERANCE:
-            raise SFDError(f"published checkpoint: {name} differs by {error:.2g} from the table this network computes")
+            raise SFDError(f"published transformer: {name} differs by {error:.2g} from the table this network computes")
     ours = {name: state[theirs] for name, theirs in _renamed(config).items()}
     streams = config.composite.streams
     channels = [s.channels for s in streams]
@@ -138,7 +188,7 @@ def published_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 def _publish(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     streams = config.composite.streams
-    if len({(s.grid, s.patch_size) for s in streams}) > 1 or config.composite.names != ("texture", "semantic"):
+    if len({(s.grid, s.patch_size) for s in streams}) > 1 or config.composite.names not in _COMPOSITES:
         given = ", ".join(f"{s.name} {s.grid}×{s.grid} patch {s.patch_size}" for s in streams)
         raise SFDError(f"the published network holds the streams texture, semantic on one grid; this one has {given}")
     theirs = {name: state[ours] for ours, name in _renamed(config).items()}
@@ -151,17 +201,27 @@ def _publish(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str
     for b in range(config.depth):
         for name, weight in zip("qk", state[f"blocks.{b}.attention.qk_weight"][:, 0], strict=True):
             theirs[f"blocks.{b}.attn.{name}_norm.weight"] = weight.contiguous()
-    return theirs | _tables(config)
+    return theirs | tables(config)
 
 
-def _tables(config: TransformerConfig) -> dict[str, Tensor]:
+def tables(config: TransformerConfig) -> dict[str, Tensor]:
+    """Compute the fixed position tables that a published checkpoint holds beside its weights, by name."""
     grid = config.composite.token_grid
-    rotation = rotary_table(config.width // config.heads, grid).repeat_interleave(2, dim=1)  # both channels of a pair
-    return {
-        "pos_embed": position_table(config.width, grid)[None],
-        "feat_rope.freqs_cos": rotation[..., 0],
-        "feat_rope.freqs_sin": rotation[..., 1],
-    }
+    angle = _published_angles(config.width // config.heads, grid)
+    return dict(zip(TABLES, (position_table(config.width, grid)[None], angle.cos(), angle.sin()), strict=True))
+
+
+def _published_angles(head_width: int, grid: int) -> Tensor:
+    """Compute the rotary embedding's angles (grid², head_width) in float32, to the published tables' last bit.
+
+    The network's own (`rotary_table`) are the same numbers, computed in float64.
+    """
+    half = head_width // 2
+    frequency = 1 / 10000 ** (torch.arange(0, half, 2).float() / half)
+    place = torch.arange(grid) / grid * grid
+    axis = (place[:, None] * frequency).repeat_interleave(2, dim=1)  # both channels of a pair
+    row, column = axis[:, None].expand(grid, grid, -1), axis.expand(grid, grid, -1)
+    return torch.cat([row, column], dim=2).flatten(0, 1)
 
 
 def _renamed(config: TransformerConfig) -> dict[str, str]:
@@ -180,9 +240,3 @@ def _renamed(config: TransformerConfig) -> dict[str, str]:
         if not ours.endswith("_norm"):
             names[f"{ours}.bias"] = f"{theirs}.bias"
     return names
-
-
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    differences = misfit(state, expected)
-    if differences:
-        raise SFDError(f"{what} and configuration do not fit: {differences}")
