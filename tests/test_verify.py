@@ -38,6 +38,8 @@ def test_every_published_number_is_looked_at(findings):
     for path in GOLDEN.glob("*.io.safetensors"):
         case = path.name.removesuffix(".io.safetensors")
         assert {(case, name) for name in load_file(path).keys() - inputs} <= looked_at
+    shards = {("latent_shards", name) for name in load_file(GOLDEN / "latent_shards.expected.safetensors")}
+    assert shards <= looked_at
     for path in GOLDEN.glob("keys_*.json"):
         assert {(path.stem, f"tensors {what}") for what in ("missing", "left over")} <= looked_at
     numbers = {name for name, value in json.loads((GOLDEN / "metrics.json").read_text()).items() if name != "note"}
@@ -113,6 +115,19 @@ def test_one_other_weight_exits_with_1(folder, name):
     tensor.view(-1)[-1] += 0.5
     change(folder / "dit.weights.safetensors", **{name: tensor})
     assert command(folder).exit_code == 1
+
+
+def test_other_latents_exit_with_1(tmp_path):
+    shutil.copytree(GOLDEN / "latent_shards", tmp_path / "shards")
+    expected = load_file(GOLDEN / "latent_shards.expected.safetensors")
+    expected["composite_flip"][3, 1, 2, 0] += 0.1
+    del expected["features_plain"]
+    save_file(expected, tmp_path / "shards.expected.safetensors")
+    result = command(tmp_path)
+    assert result.exit_code == 1
+    failed = [line.split()[1] for line in result.output.splitlines() if line.rstrip().endswith("FAILED")]
+    assert failed == ["composite_flip"]
+    assert "no reference for: shards: features_plain" in result.output
 
 
 def test_what_nobody_knows_is_listed(folder):
