@@ -69,6 +69,9 @@ def recipe_command(function: Command) -> Command:
         click.option("--out", required=True, type=FOLDER, help="the run's folder; made if it is not there"),
         click.option("--strict", is_flag=True, help="stop at a broken image in place of skipping it"),
         click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates; do nothing"),
+        click.option(
+            "--tflops", type=click.FloatRange(min=0, min_open=True), help="what training reaches, for --dry-run's hours"
+        ),
         device_option,
     )
     for decorator in reversed(decorators):
@@ -83,6 +86,7 @@ def _stage(
     out: Path,
     strict: bool,
     dry_run: bool,
+    tflops: float | None,
     device: str,
 ) -> None:
     from sfd import files
@@ -92,12 +96,14 @@ def _stage(
     from sfd.resources import choose_device, single_process
 
     resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
-    check(resolved)
     if dry_run:
         from sfd.estimate import describe
 
-        click.echo(describe(resolved, choose_device(device)))
+        click.echo(describe(resolved, choose_device(device), tflops))
         return
+    if tflops is not None:
+        raise SFDError("--tflops says how fast training would be; give it together with --dry-run")
+    check(resolved)
     single_process()
     with files.exclusive(out):
         pipeline = Pipeline(resolved, out, choose_device(device))
@@ -259,6 +265,21 @@ def verify(folder: Path, tolerance: float, out: Path | None, device: str) -> Non
 
     if not verify_folder(folder, tolerance, device, out):
         sys.exit(1)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER, default=Path("recipes"))
+@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=400.0, show_default=True)
+def recipes(folder: Path, tflops: float) -> None:
+    """List the recipes in FOLDER: purpose, published numbers, parameters, hours of training at a rate."""
+    from sfd.config import load_recipe
+    from sfd.estimate import table
+
+    paths = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
+    if not paths:
+        raise SFDError(f"there is no recipe in {folder}; give a folder of YAML files, such as recipes")
+    named = {path.relative_to(folder).as_posix(): load_recipe(path) for path in paths}
+    click.echo(table(named, tflops), nl=False)
 
 
 @main.command()

@@ -30,6 +30,7 @@ from sfd.training.loop import TrainSettings
 
 MAX_EXTENDS = 8
 RECIPE_BYTES = 1 << 20
+OF_ONE_RUN = ("note", "published")  # fields that say something of one recipe, and of none that extends it
 
 
 class EncoderSettings(Settings):
@@ -269,7 +270,10 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    return _merge(_read(path.parent / str(base), depth - 1), values)
+    inherited = _read(path.parent / str(base), depth - 1)
+    for own in OF_ONE_RUN:
+        inherited.pop(own, None)
+    return _merge(inherited, values)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

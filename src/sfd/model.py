@@ -126,6 +126,17 @@ def model_folder(path: Path) -> Path:
     return path / "model" if (path / "model").is_dir() else path
 
 
+def model_config(path: Path) -> TransformerConfig:
+    """Read the architecture of a model directory, or of a run's model, without its weights.
+
+    Raises:
+        SFDError: there is no model, or its record is damaged.
+    """
+    folder = model_folder(path)
+    record = parse(ModelRecord, files.read_json(folder / RECORD, "model directory"), str(folder / RECORD))
+    return record.transformer
+
+
 def load_model(folder: Path, device: torch.device) -> Model:
     """Load a model directory, in evaluation mode, as float32.
 

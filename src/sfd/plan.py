@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from sfd.models.pca import PCA
 from sfd.models.semvae import SemVAE
 from sfd.models.transformer import SIZES, TransformerConfig
 from sfd.schedules import Schedule, build_schedule
-from sfd.settings import explain, parse
+from sfd.settings import Settings, explain, parse
 from sfd.streams import Composite, Stream
 from sfd.weights import Part
 
@@ -123,8 +125,13 @@ def planned_encoder(settings: EncoderSettings) -> Any:
         config = module.planned(settings.pretrained, settings.config)
     else:
         config = parse(module.Config, settings.config)
+    return _without_memory(module.build, module.Config, config.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _without_memory(build: Callable[[Any], Part], config: type[Settings], values: str) -> Part:
     with torch.device("meta"):
-        return module.build(config)
+        return build(config.model_validate_json(values))
 
 
 def planned_compressor(recipe: Recipe) -> Part | None:

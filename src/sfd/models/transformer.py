@@ -7,6 +7,7 @@ runs end in NaN when small updates are added to a bf16 residual.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -207,6 +208,7 @@ class Transformer(nn.Module):
             raise SFDError("this network has no REPA projector; set repa_block and repa_channels in its configuration")
 
 
+@lru_cache(maxsize=64)
 def parameter_count(config: TransformerConfig) -> int:
     """Number of trained parameters, without allocating them."""
     with torch.device("meta"):
@@ -216,7 +218,8 @@ def parameter_count(config: TransformerConfig) -> int:
 def flops(config: TransformerConfig) -> int:
     """Floating-point operations of all matrix products in one forward pass of one image, 2 for each multiply-add.
 
-    The REPA projector, which only training uses, is left out; a training step costs three times the forward pass.
+    The REPA projector, which only training uses, is left out (`projector_flops`); a training step costs three times
+    the forward pass.
     """
     width, tokens, clocks = config.width, config.composite.token_grid**2, max(1, len(config.clocks))
     block = (4 * width + 3 * swiglu_width(width)) * width + 2 * tokens * width
@@ -224,6 +227,14 @@ def flops(config: TransformerConfig) -> int:
     time = TIME_FREQUENCIES * width + width**2 // clocks
     modulation = (6 * config.depth + 2) * width**2
     return 2 * (tokens * (config.depth * block + patches) + time + modulation)
+
+
+def projector_flops(config: TransformerConfig) -> int:
+    """Floating-point operations of the REPA projector on one image, counted like `flops`; 0 without one."""
+    if config.repa_channels is None:
+        return 0
+    products = (config.width + config.repa_width + config.repa_channels) * config.repa_width
+    return 2 * config.composite.token_grid**2 * products
 
 
 def _patch_width(stream: Stream) -> int:
