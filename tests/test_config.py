@@ -33,6 +33,14 @@ def test_a_recipe_inherits(tmp_path):
     assert (recipe.name, recipe.train.steps, recipe.train.batch_size) == ("child", 7, 8)
 
 
+def test_published_numbers_are_not_inherited(tmp_path):
+    write_recipe(tmp_path, RECIPE + "note: the tiny one\npublished: {fid: 3.03}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: tiny.yaml\nname: child\n")
+    assert load_recipe(tmp_path / "tiny.yaml").published == {"fid": 3.03}
+    assert (load_recipe(child).published, load_recipe(child).note) == ({}, "")
+
+
 def test_another_kind_of_part_inherits_nothing(tmp_path):
     write_recipe(tmp_path)
     child = tmp_path / "child.yaml"

@@ -1,0 +1,180 @@
+"""The recipes that ship: each can be planned, counts what was published, and trains when it is made small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfd import files
+from sfd.assessment import assess
+from sfd.config import Recipe, load_recipe
+from sfd.estimate import KEPT_BYTES, describe, estimate, table
+from sfd.generate import generate
+from sfd.models.transformer import Transformer, TransformerConfig
+from sfd.pipeline import Pipeline
+from sfd.plan import planned_compressor, planned_encoder
+from sfd.sample_folder import read_images
+from sfd.streams import Composite, Stream
+from small_published import save_kl, save_vit
+
+CPU = torch.device("cpu")
+FOLDER = Path(__file__).parent.parent / "recipes"
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
+SHARED = {"imagenet256/common.yaml", "imagenet256/autoguidance.yaml", "imagenet256/guidance-b.yaml"}
+
+
+def recipe(name: str, *overrides: str) -> Recipe:
+    return load_recipe(FOLDER / name, overrides)
+
+
+def imagenet(name: str, *overrides: str) -> Recipe:
+    return recipe(f"imagenet256/{name}.yaml", *overrides)
+
+
+def golden_keys(name: str) -> dict:
+    return json.loads((GOLDEN / f"keys_{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_can_be_planned(name):
+    assert "on one device for the transformer alone, at 400 TFLOP/s" in describe(recipe(name), CPU, tflops=400)
+
+
+def test_names_differ():
+    assert len({recipe(name).name for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("imagenet256/") and n not in SHARED])
+def test_published_runs_name_their_numbers(name):
+    assert "fid" in recipe(name).published
+
+
+def test_the_table_is_current():
+    assert table({name: recipe(name) for name in sorted(NAMES, key=lambda n: (n.count("/"), n))}, 400) in (
+        FOLDER / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "keys"), [("b-80", "b-1"), ("l-80", "l-1"), ("xl-80", "xl-1"), ("xxl-80", "1p0b-1")])
+def test_parameters_are_those_published(name, keys):
+    assert estimate(imagenet(name)).published_parameters == golden_keys(f"lightningdit-{keys}")["parameters"]
+
+
+def test_parameters_of_the_texture_autoencoder():
+    assert sum(p.numel() for p in planned_encoder(imagenet("common").texture).parameters()) == 69_836_067
+
+
+def test_parameters_of_the_semvae():
+    semvae, keys = planned_compressor(imagenet("common")), golden_keys("semvae")
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in semvae.named_children()}
+    assert counts == {"encoder": keys["encoder_parameters"], "decoder": keys["decoder_parameters"]}
+
+
+def trained_from(recipe: Recipe) -> dict:
+    return recipe.model_dump(exclude={"name", "note", "published", "sample", "evaluation"})
+
+
+@pytest.mark.parametrize("name", ["xl-80", "offset/0.3", "common"])
+def test_the_whole_method_is_one_training(name):
+    assert trained_from(imagenet(name)) == trained_from(imagenet("ablation/4-offset"))
+
+
+def test_autoguidance_is_by_a_model_of_the_same_latents():
+    strong, weak = trained_from(imagenet("xl-80")), trained_from(imagenet("guidance-b"))
+    assert {field for field in strong if strong[field] != weak[field]} == {"transformer", "train"}
+
+
+def saved_bytes(network: torch.nn.Module, batch: int, composite: Composite) -> float:
+    """Bytes an image that autograd keeps, weights and tables not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(torch.randn(batch, composite.size), torch.rand(batch, 2), torch.zeros(batch, dtype=torch.long))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / batch
+
+
+def test_memory_is_what_a_block_keeps():
+    composite = Composite(streams=tuple(Stream(name=name, channels=4, grid=16) for name in ("texture", "semantic")))
+    width, shallow, deep = 96, 1, 3
+    saved = []
+    for depth in (shallow, deep):
+        config = TransformerConfig(depth=depth, width=width, heads=2, composite=composite, num_classes=3)
+        saved.append(saved_bytes(Transformer(config), 2, composite))
+    block = (saved[1] - saved[0]) / (deep - shallow)
+    assert block / (256 * width) == pytest.approx(KEPT_BYTES["float32"], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Small encoders of the published classes, and the overrides that shrink a recipe to them."""
+    folder = tmp_path_factory.mktemp("published")
+    kl = {"block_out_channels": (8,) * 5, "down_block_types": ("DownEncoderBlock2D",) * 5}
+    kl["up_block_types"] = ("UpDecoderBlock2D",) * 5
+    save_kl(folder / "f16", latent_channels=32, **kl)
+    save_kl(folder / "f8", latent_channels=4, **{field: value[:4] for field, value in kl.items()})
+    save_vit(folder / "vit", "dinov2_with_registers")
+    return folder
+
+
+def shrunk(small: Path, name: str, *overrides: str) -> Recipe:
+    """The recipe itself, on the procedural data set, with small networks and few steps."""
+    texture = "f8" if name.startswith("redi") else "f16"
+    compressor = imagenet(name).compressor.name
+    shorter = [f"compressor.{field}" for field in ("width=16", "heads=2", "blocks=1")]
+    shorter += [f"compressor.train.{field}" for field in ("steps=2", "batch_size=8", "decay_from=1")]
+    return imagenet(
+        name,
+        *("data.source=shapes", "data.image_size=32", "data.count=40", "data.classes=10"),
+        f"texture.pretrained={small / texture}",
+        *(f"semantic.pretrained={small / 'vit'}", "semantic.config={tile: 32, grid: 2}"),
+        *(shorter if compressor == "semvae" else []),
+        *("transformer.depth=2", "transformer.width=32", "transformer.heads=2", "transformer.repa_width=16"),
+        *("train.steps=2", "train.batch_size=8", "evaluation.samples_per_class=1"),
+        *overrides,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "streams"),
+    [
+        ("ablation/1-base", {"texture": (32, 2)}),
+        ("ablation/2-repa", {"texture": (32, 2)}),
+        ("ablation/3-semvae", {"texture": (32, 2), "semantic": (16, 2)}),
+        ("ablation/4-offset", {"texture": (32, 2), "semantic": (16, 2)}),
+        ("ablation/pca", {"texture": (32, 2), "semantic": (16, 2)}),
+        ("offset/1.0", {"texture": (32, 2), "semantic": (16, 2)}),
+        ("redi/synchronous", {"texture": (4, 4), "semantic": (8, 2)}),
+        ("redi/offset", {"texture": (4, 4), "semantic": (8, 2)}),
+        ("vavae/offset", {"texture": (32, 2), "semantic": (16, 2)}),
+    ],
+)
+def test_a_recipe_trains_and_samples(small, tmp_path, name, streams):
+    pipeline = Pipeline(shrunk(small, name), tmp_path, CPU)
+    pipeline.all()
+    model = pipeline.model
+    assert {s.name: (s.channels, s.grid) for s in model.composite.streams} == streams
+    made = next(generate(model, [0, 1], [0, 1], pipeline.sample_settings(model)))
+    assert made.images.shape == (2, 32, 32, 3) and torch.isfinite(made.latents).all()
+
+
+def test_autoguidance_from_end_to_end(small, tmp_path):
+    weak = Pipeline(shrunk(small, "guidance-b"), tmp_path / "weak", CPU)
+    weak.all()
+    names = f"evaluation.weak={tmp_path / 'weak'}"
+    strong = Pipeline(shrunk(small, "xl-80", names, "train.steps=6", "transformer.depth=3"), tmp_path / "strong", CPU)
+    strong.all()
+    assess(strong)
+    record = files.read_json(strong.folder.samples / "guided" / "samples.json", "samples")
+    assert record["weak"] == weak.model.identity and record["sampling"]["guidance"] == 1.5
+    assert read_images(strong.folder.samples / "guided", range(10)).shape == (10, 32, 32, 3)
+    assert strong.folder.report.exists() and not strong.folder.evaluator.exists()
