@@ -1,15 +1,19 @@
 """Latent shards: what is prepared, how much is read ahead, and what is refused."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sfd.data.images import to_tensor
 from sfd.data.latents import FEATURES, LatentSet
-from sfd.data.prepare import LatentSettings, prepare
+from sfd.data.prepare import LatentSettings, Part, Preparation, parse_part, prepare
 from sfd.data.shapes import ShapesSource
 from sfd.errors import SFDError
 
@@ -83,6 +87,11 @@ def test_only_a_few_batches_are_read_ahead(tmp_path, workers):
     assert max(ahead) <= (workers + 1) * 4
 
 
+def contents(folder):
+    """Every file, but for locks, and its bytes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
+
+
 def test_an_interrupted_preparation_goes_on(tmp_path):
     calls = 0
 
@@ -95,8 +104,72 @@ def test_an_interrupted_preparation_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "a", stop_later)
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["shard-00000.safetensors"]
-    assert make(tmp_path / "a") == make(tmp_path / "b")
+    assert contents(tmp_path / "a").keys() == {"shard-00000.safetensors", "shard-00000.json"}
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def parts(folder, source=SOURCE):
+    return Preparation(source, TOKENIZERS, folder, SETTINGS)
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 4), st.data())
+def test_parts_in_any_order_give_the_same_bytes(tmp_path_factory, count, data):
+    folder = tmp_path_factory.mktemp("parts")
+    make(folder / "whole")
+    for number in data.draw(st.permutations(range(1, count + 1))):
+        parts(folder / "parts").make(encode, CPU, Part(number, count))
+    parts(folder / "parts").finish()
+    assert contents(folder / "parts") == contents(folder / "whole")
+
+
+def test_finished_shards_are_not_read_again(tmp_path):
+    make(tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert parts(tmp_path).missing() == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no receipt", "missing"])
+def test_a_shard_cut_short_is_made_again(tmp_path, damage):
+    make(tmp_path)
+    before, path = contents(tmp_path), tmp_path / "shard-00001.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        (path if damage == "missing" else path.with_suffix(".json")).unlink()
+    assert parts(tmp_path).missing() == [1]
+    make(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_shard_in_another_process_s_hands_is_left_alone(tmp_path):
+    holder = "import sys, time; from pathlib import Path; from sfd import files\n"
+    holder += "with files.locked(Path(sys.argv[1]), ''): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", holder, str(tmp_path / ".shard-00001.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            with pytest.raises(SFDError, match=r"shard-00001\.safetensors is being made by another process"):
+                make(tmp_path)
+        finally:
+            process.kill()
+    make(tmp_path)  # a dead process holds nothing
+
+
+def test_a_set_is_not_finished_before_its_last_shard(tmp_path):
+    parts(tmp_path).make(encode, CPU, Part(1, 2))
+    with pytest.raises(SFDError, match=r"shard-00001\.safetensors is missing"):
+        parts(tmp_path).finish()
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4", ""])
+def test_parts_are_counted_from_one(text):
+    with pytest.raises(SFDError, match="is no part"):
+        parse_part(text)
+    assert parse_part("4/4") == Part(4, 4)
 
 
 def test_latents_of_another_tokenizer_are_not_mixed(tmp_path):
@@ -108,10 +181,3 @@ def test_latents_of_another_tokenizer_are_not_mixed(tmp_path):
 def test_latents_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(SFDError, match="non-finite values in 'texture'"):
         make(tmp_path, lambda images: {"texture": encode(images)["texture"] / 0}, tokenizers={"texture": "pool"})
-
-
-def test_a_damaged_finished_shard_is_named(tmp_path):
-    make(tmp_path)
-    (tmp_path / "shard-00001.safetensors").write_bytes(b"half")
-    with pytest.raises(SFDError, match=r"shard-00001\.safetensors is damaged"):
-        make(tmp_path)

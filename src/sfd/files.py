@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,19 +25,21 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def written(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` at the end, or remove it if the block fails.
 
     The block may write a file or make a folder. Only a folder replaces a folder that stands at `path`. Whatever wrote
     the files, they get the mode that the process's umask gives to new ones. What a killed process left half written at
-    `path` is removed first, so no two processes may write to one path at a time (see `exclusive`).
+    `path` is removed first, so no two processes may write to one path at a time (see `exclusive`), but for a `shared`
+    one: there, the last to write wins.
 
     Raises:
         SFDError: the disk is full, the place cannot be written to, or a file would replace a folder.
     """
     if not path.name:
         raise SFDError(f"{path} is a folder, but a file is to be written; give a file's name")
-    partial = path.with_name(f".{path.name}.partial")
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    partial = path.with_name(f".{path.name}{own}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
@@ -104,9 +107,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with written(path) as partial:
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a text file, whole or not at all; `shared`: other processes may be at it too."""
+    with written(path, shared=shared) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -182,21 +185,62 @@ def checksum(path: Path) -> str:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Hold a folder for this process alone.
+
+    Args:
+        folder: made if it is not there.
+        wait: seconds to wait for another process to leave it.
+
+    Raises:
+        SFDError: another process holds it, or it cannot be made.
+    """
+    message = f"{folder} is in use by another run; wait for it to end or choose another folder"
+    with locked(folder / ".lock", message, wait=wait):
+        yield
+
+
+@contextmanager
+def locked(path: Path, message: str, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold a lock file for this process alone, also against other machines that share the disk.
+
+    Args:
+        path: the lock file; it and its folder are made if they are not there.
+        message: said where another process holds it.
+        wait: seconds to wait for that process first.
 
     Raises:
         SFDError: another process holds it, or it cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path)
+        lock.acquire(timeout=wait)
     except filelock.Timeout:
-        raise SFDError(f"{folder} is in use by another run; wait for it to end or choose another folder") from None
+        raise SFDError(message) from None
     except OSError as error:
-        raise explained(error, folder) from None
+        raise explained(error, path.parent) from None
     try:
         yield
     finally:
         lock.release()
+
+
+def check_space(folder: Path, needed: int, otherwise: str) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Args:
+        folder: where it goes; it need not be there yet.
+        needed: bytes.
+        otherwise: what to do in place of freeing some.
+
+    Raises:
+        SFDError: there is less space.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise SFDError(
+            f"{folder} needs {needed / 2**30:.3g} GiB more, but its disk has {free / 2**30:.3g} GiB free; free some, "
+            f"choose another --out, or {otherwise}"
+        )

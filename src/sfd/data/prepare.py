@@ -1,14 +1,19 @@
-"""Latent shards made: every image encoded once, in both orientations, and a manifest that says what they are."""
+"""Latent shards, made: every image encoded once, in both orientations, and a manifest that says what they are.
+
+Several processes or machines may make one set: each makes the shards of its part, and the manifest is written of the
+receipts beside them. A shard's bytes are a function of the images, the encoders and the settings alone.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +22,8 @@ from torch import Tensor
 
 from sfd import files
 from sfd.data.images import ImageSource, to_tensor
-from sfd.data.latents import FEATURES, FORMAT, MANIFEST, Manifest, shard_path
-from sfd.data.statistics import ChannelStatistics
+from sfd.data.latents import FEATURES, FORMAT, MANIFEST, Manifest, ShardRecord, StreamRecord, shard_path
+from sfd.data.statistics import ChannelRecord, ChannelStatistics
 from sfd.errors import SFDError
 from sfd.progress import bar
 from sfd.settings import Settings, parse
@@ -36,6 +41,198 @@ class LatentSettings(Settings):
     features: bool = Field(True, description="keep the encoder's features, in half precision, for REPA")
 
 
+class Part(NamedTuple):
+    """Part `number` (from 1) of `of`: the shards that one of several processes makes."""
+
+    number: int
+    of: int
+
+
+WHOLE = Part(1, 1)
+
+
+def parse_part(text: str) -> Part:
+    """Read "2/4".
+
+    Raises:
+        SFDError: it is no part of a whole.
+    """
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise SFDError(f"{text!r} is no part; write I/N with I from 1 to N, such as 2/4")
+    return Part(int(number), int(of))
+
+
+class Receipt(Settings):
+    """The contents of `shard-NNNNN.json`, written once the shard beside it is whole, so that nobody reads it again."""
+
+    job: dict[str, str] = Field(description="what all shards of the set must share")
+    shard: ShardRecord
+    shapes: dict[str, tuple[int, int, int]] = Field(description="of each stream and of features: channels, grid, grid")
+    statistics: dict[str, ChannelRecord] = Field(description="of each stream, images that are not flipped")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A source on its way into shards, by one process or by several that share no more than the folder.
+
+    Args:
+        source: the images.
+        tokenizers: the identity of what makes each stream, and of the encoder of "features".
+        folder: where the shards and the manifest go.
+        settings: shard size, precision and the like.
+    """
+
+    source: ImageSource
+    tokenizers: Mapping[str, str]
+    folder: Path
+    settings: LatentSettings
+
+    @property
+    def job(self) -> dict[str, str]:
+        """What the shards depend on."""
+        job = {"data": self.source.identity, **{f"tokenizer.{k}": v for k, v in self.tokenizers.items()}}
+        settings = self.settings.model_dump(include={"shard_size", "dtype", "features"})
+        return job | {name: str(value) for name, value in settings.items()}
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(math.ceil(len(self.source) / self.settings.shard_size))
+
+    def indices(self, number: int) -> np.ndarray:
+        """The images of a shard."""
+        size = self.settings.shard_size
+        return np.arange(number * size, min((number + 1) * size, len(self.source)))
+
+    def receipt(self, number: int) -> Receipt | None:
+        """Find out whether a shard is made; None: it is not, or was cut short. Its content is not read.
+
+        Raises:
+            SFDError: it was made from other images, by other tokenizers, or with other settings.
+        """
+        path, shard = self.folder / f"shard-{number:05d}.json", shard_path(self.folder, number)
+        if not path.exists():
+            return None
+        receipt = parse(Receipt, files.read_json(path, "folder of latents"), str(path))
+        for key, value in self.job.items():
+            if receipt.job.get(key) != value:
+                raise SFDError(
+                    f"{self.folder} holds latents made with {key} {receipt.job.get(key)}, but this run has {value}; "
+                    "use another folder, or remove that one to encode anew"
+                )
+        return receipt if shard.is_file() and shard.stat().st_size == receipt.shard.bytes else None
+
+    def missing(self) -> list[int]:
+        """List the shards that are still to be made, by whichever part."""
+        return [number for number in self.shards if self.receipt(number) is None]
+
+    def make(self, encode: Encode, device: torch.device, part: Part = WHOLE) -> None:
+        """Make the shards of one part that are not there yet.
+
+        Args:
+            encode: images (B, 3, S, S) in [-1, 1] → one latent (B, C, g, g) a stream, and perhaps "features".
+            device: where `encode` computes.
+            part: number modulo `part.of` says whose a shard is.
+
+        Raises:
+            SFDError: the folder holds latents of other images or tokenizers, another process is at one of these
+                shards, or the disk is full.
+        """
+        missing = self.missing()
+        own = self.shards[part.number - 1 :: part.of]
+        name = "preparing latents" if part == WHOLE else f"preparing latents, part {part.number}/{part.of}"
+        with (
+            bar(name, sum(len(self.indices(number)) for number in own)) as shown,
+            ThreadPoolExecutor(self.settings.workers) as pool,
+        ):
+            for number in own:
+                if number not in missing:
+                    shown.advance(len(self.indices(number)))
+                    continue
+                with self._claimed(number):
+                    tensors = {"labels": torch.from_numpy(self.source.labels[self.indices(number)])}
+                    tensors |= _encode(
+                        self.source, self.indices(number), encode, self.settings, device, pool, shown.advance
+                    )
+                    self._write(number, tensors)
+                del tensors  # one shard in memory at a time
+
+    @contextmanager
+    def _claimed(self, number: int) -> Iterator[None]:
+        """Hold a shard for this process alone; the lock of one that is made serves no more, and goes."""
+        lock = self.folder / f".shard-{number:05d}.lock"
+        with files.locked(lock, f"{shard_path(self.folder, number)} is being made by another process; give each its "
+                          "own --part I/N, with one N for all"):  # fmt: skip
+            yield
+            lock.unlink(missing_ok=True)
+
+    def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write a shard, then its receipt."""
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise SFDError(
+                    f"encoding gave non-finite values in {name!r}; retrain the encoder or use dtype: float32"
+                )
+        path = shard_path(self.folder, number)
+        files.write_tensors(path, tensors)
+        kept = [name for name in self.tokenizers if name in tensors]
+        statistics = {name: ChannelStatistics(tensors[name].shape[1]) for name in kept if name != FEATURES}
+        for name, gathered in statistics.items():
+            gathered.add(tensors[name])
+        receipt = {
+            "job": self.job,
+            "shard": {
+                "file": path.name,
+                "count": len(tensors["labels"]),
+                "bytes": path.stat().st_size,
+                "sha256": files.checksum(path),
+            },
+            "shapes": {name: list(tensors[name].shape[1:]) for name in kept},
+            "statistics": {name: gathered.record().model_dump() for name, gathered in statistics.items()},
+        }
+        files.write_json(path.with_suffix(".json"), receipt)
+
+    def finish(self) -> Manifest:
+        """Write the manifest, of what the receipts say alone: the same however the shards were shared out.
+
+        Raises:
+            SFDError: a shard is missing.
+        """
+        receipts = [self.receipt(number) for number in self.shards]
+        made = [receipt for receipt in receipts if receipt is not None]
+        if len(made) < len(receipts):
+            raise SFDError(f"{shard_path(self.folder, receipts.index(None))} is missing; run the same command again")
+        shapes = made[0].shapes
+        manifest = Manifest(
+            format=FORMAT,
+            data=self.source.identity,
+            count=len(self.source),
+            classes=tuple(self.source.classes),
+            dtype=self.settings.dtype,
+            streams={name: self._stream(name, made) for name in made[0].statistics},
+            features={
+                "channels": shapes[FEATURES][0],
+                "grid": shapes[FEATURES][1],
+                "dtype": "float16",
+                "tokenizer": self.tokenizers[FEATURES],
+            }
+            if FEATURES in shapes
+            else None,
+            shards=tuple(receipt.shard for receipt in made),
+        )
+        files.write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))
+        return manifest
+
+    def _stream(self, name: str, receipts: list[Receipt]) -> StreamRecord:
+        channels, grid, _ = receipts[0].shapes[name]
+        statistics = ChannelStatistics(channels)
+        for receipt in receipts:
+            statistics.merge(receipt.statistics[name])
+        mean, std = tuple(statistics.mean.tolist()), tuple(statistics.std.tolist())
+        return StreamRecord(channels=channels, grid=grid, mean=mean, std=std, tokenizer=self.tokenizers[name])
+
+
 def prepare(
     source: ImageSource,
     encode: Encode,
@@ -45,54 +242,10 @@ def prepare(
     *,
     device: torch.device,
 ) -> Manifest:
-    """Encode a whole source into shards, or go on where an earlier call stopped.
-
-    Args:
-        source: the images.
-        encode: images (B, 3, S, S) in [-1, 1] → one latent (B, C, g, g) a stream, and perhaps "features".
-        tokenizers: the identity of what makes each stream, and of the encoder of "features".
-        folder: where the shards and the manifest go.
-        settings: shard size, precision and the like.
-        device: where `encode` computes.
-
-    Raises:
-        SFDError: the folder holds latents of other images or tokenizers, or the disk is full.
-    """
-    job = {"data": source.identity, **{f"tokenizer.{k}": v for k, v in tokenizers.items()}}
-    job |= {name: str(value) for name, value in settings.model_dump().items() if name not in ("batch_size", "workers")}
-    statistics: dict[str, ChannelStatistics] = {}
-    formats: dict[str, torch.Size] = {}
-    records = []
-    with bar("preparing latents", len(source)) as shown, ThreadPoolExecutor(settings.workers) as pool:
-        for number in range(math.ceil(len(source) / settings.shard_size)):
-            indices = np.arange(number * settings.shard_size, min((number + 1) * settings.shard_size, len(source)))
-            path = shard_path(folder, number)
-            if path.exists():
-                tensors = _finished(path, job)
-                shown.advance(len(indices))
-            else:
-                tensors = {"labels": torch.from_numpy(source.labels[indices])}
-                tensors |= _encode(source, indices, encode, settings, device, pool, shown.advance)
-                _write_shard(path, tensors, job)
-            for name in tokenizers:
-                if name != FEATURES:
-                    statistics.setdefault(name, ChannelStatistics(tensors[name].shape[1])).add(tensors[name])
-            formats = {name: tensor.shape[1:] for name, tensor in tensors.items()}
-            del tensors  # one shard in memory at a time
-            records.append({"file": path.name, "count": len(indices), "bytes": path.stat().st_size})
-            records[-1]["sha256"] = files.checksum(path)
-    manifest = {
-        "format": FORMAT,
-        "data": source.identity,
-        "count": len(source),
-        "classes": list(source.classes),
-        "dtype": settings.dtype,
-        "streams": {name: _stream_record(formats[name], statistics[name], tokenizers[name]) for name in statistics},
-        "features": _features_record(formats, tokenizers) if settings.features and FEATURES in formats else None,
-        "shards": records,
-    }
-    files.write_json(folder / MANIFEST, manifest)
-    return parse(Manifest, manifest, MANIFEST)
+    """Encode a whole source into shards, or go on where an earlier call stopped; see `Preparation`."""
+    preparation = Preparation(source, tokenizers, folder, settings)
+    preparation.make(encode, device)
+    return preparation.finish()
 
 
 def _encode(
@@ -135,39 +288,3 @@ def _read_ahead(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor], job: Mapping[str, str]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise SFDError(f"encoding gave non-finite values in {name!r}; retrain the encoder or use dtype: float32")
-    # One entry, because the order of several in the file is not always the same.
-    files.write_tensors(path, tensors, {"job": json.dumps(dict(job))})
-
-
-def _finished(path: Path, job: Mapping[str, str]) -> dict[str, Tensor]:
-    """Read a shard that an earlier call finished."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as handle:
-            before = json.loads((handle.metadata() or {}).get("job", "{}"))
-    except (SafetensorError, OSError) as error:
-        raise SFDError(f"{path} is damaged ({error}); remove it and run the same command again") from None
-    for key, value in job.items():
-        if before.get(key) != value:
-            raise SFDError(
-                f"{path.parent} holds latents made with {key} {before.get(key)}, but this run has {value}; "
-                "use another folder, or remove that one to encode anew"
-            )
-    return files.read_tensors(path)
-
-
-def _stream_record(shape: torch.Size, statistics: ChannelStatistics, tokenizer: str) -> dict[str, Any]:
-    mean, std = statistics.mean.tolist(), statistics.std.tolist()
-    return {"channels": shape[0], "grid": shape[1], "mean": mean, "std": std, "tokenizer": tokenizer}
-
-
-def _features_record(formats: Mapping[str, torch.Size], tokenizers: Mapping[str, str]) -> dict[str, Any]:
-    channels, grid, _ = formats[FEATURES]
-    return {"channels": channels, "grid": grid, "dtype": "float16", "tokenizer": tokenizers[FEATURES]}
