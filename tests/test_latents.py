@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sfd.data.images import to_tensor
 from sfd.data.latents import FEATURES, LatentSet
-from sfd.data.prepare import LatentSettings, Part, Preparation, parse_part, prepare
+from sfd.data.prepare import LatentSettings, Preparation, Share, parse_share, prepare
 from sfd.data.shapes import ShapesSource
 from sfd.errors import SFDError
 
@@ -120,7 +120,7 @@ def test_parts_in_any_order_give_the_same_bytes(tmp_path_factory, count, data):
     folder = tmp_path_factory.mktemp("parts")
     make(folder / "whole")
     for number in data.draw(st.permutations(range(1, count + 1))):
-        parts(folder / "parts").make(encode, CPU, Part(number, count))
+        parts(folder / "parts").make(encode, CPU, Share(number, count))
     parts(folder / "parts").finish()
     assert contents(folder / "parts") == contents(folder / "whole")
 
@@ -160,7 +160,7 @@ def test_a_shard_in_another_process_s_hands_is_left_alone(tmp_path):
 
 
 def test_a_set_is_not_finished_before_its_last_shard(tmp_path):
-    parts(tmp_path).make(encode, CPU, Part(1, 2))
+    parts(tmp_path).make(encode, CPU, Share(1, 2))
     with pytest.raises(SFDError, match=r"shard-00001\.safetensors is missing"):
         parts(tmp_path).finish()
 
@@ -168,8 +168,8 @@ def test_a_set_is_not_finished_before_its_last_shard(tmp_path):
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4", ""])
 def test_parts_are_counted_from_one(text):
     with pytest.raises(SFDError, match="is no part"):
-        parse_part(text)
-    assert parse_part("4/4") == Part(4, 4)
+        parse_share(text)
+    assert parse_share("4/4") == Share(4, 4)
 
 
 def test_latents_of_another_tokenizer_are_not_mixed(tmp_path):

@@ -41,7 +41,7 @@ def test_a_run_ends_with_a_report(finished):
 
 def test_previews_are_written(finished):
     names = sorted(p.name for p in (finished.folder.training / "previews").iterdir())
-    assert names == ["step-000000003.png", "step-000000006.png"]
+    assert names == ["real.png", "step-000000003.png", "step-000000006.png"]
 
 
 def test_the_same_command_does_nothing_again(finished):

@@ -164,7 +164,7 @@ def test_folders_without_shards(tmp_path):
 
 
 def test_labels_beyond_the_classes_are_refused():
-    with pytest.raises(SFDError, match="set latents"):
+    with pytest.raises(SFDError, match="set data"):
         open_published(SHARDS, classes=2)
 
 

@@ -16,7 +16,6 @@ import torch
 
 from sfd import files
 from sfd.config import Recipe, dump_recipe, load_recipe
-from sfd.data.latents import LatentSet
 from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
 from sfd.evaluation.extractors.classifier import divide
@@ -211,17 +210,23 @@ def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
         judged = " This run has no judge of its own: measure its samples with sfd evaluate SAMPLES --reference …"
     parameters = f"{model.history['parameters']:,}"
     return (
-        f"A semantic-first diffusion model of {parameters} parameters, trained from nothing on {recipe.data.source}."
+        f"A semantic-first diffusion model of {parameters} parameters, trained from nothing on {data_name(recipe)}."
         + judged
     )
 
 
+def data_name(recipe: Recipe) -> str:
+    """Say what the transformer is trained on."""
+    published = recipe.latents.published
+    return str(recipe.data.source) if published is None else f"the published latents in {published}"
+
+
 def _facts(pipeline: Pipeline) -> dict[str, str]:
     recipe, model = pipeline.recipe, pipeline.model
-    latents = LatentSet(pipeline.folder.latents)
     streams = "; ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid}" for s in model.composite.streams)
+    held_out = "" if recipe.data.source is None else f", {len(pipeline.images[1]):,} held out"
     return {
-        "Data": f"{recipe.data.source}, {len(latents):,} training images, {len(pipeline.images[1]):,} held out",
+        "Data": f"{data_name(recipe)}, {len(pipeline.latents):,} training images{held_out}",
         "Latent": streams,
         "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
         "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",

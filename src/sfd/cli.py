@@ -88,7 +88,11 @@ def _stage(
     dry_run: bool,
     tflops: float | None,
     device: str,
+    shared: bool = False,
 ) -> None:
+    """Do a stage's work alone in the run's folder; or `shared` with other processes, if the work sees to that."""
+    from contextlib import nullcontext
+
     from sfd import files
     from sfd.config import load_recipe
     from sfd.pipeline import Pipeline
@@ -105,7 +109,7 @@ def _stage(
         raise SFDError("--tflops says how fast training would be; give it together with --dry-run")
     check(resolved)
     single_process()
-    with files.exclusive(out):
+    with nullcontext() if shared else files.exclusive(out):
         pipeline = Pipeline(resolved, out, choose_device(device))
         # At once in a new folder; else only when the work was accepted, so that a refused command changes nothing.
         if not pipeline.folder.recipe.exists():
@@ -155,9 +159,17 @@ def train_semvae(**arguments: Any) -> None:
 
 @main.command("prepare")
 @recipe_command
-def prepare(**arguments: Any) -> None:
-    """Encode the training images into latent shards, in both orientations."""
-    _stage(lambda pipeline: pipeline.prepare(), **arguments)
+@click.option("--part", metavar="I/N", help="make only this share of the shards, beside other processes or machines")
+def prepare(part: str | None, **arguments: Any) -> None:
+    """Encode the training images into latent shards, in both orientations; or check published ones.
+
+    Any number of processes may share the work through a common folder: each gets the same command and its own --part,
+    from 1/N to N/N. The last to end writes the manifest.
+    """
+    from sfd.data.prepare import WHOLE, parse_share
+
+    chosen = WHOLE if part is None else parse_share(part)
+    _stage(lambda pipeline: pipeline.prepare(chosen), shared=part is not None, **arguments)
 
 
 @main.command("train")
@@ -221,6 +233,20 @@ def export(model: Path, out: Path, dtype: str) -> None:
     from sfd.sample_command import export_model
 
     export_model(model, out, dtype)
+
+
+@main.command("export-latents")
+@click.argument("latents", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--shard-size", type=click.IntRange(min=1), default=10000, show_default=True, help="images a shard")
+def export_latents(latents: Path, out: Path, shard_size: int) -> None:
+    """Write LATENTS (a run's folder, or its latents) to OUT in the published format, with their statistics."""
+    from sfd.data.published_latents import write_published
+    from sfd.preparation import find_latents
+
+    found = find_latents(latents)
+    write_published(found, out, shard_size)
+    click.echo(f"{len(found)} images in {out}")
 
 
 @main.command()

@@ -185,12 +185,27 @@ class Recipe(Settings):
             raise SFDError(
                 "evaluation.weak is set, but sample.guidance is 1, so it would do nothing; give a scale, such as 1.5"
             )
+        self._check_data()
+        return self
+
+    def _check_data(self) -> None:
+        if self.latents.published is not None and self.texture.train is not None:
+            raise SFDError(
+                "latents.published are another encoder's: a texture encoder trained here would decode them to noise; "
+                "give the one that made them, as texture.pretrained or texture.folder"
+            )
+        if self.data.source is None and self.latents.published is None:
+            raise SFDError("data.source is missing; give a folder of images, or latents.published=FOLDER")
+        if self.data.source is None and self.evaluation.classifier is not None:
+            raise SFDError(
+                "evaluation trains its classifier on held-out images, but data.source names none; give it, or set "
+                "evaluation.classifier=null"
+            )
         if self.data.holdout == 0 and self.evaluation.classifier is not None:
             raise SFDError(
                 "data.holdout is 0, but evaluation trains its classifier on held-out images; give a share, or set "
                 "evaluation.classifier=null"
             )
-        return self
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -19,7 +19,7 @@ from sfd.evaluation.report import duration
 from sfd.generate import SampleSettings
 from sfd.model import model_config
 from sfd.models.transformer import TransformerConfig, flops, parameter_count, projector_flops
-from sfd.plan import check, planned_compressor, planned_encoder
+from sfd.plan import check, latent_bytes, planned_compressor, planned_encoder
 
 # A training step costs a forward and a backward pass, the latter twice the former.
 PASSES_A_STEP = 3
@@ -96,8 +96,9 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
         f"{known.published_parameters:,} with the fixed position table, as published counts go",
         "latent": f"{_streams(known.config)}; {known.config.composite.token_grid**2} tokens",
         "texture encoder": f"{_count(planned_encoder(recipe.texture)):,} parameters ({recipe.texture.name})",
-        "semantic encoder": f"{_count(planned_encoder(recipe.semantic)):,} parameters ({recipe.semantic.name})",
+        **_semantic(recipe),
         **_compressor(recipe),
+        "latents on disk": _latents(recipe),
         "operations": f"{known.forward / 1e9:.4g} GFLOP an image forward (2 a multiply-add, of all matrix products), "
         f"{known.step / 1e12:.4g} TFLOP a training step ({PASSES_A_STEP} × (forward + REPA projector) × batch)",
         "training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {images:,} images seen, "
@@ -165,6 +166,8 @@ def _number(value: float | None) -> str:
 
 def _data(recipe: Recipe) -> str:
     source = recipe.data.source
+    if source is None:
+        return "no images"
     if source == "shapes":
         return f"shapes, {recipe.data.count:,} images"
     return source if Path(source).exists() else f"{source} is not there; give data.source=FOLDER"
@@ -172,6 +175,21 @@ def _data(recipe: Recipe) -> str:
 
 def _streams(config: TransformerConfig) -> str:
     return ", ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid} patch {s.patch_size}" for s in config.composite.streams)
+
+
+def _latents(recipe: Recipe) -> str:
+    if recipe.latents.published is not None:
+        return f"published, in {recipe.latents.published}"
+    latents, features = latent_bytes(recipe)
+    total = f"{(latents + features) / 2**10:.4g} KiB an image, {(latents + features) * 1e6 / 2**30:.4g} GiB a million"
+    return f"{total}; of that, {features / (latents + features):.0%} features for REPA"
+
+
+def _semantic(recipe: Recipe) -> dict[str, str]:
+    if recipe.latents.published is not None:
+        return {}
+    parameters = _count(planned_encoder(recipe.semantic))
+    return {"semantic encoder": f"{parameters:,} parameters ({recipe.semantic.name})"}
 
 
 def _compressor(recipe: Recipe) -> dict[str, str]:

@@ -9,24 +9,23 @@ where it stopped and another recipe in the same folder is refused.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sfd import files, randomness, registry, stages
+from sfd import files, preparation, randomness, registry, stages
 from sfd.config import EncoderSettings, Recipe, dump_recipe
 from sfd.data.cache import cached
 from sfd.data.folder import skipped_report
 from sfd.data.images import ImageSource, to_tensor
-from sfd.data.latents import FEATURES, MANIFEST, LatentSet, shard_path
+from sfd.data.latents import FEATURES, MANIFEST, LatentSet
 from sfd.data.open import check_classes, open_source
-from sfd.data.prepare import prepare
+from sfd.data.prepare import WHOLE, Share
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
 from sfd.errors import SFDError
@@ -66,8 +65,9 @@ class Pipeline:
         if weak is not None:  # needed only at the end, but missed at the start
             files.read_json(model_folder(Path(weak)) / RECORD, "model directory (evaluation.weak)")
         self.train_texture()
-        self.train_semantic()
-        self.train_compressor()
+        if self.recipe.latents.published is None:
+            self.train_semantic()
+            self.train_compressor()
         self.prepare()
         self.train()
         if self.recipe.evaluation.classifier is not None:
@@ -77,12 +77,12 @@ class Pipeline:
         """Load the published encoders first: one that cannot be had should not be found out after hours."""
         if self.recipe.texture.pretrained is not None:
             _ = self.texture
-        if self.recipe.semantic.pretrained is not None:
+        if self.recipe.semantic.pretrained is not None and self.recipe.latents.published is None:
             _ = self.semantic
 
     def save_recipe(self) -> None:
         """Keep the resolved recipe with the run."""
-        files.write_text(self.folder.recipe, dump_recipe(self.recipe))
+        files.write_text(self.folder.recipe, dump_recipe(self.recipe), shared=True)
 
     @cached_property
     def images(self) -> tuple[ImageSource, ImageSource]:
@@ -94,7 +94,7 @@ class Pipeline:
         opened = open_source(self.recipe.data)
         skipped = skipped_report(opened)
         if skipped:
-            files.write_text(self.folder.skipped, skipped)
+            files.write_text(self.folder.skipped, skipped, shared=True)
         else:
             self.folder.skipped.unlink(missing_ok=True)
         training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
@@ -104,11 +104,11 @@ class Pipeline:
 
     def train_texture(self) -> None:
         """Train the texture encoder."""
-        self._train_encoder(self.recipe.texture, self._texture_stage())
+        self._train_encoder(self.recipe.texture, self._texture_stage)
 
     def train_semantic(self) -> None:
         """Train the semantic encoder."""
-        self._train_encoder(self.recipe.semantic, self._semantic_stage())
+        self._train_encoder(self.recipe.semantic, self._semantic_stage)
 
     def _texture_stage(self) -> Stage:
         return self._encoder_stage("texture encoder", "sfd train-texture", self.recipe.texture, self.folder.texture)
@@ -119,16 +119,16 @@ class Pipeline:
     def _encoder_stage(self, name: str, command: str, settings: EncoderSettings, folder: Path) -> Stage:
         made_from = {
             "seed": self.recipe.seed,
-            "data": self._data(),
+            "data": self.data_record(),
             "encoder": settings.model_dump(exclude={"train"}),
             "train": _lasting(settings.train),
         }
         return Stage(name, command, folder, made_from, _extent(settings.train), _part_files(folder))
 
-    def _train_encoder(self, settings: EncoderSettings, stage: Stage) -> None:
+    def _train_encoder(self, settings: EncoderSettings, make_stage: Callable[[], Stage]) -> None:
         if settings.train is None:
             return
-        train, module = settings.train, registry.find(ENCODERS, settings.name, "encoder")
+        train, module, stage = settings.train, registry.find(ENCODERS, settings.name, "encoder"), make_stage()
 
         def work() -> None:
             with randomness.seeded(self.recipe.seed, stage.name):
@@ -143,21 +143,21 @@ class Pipeline:
     def texture(self) -> TextureEncoder:
         """The texture encoder: the one that the recipe names, or the one that this run made."""
         settings = self.recipe.texture
-        encoder = _published(settings) or load_texture_encoder(_trained(settings, self._texture_stage()))
+        encoder = _published(settings) or load_texture_encoder(_trained(settings, self._texture_stage))
         return cast(TextureEncoder, encoder.to(self.device))
 
     @cached_property
     def semantic(self) -> SemanticEncoder:
         """The semantic encoder: the one that the recipe names, or the one that this run made."""
         settings = self.recipe.semantic
-        encoder = _published(settings) or load_semantic_encoder(_trained(settings, self._semantic_stage()))
+        encoder = _published(settings) or load_semantic_encoder(_trained(settings, self._semantic_stage))
         return cast(SemanticEncoder, encoder.to(self.device))
 
     def _compressor_stage(self) -> Stage:
         settings, folder = self.recipe.compressor, self.folder.compressor
         made_from = {
             "seed": self.recipe.seed,
-            "data": self._data(),
+            "data": self.data_record(),
             "encoder": self.semantic.identity,
             "compressor": settings.model_dump(exclude={"train"}),
             "train": _lasting(settings.train),
@@ -209,34 +209,22 @@ class Pipeline:
             tokenizers["semantic"] = f"{self.semantic.identity}+{self.compressor.identity}"
         return tokenizers | {FEATURES: self.semantic.identity}
 
-    def _latents_stage(self) -> Stage:
-        made_from = {
-            "data": self._data(),
-            "tokenizers": self.tokenizers,
-            "latents": self.recipe.latents.model_dump(exclude={"batch_size", "workers"}),
-        }
-        count = math.ceil(len(self.images[0]) / self.recipe.latents.shard_size)
-        results = (self.folder.latents / MANIFEST, *(shard_path(self.folder.latents, i) for i in range(count)))
-        return Stage("latents", "sfd prepare", self.folder.latents, made_from, results=results)
+    @cached_property
+    def latents_stage(self) -> Stage:
+        """The stage that makes the latents, or checks published ones."""
+        return preparation.latents_stage(self)
 
-    def prepare(self) -> None:
-        """Encode the training images into latent shards."""
+    def prepare(self, share: Share = WHOLE) -> None:
+        """Encode the training images into latent shards, all or one part of them; or check published ones."""
+        preparation.prepare_latents(self, share)
 
-        def work() -> None:
-            settings = self.recipe.latents
-            prepare(self.images[0], self._encode, self.tokenizers, self.folder.latents, settings, device=self.device)
-
-        self._latents_stage().carry_out(work, self.device)
-
-    def _encode(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.semantic.encode(images)
-        latents = {"texture": self.texture.encode(images)}
-        if "semantic" in self.recipe.streams:
-            latents["semantic"] = self.compressor.encode(features)
-        return latents | {FEATURES: features}
+    @cached_property
+    def latents(self) -> LatentSet:
+        """The latents to train on."""
+        return preparation.open_latents(self)
 
     def _transformer_stage(self) -> Stage:
-        self._latents_stage().require()
+        self.latents_stage.require()
         recipe = self.recipe
         made_from = {
             "seed": recipe.seed,
@@ -252,8 +240,8 @@ class Pipeline:
         self._transformer_stage().carry_out(self._train, self.device)
 
     def _train(self) -> None:
-        recipe = self.recipe
-        latents = LatentSet(self.folder.latents)
+        recipe, latents = self.recipe, self.latents
+        preparation.write_real_preview(self, latents)
         config = transformer_config(recipe, latents)
         schedule = build_schedule(recipe.schedule, config.composite.names)
         network = Transformer(config, seed=recipe.seed)
@@ -323,7 +311,10 @@ class Pipeline:
 
     def _evaluator_stage(self) -> Stage:
         settings, folder = self.classifier_settings, self.folder.evaluator
-        made_from: dict[str, Any] = {"data": self._data(), "classifier": settings.model_dump(exclude={"training"})}
+        made_from: dict[str, Any] = {
+            "data": self.data_record(),
+            "classifier": settings.model_dump(exclude={"training"}),
+        }
         made_from["training"] = _lasting(settings.training)
         results = (folder / "extractor" / "extractor.json",)
         extent = _extent(settings.training)
@@ -344,7 +335,8 @@ class Pipeline:
         self._evaluator_stage().require()
         return load_extractor(self.folder.evaluator / "extractor", self.device)
 
-    def _data(self) -> dict[str, Any]:
+    def data_record(self) -> dict[str, Any]:
+        """What a stage's images are, for its record."""
         return {**self.recipe.data.model_dump(exclude={"strict", "classes"}), "identity": self.images[0].identity}
 
 
@@ -376,10 +368,11 @@ def _published(settings: EncoderSettings) -> Part | None:
     return cast(Part, module.pretrained(settings.pretrained, settings.config))
 
 
-def _trained(settings: EncoderSettings, stage: Stage) -> Path:
+def _trained(settings: EncoderSettings, make_stage: Callable[[], Stage]) -> Path:
     """Find a trained encoder: the one that the recipe names, or the one that this run made."""
     if settings.folder is not None:
         return Path(settings.folder)
+    stage = make_stage()
     stage.require()
     return stage.folder
 

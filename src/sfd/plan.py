@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 
 from sfd import registry
 from sfd.config import EncoderSettings, Recipe
+from sfd.data.latents import FEATURES
+from sfd.data.published_latents import KEYS, read_shards
 from sfd.encoders import SEMANTIC, TEXTURE, load_encoder
 from sfd.errors import SFDError
 from sfd.generate import check_sampling
@@ -53,35 +55,82 @@ def planned_architecture(recipe: Recipe) -> TransformerConfig:
 
     Classes that `data.classes` does not tell are known only with the data, and count as 0.
     """
-    texture, semantic = planned_encoder(recipe.texture), planned_encoder(recipe.semantic)
-    for stream, encoder, kind in (("texture", texture, TEXTURE), ("semantic", semantic, SEMANTIC)):
-        if encoder.kind != kind:
-            raise SFDError(f"{stream}: {encoder.name!r} is a {encoder.kind}, but a {kind} is needed; name another")
-    shapes = {
-        "texture": (texture.channels, texture.downsample),
-        "semantic": (recipe.compressor.channels, semantic.downsample),
-    }
-    for name, (_, downsample) in shapes.items():
-        _check_size(recipe, f"{name} encoder", downsample)
-    tile = getattr(semantic, "tile", 1)
-    if recipe.data.image_size % tile:
-        raise SFDError(
-            f"data.image_size is {recipe.data.image_size}, but the semantic encoder reads tiles of {tile} pixels; "
-            f"choose a multiple of {tile}, or set semantic.config.tile"
-        )
+    shapes = planned_shapes(recipe)
     composite = Composite(
         streams=tuple(
             Stream(
                 name=name,
-                channels=shapes[name][0],
-                grid=recipe.data.image_size // shapes[name][1],
+                channels=shapes[name].channels,
+                grid=shapes[name].grid,
                 patch_size=stream.patch_size,
                 weight=stream.weight,
             )
             for name, stream in recipe.streams.items()
         )
     )
-    return architecture(recipe, composite, recipe.data.classes or 0, semantic.channels)
+    features = shapes[FEATURES].channels if FEATURES in shapes else None
+    return architecture(recipe, composite, recipe.data.classes or 0, features)
+
+
+class Shape(NamedTuple):
+    """What a latent is."""
+
+    channels: int
+    grid: int
+
+
+def planned_shapes(recipe: Recipe) -> dict[str, Shape]:
+    """Derive the shape of each stream, and of the features, from the encoders or from published shards.
+
+    Raises:
+        SFDError: encoders of the wrong kind or for other image sizes, or published latents that do not fit the recipe.
+    """
+    texture, size = planned_encoder(recipe.texture), recipe.data.image_size
+    _check_kind("texture", texture, TEXTURE)
+    _check_size(recipe, "texture encoder", texture.downsample)
+    shapes = {"texture": Shape(texture.channels, size // texture.downsample)}
+    if recipe.latents.published is not None:
+        return _published_shapes(recipe, Path(recipe.latents.published), shapes["texture"])
+    semantic = planned_encoder(recipe.semantic)
+    _check_kind("semantic", semantic, SEMANTIC)
+    _check_size(recipe, "semantic encoder", semantic.downsample)
+    tile = getattr(semantic, "tile", 1)
+    if size % tile:
+        raise SFDError(
+            f"data.image_size is {size}, but the semantic encoder reads tiles of {tile} pixels; "
+            f"choose a multiple of {tile}, or set semantic.config.tile"
+        )
+    grid = size // semantic.downsample
+    return shapes | {"semantic": Shape(recipe.compressor.channels, grid), FEATURES: Shape(semantic.channels, grid)}
+
+
+def _published_shapes(recipe: Recipe, folder: Path, decoded: Shape) -> dict[str, Shape]:
+    entries = read_shards(folder)[0].entries
+    shapes = {name: Shape(*entries[key].shape[1:3]) for name, key in KEYS.items() if key in entries}
+    if shapes["texture"] != decoded:
+        raise SFDError(
+            f"{folder} holds texture latents of {_shape(shapes['texture'])}, but the texture encoder decodes "
+            f"{_shape(decoded)} for data.image_size {recipe.data.image_size}; name the encoder and the image size that "
+            "they were made with"
+        )
+    for name in recipe.streams:
+        if name not in shapes:
+            raise SFDError(f"{folder} holds no {name} latents ({KEYS[name]}); take it out with streams.{name}=null")
+    if recipe.loss.repa and FEATURES not in shapes:
+        raise SFDError(f"{folder} holds no features ({KEYS[FEATURES]}), which loss.repa needs; set loss.repa=0")
+    return shapes
+
+
+def _shape(shape: Shape) -> str:
+    return f"{shape.channels} channels on {shape.grid}×{shape.grid}"
+
+
+def latent_bytes(recipe: Recipe) -> tuple[int, int]:
+    """Give the bytes that an image takes in the shards, in both orientations: its latents', and its features'."""
+    shapes, orientations = planned_shapes(recipe), 2
+    entry, half = getattr(torch, recipe.latents.dtype).itemsize, torch.float16.itemsize
+    sizes = {name: orientations * shape.channels * shape.grid**2 for name, shape in shapes.items()}
+    return entry * sum(sizes[name] for name in recipe.streams), half * sizes[FEATURES] * recipe.latents.features
 
 
 def architecture(recipe: Recipe, composite: Composite, num_classes: int, features: int | None) -> TransformerConfig:
@@ -135,8 +184,8 @@ def _without_memory(build: Callable[[Any], Part], config: type[Settings], values
 
 
 def planned_compressor(recipe: Recipe) -> Part | None:
-    """Build the compressor without memory for its weights; None where no semantic stream is generated."""
-    if "semantic" not in recipe.streams:
+    """Build the compressor without memory for its weights; None where no semantic latents are made."""
+    if "semantic" not in recipe.streams or recipe.latents.published is not None:
         return None
     channels = planned_encoder(recipe.semantic).channels
     with torch.device("meta"):
@@ -152,6 +201,11 @@ def _check_evaluator(recipe: Recipe) -> None:
         _check_size(recipe, "evaluation classifier", evaluator.config.downsample)
 
 
+def _check_kind(stream: str, encoder: Any, kind: str) -> None:
+    if encoder.kind != kind:
+        raise SFDError(f"{stream}: {encoder.name!r} is a {encoder.kind}, but a {kind} is needed; name another")
+
+
 def _check_size(recipe: Recipe, what: str, downsample: int) -> None:
     if recipe.data.image_size % downsample:
         raise SFDError(
@@ -163,7 +217,7 @@ def _check_size(recipe: Recipe, what: str, downsample: int) -> None:
 def _check_repa(recipe: Recipe, composite: Composite) -> None:
     if not recipe.latents.features:
         raise SFDError("loss.repa needs the encoder's features; set latents.features=true, or loss.repa=0")
-    grid = recipe.data.image_size // planned_encoder(recipe.semantic).downsample
+    grid = planned_shapes(recipe)[FEATURES].grid
     if grid != composite.token_grid:
         raise SFDError(
             f"loss.repa aligns tokens with features, but tokens are on a grid of {composite.token_grid} rows and "

@@ -108,13 +108,17 @@ class Stage:
             except BaseException:
                 # An interrupted attempt counts too; one that is killed outright cannot be counted.
                 if self.folder.is_dir():
-                    files.write_json(self.folder / SPENT, {"seconds": earlier + usage.so_far()})
+                    self.spend(usage.so_far())
                 raise
         record: dict[str, Any] = {"stage": self.name, "finished": files.now(), **usage.record()}
         record["seconds"] += earlier
         record |= {"made_from": files.plain(self.made_from), "extent": files.plain(self.extent)}
         files.write_json(self.folder / RECORD, record)
         (self.folder / SPENT).unlink(missing_ok=True)
+
+    def spend(self, seconds: float) -> None:
+        """Count the time of an attempt that did not finish the stage."""
+        files.write_json(self.folder / SPENT, {"seconds": self._spent() + seconds})
 
     def _spent(self) -> float:
         """Seconds of earlier attempts: interrupted ones, or a finished one that now goes on."""

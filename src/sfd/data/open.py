@@ -14,8 +14,11 @@ from sfd.settings import Settings
 class DataSettings(Settings):
     """Which images, at what size, and how many of them are held out."""
 
-    source: str = Field(
-        min_length=1, description='a folder or zip of images, or "shapes" (a folder of that name: "./shapes")'
+    source: str | None = Field(
+        None,
+        min_length=1,
+        description='a folder or zip of images, or "shapes" (a folder of that name: "./shapes"); '
+        "null: none, where the latents are published and nothing is measured",
     )
     image_size: int = Field(32, gt=0, description="rows and columns; images are scaled and centre-cropped to it")
     count: int = Field(20000, gt=0, description="number of images; shapes only")
@@ -34,6 +37,8 @@ def open_source(settings: DataSettings) -> ImageSource:
         SFDError: it cannot be used; see FolderSource, ShapesSource and `check_classes`.
     """
     source: ImageSource
+    if settings.source is None:
+        raise SFDError("this takes images, but the recipe names none; give data.source=FOLDER")
     if settings.source == "shapes":
         source = ShapesSource(settings.count, settings.seed, settings.image_size)
     else:

@@ -39,19 +39,20 @@ class LatentSettings(Settings):
     workers: int = Field(2, gt=0, description="threads that read images ahead of the encoder")
     dtype: Literal["float32", "float16"] = "float32"
     features: bool = Field(True, description="keep the encoder's features, in half precision, for REPA")
+    published: str | None = Field(None, description="train on the published shards in this folder; make none")
 
 
-class Part(NamedTuple):
-    """Part `number` (from 1) of `of`: the shards that one of several processes makes."""
+class Share(NamedTuple):
+    """What one of several processes makes: every `of`-th shard, from the `number`-th (counted from 1) on."""
 
     number: int
     of: int
 
 
-WHOLE = Part(1, 1)
+WHOLE = Share(1, 1)
 
 
-def parse_part(text: str) -> Part:
+def parse_share(text: str) -> Share:
     """Read "2/4".
 
     Raises:
@@ -60,7 +61,7 @@ def parse_part(text: str) -> Part:
     number, slash, of = text.partition("/")
     if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise SFDError(f"{text!r} is no part; write I/N with I from 1 to N, such as 2/4")
-    return Part(int(number), int(of))
+    return Share(int(number), int(of))
 
 
 class Receipt(Settings):
@@ -127,21 +128,21 @@ class Preparation:
         """List the shards that are still to be made, by whichever part."""
         return [number for number in self.shards if self.receipt(number) is None]
 
-    def make(self, encode: Encode, device: torch.device, part: Part = WHOLE) -> None:
+    def make(self, encode: Encode, device: torch.device, share: Share = WHOLE) -> None:
         """Make the shards of one part that are not there yet.
 
         Args:
             encode: images (B, 3, S, S) in [-1, 1] → one latent (B, C, g, g) a stream, and perhaps "features".
             device: where `encode` computes.
-            part: number modulo `part.of` says whose a shard is.
+            share: the number modulo `share.of` says whose a shard is.
 
         Raises:
             SFDError: the folder holds latents of other images or tokenizers, another process is at one of these
                 shards, or the disk is full.
         """
         missing = self.missing()
-        own = self.shards[part.number - 1 :: part.of]
-        name = "preparing latents" if part == WHOLE else f"preparing latents, part {part.number}/{part.of}"
+        own = self.shards[share.number - 1 :: share.of]
+        name = "preparing latents" if share == WHOLE else f"preparing latents, part {share.number}/{share.of}"
         with (
             bar(name, sum(len(self.indices(number)) for number in own)) as shown,
             ThreadPoolExecutor(self.settings.workers) as pool,

@@ -207,7 +207,7 @@ def _classes(shards: list[Shard], given: int | None) -> tuple[str, ...]:
         if low < 0 or (given is not None and high >= given):
             raise SFDError(
                 f"{shard.path}: labels lie between {low} and {high}, but should between 0 and "
-                f"{'the number of classes' if given is None else given - 1}; set latents.classes, or mend the shard"
+                f"{'the number of classes' if given is None else given - 1}; set data.classes, or mend the shard"
             )
         largest = max(largest, high)
     count = largest + 1 if given is None else given

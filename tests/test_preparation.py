@@ -1,0 +1,218 @@
+"""The stage that gives a run its latents: shared between processes, killed, and replaced by published ones."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from sfd import files
+from sfd.cli import main
+from sfd.config import load_recipe
+from sfd.data.latents import LatentSet
+from sfd.data.prepare import Share
+from sfd.data.published_latents import open_published
+from sfd.errors import SFDError
+from sfd.pipeline import Pipeline
+from sfd.plan import check, latent_bytes
+from tiny import write_recipe
+
+CPU = torch.device("cpu")
+# Small shards that take long: there is time to kill a process between two of them.
+SLOW = ("latents.shard_size=10", "latents.batch_size=1")
+
+
+def sfd(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def start(recipe, out, *options):
+    command = [sys.executable, "-m", "sfd", "prepare", recipe, *SLOW, "--out", out, "--device", "cpu", *options]
+    return subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True)
+
+
+def contents(folder):
+    names = [p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.startswith("shard-")]
+    return {name: (folder / name).read_bytes() for name in (*names, "manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def encoders(finished, tmp_path_factory):
+    """A run's folder with encoders alone."""
+
+    def copy():
+        out = tmp_path_factory.mktemp("run") / "out"
+        for part in ("texture", "semantic", "compressor"):
+            shutil.copytree(finished.folder.root / part, out / part)
+        return out
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def alone(encoders, recipe):
+    """What one process makes undisturbed."""
+    pipeline = Pipeline(load_recipe(recipe, SLOW), encoders(), CPU)
+    pipeline.prepare()
+    return contents(pipeline.folder.latents)
+
+
+def test_a_killed_preparation_goes_on_to_the_same_bytes(encoders, recipe, alone):
+    out = encoders()
+    process = start(recipe, out)
+    while len(list((out / "latents").glob("shard-*.json"))) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (out / "latents" / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "latents").glob("shard-*.json")}
+    again = start(recipe, out)
+    assert again.wait() == 0
+    assert contents(out / "latents") == alone
+    assert all(path.stat().st_mtime_ns == made for path, made in kept.items())
+
+
+def test_two_processes_make_the_same_bytes_as_one(encoders, recipe, alone):
+    out = encoders()
+    processes = [start(recipe, out, "--part", f"{number}/2") for number in (1, 2)]
+    assert [process.communicate()[0] or process.returncode for process in processes] == [0, 0]
+    assert contents(out / "latents") == alone
+    Pipeline(load_recipe(recipe, SLOW), out, CPU).latents_stage.require()
+
+
+def test_the_last_share_finishes_the_stage_and_counts_all_time(encoders, recipe, alone):
+    pipeline = Pipeline(load_recipe(recipe, SLOW), encoders(), CPU)
+    pipeline.prepare(Share(2, 2))
+    assert not pipeline.latents_stage.finished()
+    spent = files.read_json(pipeline.folder.latents / "spent.json", "stage")["seconds"]
+    pipeline.prepare(Share(1, 2))
+    assert pipeline.latents_stage.finished() and contents(pipeline.folder.latents) == alone
+    assert files.read_json(pipeline.folder.latents / "stage.json", "stage")["seconds"] > spent > 0
+
+
+def test_shares_of_two_recipes_are_not_mixed(encoders, recipe):
+    out = encoders()
+    Pipeline(load_recipe(recipe), out, CPU).prepare(Share(1, 2))
+    with pytest.raises(SFDError, match="latents made with dtype float32, but this run has float16"):
+        Pipeline(load_recipe(recipe, ["latents.dtype=float16"]), out, CPU).prepare(Share(2, 2))
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_work(encoders, recipe, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    out = encoders()
+    with pytest.raises(SFDError, match=r"GiB free; free some.*latents\.features=false"):
+        Pipeline(load_recipe(recipe), out, CPU).prepare()
+    assert not list((out / "latents").glob("shard-*"))
+
+
+def test_the_size_on_disk_is_known_beforehand(finished):
+    latents = finished.folder.latents
+    bytes_an_image = sum(latent_bytes(finished.recipe)) + 8  # and its label
+    tensors = sum(t.nbytes for path in latents.glob("*.safetensors") for t in files.read_tensors(path).values())
+    assert tensors == bytes_an_image * len(LatentSet(latents))
+
+
+def test_the_size_on_disk_is_said_beforehand(recipe, tmp_path):
+    assert "KiB an image" in sfd("prepare", recipe, "--out", tmp_path, "--dry-run", "--device", "cpu").output
+
+
+@pytest.fixture(scope="module")
+def published(finished, tmp_path_factory):
+    """The finished run's latents as published shards."""
+    out = tmp_path_factory.mktemp("published") / "shards"
+    result = sfd("export-latents", finished.folder.root, out, "--shard-size", 50)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def overrides(finished, published):
+    texture = f"texture={{name: autoencoder_kl, train: null, config: {{}}, folder: '{finished.folder.texture}'}}"
+    data = ["data={source: null, count: 20000}", "evaluation.classifier=null"]
+    return [f"latents.published='{published}'", texture, *data]
+
+
+def test_an_export_of_latents_reads_back(finished, published):
+    ours, theirs = LatentSet(finished.folder.latents), open_published(published)
+    everything, flips = np.arange(len(ours)), np.arange(len(ours)) % 2 == 0
+    for name in ("texture", "semantic", "features"):
+        assert torch.equal(ours.read(name, everything, flips), theirs.read(name, everything, flips))
+    assert torch.equal(ours.labels, theirs.labels)
+
+
+def test_a_run_on_published_latents_needs_no_images(finished, published, recipe, tmp_path):
+    out = tmp_path / "o"
+    result = sfd("run", recipe, *overrides(finished, published), "--out", out, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    model = Pipeline(load_recipe(out / "recipe.yaml"), out, CPU).model
+    for ours, theirs in zip(model.composite.streams, finished.model.composite.streams, strict=True):
+        assert ours.mean == pytest.approx(theirs.mean, abs=1e-6) and ours.std == pytest.approx(theirs.std)
+    assert not (out / "semantic").exists() and (out / "report.html").exists()
+    again = sfd("export-latents", out, tmp_path / "again")
+    assert again.exit_code == 0, again.output
+
+
+def test_real_latents_are_shown_decoded(finished):
+    from sfd.data.images import to_tensor
+
+    with Image.open(finished.folder.training / "previews" / "real.png") as image:
+        shown = np.asarray(image.convert("RGB"))
+    images = finished.images[0]
+    decoded = finished.texture.decode(finished.texture.encode(to_tensor(images.load([0]))))
+    first = (decoded[0].permute(1, 2, 0).clamp(-1, 1) + 1).mul(127.5).round().numpy()
+    height, width = first.shape[:2]
+    rows, columns = (range(size - edge + 1) for size, edge in zip(shown.shape, (height, width), strict=False))
+    found = (np.abs(shown[r : r + height, c : c + width] - first).max() <= 1 for r in rows[:4] for c in columns[:4])
+    assert any(found)
+
+
+def test_other_shards_in_the_same_place_are_refused(finished, published, recipe, tmp_path):
+    shards = shutil.copytree(published, tmp_path / "shards")
+    arguments = [*overrides(finished, shards), "--out", tmp_path / "o", "--device", "cpu"]
+    prepared = sfd("prepare", recipe, *arguments)
+    assert prepared.exit_code == 0, prepared.output
+    path = min(shards.glob("*.safetensors"))
+    tensors = files.read_tensors(path)
+    files.write_tensors(path, {**tensors, "latents": tensors["latents"] + 1})
+    result = sfd("train", recipe, *arguments)
+    assert result.exit_code == 2 and "was made with published = " in result.output
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.image_size=64", "16 channels on 4×4, but the texture encoder decodes 16 channels on 8×8"),
+        ("texture={name: autoencoder_kl, config: {widths: [16, 16]}, folder: null, train: {steps: 1, "
+         "batch_size: 1, learning_rate: 1.0e-3}}", "would decode them to noise"),
+        ("latents.published=null", "data.source is missing"),
+        ("latents.published='nowhere'", "there is no folder nowhere"),
+        ("evaluation={samples_per_class: 2, classifier: {training: {steps: 3, batch_size: 8, learning_rate: 1.0e-3}}}",
+         "evaluation.classifier=null"),
+    ],
+)  # fmt: skip
+def test_published_latents_that_do_not_fit_are_refused(finished, published, recipe, override, words):
+    with pytest.raises(SFDError) as refusal:
+        check(load_recipe(recipe, [*overrides(finished, published), override]))
+    assert words in str(refusal.value)
+
+
+def test_published_latents_without_semantics_or_features_are_refused(finished, published, recipe, tmp_path):
+    shards = shutil.copytree(published, tmp_path / "shards")
+    for kept, words in (("latents_sv", "holds no features"), ("latents", "holds no semantic latents")):
+        for path in shards.glob("*.safetensors"):
+            tensors = files.read_tensors(path)
+            dropped = "feats_dino" if kept == "latents_sv" else "latents_sv"
+            files.write_tensors(path, {k: t for k, t in tensors.items() if not k.startswith(dropped)})
+        with pytest.raises(SFDError, match=words):
+            check(load_recipe(recipe, overrides(finished, shards)))
