@@ -291,3 +291,39 @@ def test_a_folder_that_may_not_be_listed_is_explained(pets: Path) -> None:
 def test_a_senseless_size_is_explained(pets: Path) -> None:
     with pytest.raises(SFDError, match="image_size is 0"):
         FolderSource(pets, 0)
+
+
+def remembered(path: Path, memory: Path) -> tuple[FolderSource, bool]:
+    """Open with nothing kept; and whether the files were decoded for it."""
+    before = memory.stat().st_mtime_ns if memory.exists() else None
+    source = FolderSource(path, 8, budget=0, memory=memory)
+    return source, not memory.exists() or memory.stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_check_is_remembered_until_a_file_changes(pets: Path, tmp_path: Path, packed: bool) -> None:
+    def place() -> Path:
+        return pack(pets, tmp_path / "pets.zip") if packed else pets
+
+    path, memory = place(), tmp_path / "run" / "checked.json"
+    first, checked = remembered(path, memory)
+    again, repeated = remembered(path, memory)
+    assert checked and not repeated
+    assert again.identity == first.identity and np.array_equal(again.load(range(3)), first.load(range(3)))
+    put(pets / "dog/a.png", (200, 0, 0))
+    changed, repeated = remembered(place(), memory)
+    assert repeated and changed.identity != first.identity
+
+
+def test_a_check_that_found_damage_is_not_remembered(pets: Path, tmp_path: Path) -> None:
+    (pets / "dog/bad.png").write_bytes(b"bad")
+    memory = tmp_path / "checked.json"
+    assert remembered(pets, memory)[0].skipped and not memory.exists()
+
+
+def test_a_damaged_memory_is_made_anew(pets: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "checked.json"
+    source, _ = remembered(pets, memory)
+    memory.write_text('{"seen":')
+    again, checked = remembered(pets, memory)
+    assert checked and again.identity == source.identity

@@ -91,7 +91,7 @@ class Pipeline:
         Raises:
             SFDError: there are too few, or they do not fit the evaluator; said before anything is trained.
         """
-        opened = open_source(self.recipe.data)
+        opened = open_source(self.recipe.data, self.folder.checked)
         skipped = skipped_report(opened)
         if skipped:
             files.write_text(self.folder.skipped, skipped, shared=True)

@@ -155,7 +155,7 @@ def write_real_preview(pipeline: Pipeline, latents: LatentSet) -> None:
     raw = latents.read(TEXTURE_STREAM, chosen, np.zeros(len(chosen), bool)).to(pipeline.device)
     with torch.no_grad():
         images = to_uint8(pipeline.texture.decode(raw))
-    with files.written(path) as partial:
+    with files.written(path, shared=True) as partial:
         image_grid(images, columns=REAL_COLUMNS).save(partial, "PNG")
     if pipeline.recipe.latents.published is not None:
         console.print(f"look whether these are images, not noise: {path}", markup=False, soft_wrap=True)

@@ -24,6 +24,7 @@ class RunFolder:
         self.root = root
         self.recipe = root / "recipe.yaml"
         self.skipped = root / "skipped-images.txt"
+        self.checked = root / "checked-images.json"
         self.texture = root / "texture"
         self.semantic = root / "semantic"
         self.compressor = root / "compressor"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -9,7 +10,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from sfd.data.cache import BUDGET, nbytes
 from sfd.data.images import ImageSource, Indices, decode, stable_hash
 from sfd.errors import SFDError
-from sfd.files import explained
+from sfd.files import explained, write_text
 from sfd.progress import bar
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -39,6 +40,8 @@ class FolderSource:
         image_size: images are scaled and centre-cropped to this.
         strict: refuse broken files in place of skipping them.
         budget: bytes of decoded images that may be kept.
+        memory: a file that remembers a check that found every image whole. It is believed while all files have the
+            sizes and times of change that they had, unless pixels are kept, for which all are decoded anyway.
 
     Attributes:
         names: the images' names, relative to the folder, by index.
@@ -50,14 +53,30 @@ class FolderSource:
             or any broken file under `strict`.
     """
 
-    def __init__(self, path: Path | str, image_size: int, *, strict: bool = False, budget: int = BUDGET) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        image_size: int,
+        *,
+        strict: bool = False,
+        budget: int = BUDGET,
+        memory: Path | None = None,
+    ) -> None:
         if image_size < 1:
             raise SFDError(f"image_size is {image_size}, but an image has at least 1 pixel; give a larger one")
         self.path = Path(path)
         self.image_size = image_size
         self._files = _open_files(self.path)
+        self._pixels: np.ndarray | None = None
         names, folders, self.skipped = _layout(self.path, sorted(self._files.sizes), self._files.folders)
-        crcs = self._check(names, keep=nbytes(len(names), image_size) <= budget)
+        keep = nbytes(len(names), image_size) <= budget
+        seen = {"image_size": image_size, "files": self._files.fingerprint()}
+        found = _recalled(memory, seen, len(names)) if memory and not keep else None
+        if found is None:
+            found = self._check(names, keep)
+            if memory and not keep and not any(isinstance(result, str) for result in found):
+                write_text(memory, json.dumps({"seen": seen, "checksums": found}) + "\n", shared=True)
+        crcs = self._sort(names, found)
         self._report(strict)
         self._label(folders)
         self.identity = stable_hash(
@@ -67,8 +86,16 @@ class FolderSource:
             files=[(name, self._files.sizes[name], crc) for name, crc in zip(self.names, crcs, strict=True)],
         )
 
-    def _check(self, names: list[str], keep: bool) -> list[int]:
-        """Decode all files; set `names` and the pixels' rows to those that are whole, and give their CRC-32."""
+    def _sort(self, names: list[str], found: list[int | str]) -> list[int]:
+        """Set `names` and the pixels' rows to the files that are whole, and give their CRC-32."""
+        self.skipped += [(name, why) for name, why in zip(names, found, strict=True) if isinstance(why, str)]
+        whole = {row: crc for row, crc in enumerate(found) if isinstance(crc, int)}
+        self._rows = np.array(list(whole), np.int64)
+        self.names = [names[row] for row in whole]
+        return list(whole.values())
+
+    def _check(self, names: list[str], keep: bool) -> list[int | str]:
+        """Decode all files, and keep their pixels if asked to; give each one's CRC-32, or the reason to skip it."""
         pixels = np.empty((len(names) if keep else 0, self.image_size, self.image_size, 3), np.uint8)
 
         def check(rows: range) -> list[int | str]:
@@ -96,12 +123,8 @@ class FolderSource:
                     progress.advance(len(step))
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt need not wait for the rest
-        self.skipped += [(name, why) for name, why in zip(names, found, strict=True) if isinstance(why, str)]
-        whole = {row: crc for row, crc in enumerate(found) if isinstance(crc, int)}
-        self._rows = np.array(list(whole), np.int64)
         self._pixels = pixels if keep else None
-        self.names = [names[row] for row in whole]
-        return list(whole.values())
+        return found
 
     def _report(self, strict: bool) -> None:
         """Name the skipped files, or refuse them."""
@@ -183,6 +206,19 @@ class _Files(Protocol):
 
     def read(self, name: str) -> bytes: ...
 
+    def fingerprint(self) -> str:
+        """Hash what tells whether a file has changed."""
+
+
+def _recalled(memory: Path, seen: dict[str, Any], count: int) -> list[int | str] | None:
+    """Give the checksums of a check that found every image whole, if nothing has changed since."""
+    try:
+        record = json.loads(memory.read_text(encoding="utf-8"))
+        checksums = record["checksums"] if record["seen"] == seen else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there, or damaged: then all is checked and written anew
+    return checksums if isinstance(checksums, list) and len(checksums) == count else None
+
 
 def _open_files(path: Path) -> _Files:
     if path.is_dir():
@@ -200,6 +236,7 @@ class _Directory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.sizes: dict[str, int] = {}
+        self._changed: dict[str, int] = {}
         try:
             self.folders = {entry.name for entry in os.scandir(path) if entry.is_dir() and not _hidden(entry.name)}
             self._scan(str(path), "", (os.path.realpath(path),))
@@ -218,12 +255,17 @@ class _Directory:
                     if real not in above:
                         self._scan(entry.path, f"{prefix}{entry.name}/", (*above, real))
                 elif entry.is_file():
-                    self.sizes[prefix + entry.name] = entry.stat().st_size
+                    status = entry.stat()
+                    self.sizes[prefix + entry.name] = status.st_size
+                    self._changed[prefix + entry.name] = status.st_mtime_ns
                 elif entry.is_symlink():  # to nothing: reading it will say so
                     self.sizes[prefix + entry.name] = 0
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
+
+    def fingerprint(self) -> str:
+        return stable_hash("folder", sizes=self.sizes, changed=self._changed)
 
 
 class _Archive:
@@ -269,6 +311,10 @@ class _Archive:
             if self._owner != os.getpid():
                 self._handle, self._owner = self._open(), os.getpid()
         return self._handle.read(self._members[name])
+
+    def fingerprint(self) -> str:
+        changed = self.path.stat().st_mtime_ns
+        return stable_hash("archive", changed=changed, crcs={name: m.CRC for name, m in self._members.items()})
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_lock": None, "_handle": None, "_owner": 0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from sfd.data.folder import FolderSource
@@ -30,8 +32,12 @@ class DataSettings(Settings):
     strict: bool = Field(False, description="stop at a broken file in place of skipping it")
 
 
-def open_source(settings: DataSettings) -> ImageSource:
+def open_source(settings: DataSettings, memory: Path | None = None) -> ImageSource:
     """Open the whole data set, before `sfd.data.split.split` divides it.
+
+    Args:
+        settings: which one.
+        memory: a file that keeps what a check of a folder's images found; see FolderSource.
 
     Raises:
         SFDError: it cannot be used; see FolderSource, ShapesSource and `check_classes`.
@@ -42,7 +48,7 @@ def open_source(settings: DataSettings) -> ImageSource:
     if settings.source == "shapes":
         source = ShapesSource(settings.count, settings.seed, settings.image_size)
     else:
-        source = FolderSource(settings.source, settings.image_size, strict=settings.strict)
+        source = FolderSource(settings.source, settings.image_size, strict=settings.strict, memory=memory)
     check_classes(settings, len(source.classes), settings.source)
     return source
 
