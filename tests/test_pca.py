@@ -3,7 +3,7 @@ import torch
 
 from sfd.errors import SFDError
 from sfd.models.compressor import load_compressor
-from sfd.models.pca import PCAConfig, fit_pca
+from sfd.models.pca import PCA, PCAConfig, fit_pca
 
 
 def features(count: int = 40, channels: int = 6, mean: float = 0.0) -> torch.Tensor:
@@ -73,6 +73,47 @@ def test_saves_and_loads(tmp_path):
     loaded = load_compressor(tmp_path)
     assert torch.equal(loaded.encode(data), pca.encode(data))
     assert (loaded.identity, loaded.channels) == (pca.identity, 3)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_standardised_components_are_those_of_standardised_features(whiten):
+    data = features(mean=2.0)
+    deviation, mean = data.std((0, 2, 3), keepdim=True), data.mean((0, 2, 3), keepdim=True)
+    pca = fit(data, 3, whiten=whiten, standardize=True)
+    plain = fit((data - mean) / deviation, 3, whiten=whiten)
+    torch.testing.assert_close(pca.encode(data), plain.encode((data - mean) / deviation), rtol=1e-3, atol=1e-4)
+    assert pca.explained == pytest.approx(plain.explained) and float(pca.total_variance) == pytest.approx(6)
+
+
+def test_standardised_latents_do_not_depend_on_the_features_scale():
+    data, scale = features(), torch.logspace(-2, 3, 6)[:, None, None]
+    one, other = fit(data, 3, standardize=True), fit(data * scale, 3, standardize=True)
+    torch.testing.assert_close(one.encode(data), other.encode(data * scale), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_standardised_components_are_exactly_invertible(whiten, tmp_path):
+    data = features(mean=3.0)
+    whole = fit(data, 6, whiten=whiten, standardize=True)
+    torch.testing.assert_close(whole.decode(whole.encode(data)), data, rtol=1e-5, atol=1e-5)
+    some = fit(data, 2, whiten=whiten, standardize=True)
+    latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(some.encode(some.decode(latents)), latents)
+    some.save(tmp_path)
+    assert torch.equal(load_compressor(tmp_path).encode(data), some.encode(data))
+    assert some.identity != fit(data, 2, whiten=whiten).identity
+
+
+def test_a_constant_feature_is_left_alone():
+    data = features()
+    data[:, 2] = 5.0
+    pca = fit(data, 6, standardize=True)
+    torch.testing.assert_close(pca.decode(pca.encode(data)), data, rtol=1e-5, atol=1e-5)
+
+
+def test_components_saved_before_there_was_standardising_are_still_themselves():
+    """The identity of one such, which its latents remember."""
+    assert PCA(PCAConfig(input_channels=3, latent_channels=2, whiten=True)).identity == "f8c973f53228f6de"
 
 
 def test_more_components_than_channels_are_refused():

@@ -74,15 +74,25 @@ class CompressorSettings(Settings):
     heads: int = Field(4, gt=0, description="SemVAE")
     blocks: int = Field(2, gt=0, description="SemVAE: transformer blocks in encoder and decoder each")
     whiten: bool = Field(False, description="PCA: divide each component by its standard deviation")
+    standardize: bool = Field(False, description="PCA: divide each feature by its standard deviation first")
     fit_images: int = Field(4096, gt=0, description="PCA: images that it is fitted on")
     objective: SemVAEObjective = SemVAEObjective()
-    train: TrainSettings | None = Field(None, description="SemVAE")
+    train: TrainSettings | None = Field(None, description="SemVAE: train it in the run")
+    folder: str | None = Field(None, description="a trained one's directory; the fields above say what it should be")
 
     @model_validator(mode="after")
     def _check(self) -> CompressorSettings:
-        if (self.name == "semvae") != (self.train is not None):
-            raise ValueError("a semvae needs `train`, and pca takes none")
+        if self.name == "semvae" and (self.train is None) == (self.folder is None):
+            raise ValueError(
+                "a semvae needs either `train` (train it in the run) or `folder` (a trained one's directory)"
+            )
+        if self.name == "pca" and self.train is not None:
+            raise ValueError("`train` is for a semvae, and pca takes none: it is fitted")
         return self
+
+    def config(self, input_channels: int) -> SemVAEConfig | PCAConfig:
+        """Give the compressor's architecture for features of so many channels."""
+        return self.semvae(input_channels) if self.name == "semvae" else self.pca(input_channels)
 
     def semvae(self, input_channels: int) -> SemVAEConfig:
         """Give the SemVAE's architecture for features of so many channels."""
@@ -96,7 +106,12 @@ class CompressorSettings(Settings):
 
     def pca(self, input_channels: int) -> PCAConfig:
         """Give the shape of the principal components for features of so many channels."""
-        return PCAConfig(input_channels=input_channels, latent_channels=self.channels, whiten=self.whiten)
+        return PCAConfig(
+            input_channels=input_channels,
+            latent_channels=self.channels,
+            whiten=self.whiten,
+            standardize=self.standardize,
+        )
 
 
 class StreamSettings(Settings):

@@ -38,7 +38,7 @@ from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import fit_pca
 from sfd.models.semvae import SemVAE
 from sfd.models.transformer import Transformer, TransformerConfig, parameter_count
-from sfd.plan import architecture
+from sfd.plan import architecture, given_compressor
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import parse
 from sfd.stages import Stage
@@ -60,10 +60,7 @@ class Pipeline:
 
     def all(self) -> None:
         """Do every stage up to the model and its evaluator, if there is one."""
-        self._check_published()
-        weak = self.recipe.evaluation.weak
-        if weak is not None:  # needed only at the end, but missed at the start
-            files.read_json(model_folder(Path(weak)) / RECORD, "model directory (evaluation.weak)")
+        self._check_given()
         self.train_texture()
         if self.recipe.latents.published is None:
             self.train_semantic()
@@ -73,12 +70,18 @@ class Pipeline:
         if self.recipe.evaluation.classifier is not None:
             self.train_evaluator()
 
-    def _check_published(self) -> None:
-        """Load the published encoders first: one that cannot be had should not be found out after hours."""
+    def _check_given(self) -> None:
+        """Load what comes from elsewhere first: that it cannot be had should not be found out after hours."""
         if self.recipe.texture.pretrained is not None:
             _ = self.texture
         if self.recipe.semantic.pretrained is not None and self.recipe.latents.published is None:
             _ = self.semantic
+        if self.recipe.compressor.folder is not None:
+            load_compressor(Path(self.recipe.compressor.folder))
+        if self.recipe.evaluation.weak is not None:
+            files.read_json(
+                model_folder(Path(self.recipe.evaluation.weak)) / RECORD, "model directory (evaluation.weak)"
+            )
 
     def save_recipe(self) -> None:
         """Keep the resolved recipe with the run."""
@@ -167,7 +170,7 @@ class Pipeline:
 
     def train_compressor(self) -> None:
         """Train the SemVAE, or fit PCA, on the semantic encoder's features."""
-        if "semantic" in self.recipe.streams:
+        if "semantic" in self.recipe.streams and self.recipe.compressor.folder is None:
             work = self._train_semvae if self.recipe.compressor.name == "semvae" else self._fit_pca
             self._compressor_stage().carry_out(work, self.device)
 
@@ -197,7 +200,9 @@ class Pipeline:
 
     @cached_property
     def compressor(self) -> Compressor:
-        """The trained compressor."""
+        """The compressor: the one that the recipe names, or the one that this run made."""
+        if self.recipe.compressor.folder is not None:
+            return given_compressor(self.recipe.compressor, self.semantic.channels).to(self.device)
         self._compressor_stage().require()
         return load_compressor(self.folder.compressor).to(self.device)
 

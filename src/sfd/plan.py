@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import ValidationError
 
 from sfd import registry
-from sfd.config import EncoderSettings, Recipe
+from sfd.config import CompressorSettings, EncoderSettings, Recipe
 from sfd.data.latents import FEATURES
 from sfd.data.published_latents import KEYS, read_shards
 from sfd.encoders import SEMANTIC, TEXTURE, load_encoder
 from sfd.errors import SFDError
 from sfd.generate import check_sampling
+from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.convnet import ConvNet
 from sfd.models.pca import PCA
 from sfd.models.semvae import SemVAE
@@ -184,10 +185,16 @@ def _without_memory(build: Callable[[Any], Part], config: type[Settings], values
 
 
 def planned_compressor(recipe: Recipe) -> Part | None:
-    """Build the compressor without memory for its weights; None where no semantic latents are made."""
+    """Build the compressor without memory for its weights; None where no semantic latents are made.
+
+    Raises:
+        SFDError: the one that the recipe names is damaged, or another than the recipe describes.
+    """
     if "semantic" not in recipe.streams or recipe.latents.published is not None:
         return None
     channels = planned_encoder(recipe.semantic).channels
+    if recipe.compressor.folder is not None and Path(recipe.compressor.folder).is_dir():
+        return cast(Part, given_compressor(recipe.compressor, channels))
     with torch.device("meta"):
         if recipe.compressor.name == "pca":
             return PCA(recipe.compressor.pca(channels))
@@ -204,6 +211,28 @@ def _check_evaluator(recipe: Recipe) -> None:
 def _check_kind(stream: str, encoder: Any, kind: str) -> None:
     if encoder.kind != kind:
         raise SFDError(f"{stream}: {encoder.name!r} is a {encoder.kind}, but a {kind} is needed; name another")
+
+
+def given_compressor(settings: CompressorSettings, input_channels: int) -> Compressor:
+    """Load the compressor whose `folder` a recipe names, for features of so many channels.
+
+    Raises:
+        SFDError: there is none, it is damaged, or it is another than the recipe describes.
+    """
+    compressor = load_compressor(Path(str(settings.folder)))
+    part = cast(Part, compressor)
+    if part.name != settings.name:
+        raise SFDError(
+            f"compressor.name is {settings.name!r}, but {settings.folder} holds a {part.name}; name that one"
+        )
+    for field, expected in settings.config(input_channels):
+        found = getattr(part.config, field)
+        if found != expected:
+            raise SFDError(
+                f"{settings.folder} holds a {part.name} with {field} = {found}, but {expected} is expected, by the "
+                "recipe's compressor and semantic encoder; change the recipe, or give another folder"
+            )
+    return compressor
 
 
 def _check_size(recipe: Recipe, what: str, downsample: int) -> None:

@@ -88,6 +88,11 @@ def fetched(source: str, format: Format) -> Path:
     return folder
 
 
+def is_here(source: str) -> bool:
+    """Tell whether a folder, or a hub name's copy in the local cache, is on this machine."""
+    return _local(source) is not None
+
+
 def _local(source: str) -> Path | None:
     """Find a folder, or a hub name's copy in the local cache; None where neither is there."""
     from huggingface_hub import try_to_load_from_cache

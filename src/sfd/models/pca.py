@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from sfd.errors import SFDError
@@ -20,12 +21,18 @@ class PCAConfig(Settings):
     input_channels: int = Field(ge=1, description="C of the features")
     latent_channels: int = Field(ge=1)
     whiten: bool = Field(False, description="scale every latent channel to unit variance")
+    standardize: bool = Field(False, description="scale every channel of the features to unit variance first")
 
     @model_validator(mode="after")
     def _check(self) -> PCAConfig:
         if self.latent_channels > self.input_channels:
             raise ValueError(f"{self.latent_channels} components cannot be had of {self.input_channels} channels")
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where it is not used: what was saved before it existed keeps its identity.
+        return {name: value for name, value in dump(self).items() if name != "standardize" or value}
 
 
 class PCA(Part):
@@ -38,6 +45,7 @@ class PCA(Part):
     components: Tensor  # (c, C), orthonormal rows
     variance: Tensor  # (c,): the variance along each component
     total_variance: Tensor  # (): of all C channels
+    deviation: Tensor  # (C,): what each channel of the features is divided by; there if the configuration standardises
 
     def __init__(self, config: PCAConfig) -> None:
         super().__init__()
@@ -47,10 +55,12 @@ class PCA(Part):
         self.register_buffer("components", torch.eye(config.latent_channels, config.input_channels))
         self.register_buffer("variance", torch.ones(config.latent_channels))
         self.register_buffer("total_variance", torch.tensor(float(config.input_channels)))
+        if config.standardize:
+            self.register_buffer("deviation", torch.ones(config.input_channels))
 
     @property
     def explained(self) -> float:
-        """Share of the features' variance that the latents keep, in [0, 1]."""
+        """Share of the (standardised) features' variance that the latents keep, in [0, 1]."""
         return float(self.variance.sum() / self.total_variance)
 
     @torch.no_grad()
@@ -69,10 +79,11 @@ class PCA(Part):
         return torch.einsum("kc,bkhw->bchw", self.components * self._scale(), latents) + self.mean[:, None, None]
 
     def _scale(self) -> Tensor:
-        """(c, 1): what a latent channel is divided by."""
+        """(c, C), or what broadcasts to it: what latent and feature channels are divided by."""
+        features = self.deviation if self.config.standardize else torch.ones_like(self.mean)
         if not self.config.whiten:
-            return torch.ones_like(self.variance)[:, None]
-        return self.variance.clamp(min=1e-8).sqrt()[:, None]
+            return features[None]
+        return self.variance.clamp(min=1e-8).sqrt()[:, None] * features
 
 
 def build(config: PCAConfig) -> PCA:
@@ -107,6 +118,10 @@ def fit_pca(batches: Iterable[Tensor], config: PCAConfig) -> PCA:
         raise SFDError(f"PCA needs at least two feature vectors to fit, got {count}; give it more images")
     mean = total / count
     covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
+    deviation = covariance.diagonal().clamp(min=0).sqrt()
+    deviation = torch.where(deviation > 0, deviation, 1.0)  # a channel that is always the same stays as it is
+    if config.standardize:
+        covariance = covariance / torch.outer(deviation, deviation)
     variance, vectors = torch.linalg.eigh(covariance)
     leading = vectors.flip(1)[:, : config.latent_channels].T
     # An eigenvector's sign is arbitrary; its largest entry is made positive, so that refitting gives the same.
@@ -116,4 +131,6 @@ def fit_pca(batches: Iterable[Tensor], config: PCAConfig) -> PCA:
     pca.components.copy_(leading * signs)
     pca.variance.copy_(variance.flip(0)[: config.latent_channels].clamp(min=0))
     pca.total_variance.copy_(covariance.trace())
+    if config.standardize:
+        pca.deviation.copy_(deviation)
     return pca.eval()

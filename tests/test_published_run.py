@@ -1,0 +1,128 @@
+"""Recipes that use published encoders, from images to samples."""
+
+import shutil
+
+import pytest
+import torch
+
+from sfd import randomness
+from sfd.config import load_recipe
+from sfd.errors import SFDError
+from sfd.estimate import describe
+from sfd.generate import SampleSettings, generate
+from sfd.model import load_model
+from sfd.models.semvae import SemVAE, SemVAEConfig
+from sfd.pipeline import Pipeline
+from sfd.plan import check
+from small_published import save_kl, save_vit
+from tiny import write_recipe
+
+CPU = torch.device("cpu")
+RECIPE = """
+name: published
+data: {{source: shapes, count: 120, holdout: 0.5}}
+texture: {{name: kl, pretrained: {folder}/kl}}
+semantic: {{name: vit, pretrained: {folder}/vit, config: {{tile: 16, grid: 2}}}}
+compressor: {compressor}
+latents: {{shard_size: 50}}
+transformer: {{size: tiny, depth: 1, width: 32, heads: 2, repa_block: 1, repa_width: 32}}
+train: {{steps: 3, batch_size: 8, learning_rate: 1.0e-3}}
+evaluation:
+  samples_per_class: 1
+  classifier: {{training: {{steps: 2, batch_size: 8, learning_rate: 2.0e-3}}}}
+"""
+PCA = "{name: pca, channels: 4, standardize: true, fit_images: 20}"
+SEMVAE = "{name: semvae, channels: 5, width: 8, heads: 2, blocks: 1, folder: FOLDER/semvae}"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with a texture autoencoder, a vision transformer and a SemVAE of its features."""
+    folder = tmp_path_factory.mktemp("published")
+    levels = 4  # 32×32 images to 4×4 latents
+    save_kl(
+        folder / "kl",
+        block_out_channels=(4,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=2,
+    )
+    save_vit(folder / "vit", "dinov2_with_registers")
+    with randomness.seeded(0, "test"):
+        semvae = SemVAE(SemVAEConfig(input_channels=16, latent_channels=5, width=8, heads=2, blocks=1))
+    semvae.save(folder / "semvae")
+    return folder
+
+
+def recipe(published, where, compressor=PCA, overrides=()):
+    text = RECIPE.format(folder=published, compressor=compressor.replace("FOLDER", str(published)))
+    return load_recipe(write_recipe(where, text), overrides)
+
+
+@pytest.mark.parametrize(("compressor", "channels"), [(PCA, 4), (SEMVAE, 5)], ids=["pca", "semvae"])
+def test_a_run_with_published_encoders(published, tmp_path, compressor, channels):
+    pipeline = Pipeline(recipe(published, tmp_path, compressor), tmp_path / "out", CPU)
+    planned = check(pipeline.recipe)
+    pipeline.all()
+    # The model directory alone is enough to sample.
+    model = load_model(shutil.move(tmp_path / "out" / "model", tmp_path / "model"), CPU)
+    assert model.composite["semantic"].channels == channels
+    assert [s.model_dump(include={"name", "channels", "grid"}) for s in planned.composite.streams] == [
+        s.model_dump(include={"name", "channels", "grid"}) for s in model.composite.streams
+    ]
+    images = next(generate(model, [0], [0], SampleSettings(steps=2))).images
+    assert images.shape == (1, 32, 32, 3)
+    assert model.composite["texture"].tokenizer == pipeline.texture.identity
+    assert not (tmp_path / "out" / "texture").exists() and not (tmp_path / "out" / "semantic").exists()
+
+
+def test_a_published_encoder_that_is_missing_is_found_before_any_training(published, tmp_path):
+    changed = recipe(
+        published, tmp_path, SEMVAE, ["semantic.pretrained=facebook/none", "semantic.config.hidden_size=16"]
+    )
+    check(changed)  # its architecture is known from the recipe
+    with pytest.raises(SFDError, match="facebook/none is neither a folder nor"):
+        Pipeline(changed, tmp_path / "out", CPU).all()
+
+
+def test_a_dry_run_says_what_is_not_here_yet(published, tmp_path):
+    overrides = ["semantic.pretrained=facebook/none", "semantic.config.hidden_size=16"]
+    text = describe(recipe(published, tmp_path, SEMVAE, overrides), CPU)
+    assert "facebook/none is not here yet" in text and f"{published}/kl is not here yet" not in text
+
+
+def test_images_that_do_not_fit_the_tiles_are_refused(published, tmp_path):
+    with pytest.raises(SFDError, match=r"image_size is 32.*tiles of 256 pixels.*semantic\.config\.tile"):
+        check(recipe(published, tmp_path, PCA, ["semantic.config={}", "semantic.config.tile=256"]))
+
+
+class TestGivenCompressors:
+    def test_another_than_the_recipe_says(self, published, tmp_path):
+        with pytest.raises(SFDError, match=r"semvae with width = 8, but 16 is expected"):
+            check(recipe(published, tmp_path, SEMVAE, ["compressor.width=16"]))
+
+    def test_of_another_kind(self, published, tmp_path):
+        with pytest.raises(SFDError, match="compressor.name is 'pca', but .* holds a semvae"):
+            check(recipe(published, tmp_path, PCA, [f"compressor.folder={published}/semvae"]))
+
+    def test_for_other_features(self, published, tmp_path):
+        other = ["semantic={name: vit, pretrained: facebook/dinov2-base, config: {tile: 16, grid: 2}}"]
+        with pytest.raises(SFDError, match=r"input_channels = 16, but 768 is expected"):
+            check(recipe(published, tmp_path, SEMVAE, other))
+
+    def test_one_that_is_missing_is_planned_and_then_asked_for(self, published, tmp_path):
+        given = recipe(published, tmp_path, SEMVAE, [f"compressor.folder={tmp_path}/none"])
+        assert check(given).composite["semantic"].channels == 5
+        with pytest.raises(SFDError, match=r"none is no compressor: config\.json is missing"):
+            Pipeline(given, tmp_path / "out", CPU).all()
+
+    @pytest.mark.parametrize(
+        ("compressor", "message"),
+        [
+            ("{name: semvae, channels: 4}", "either `train` .* or `folder`"),
+            ("{name: pca, train: {steps: 1, batch_size: 1, learning_rate: 1.0}}", "pca takes none"),
+        ],
+    )
+    def test_that_make_no_sense(self, published, tmp_path, compressor, message):
+        with pytest.raises(SFDError, match=message):
+            recipe(published, tmp_path, compressor)
