@@ -34,6 +34,10 @@ evaluation:
 PCA = "{name: pca, channels: 4, standardize: true, fit_images: 20}"
 SEMVAE = "{name: semvae, channels: 5, width: 8, heads: 2, blocks: 1, folder: FOLDER/semvae}"
 
+# A model that is not here, of the architecture that the recipe gives.
+SIZES = "{tile: 16, grid: 2, hidden_size: 16, num_attention_heads: 2, intermediate_size: 64}"
+ABSENT = ["semantic.pretrained=facebook/none", f"semantic.config={SIZES}"]
+
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
@@ -70,24 +74,21 @@ def test_a_run_with_published_encoders(published, tmp_path, compressor, channels
     assert [s.model_dump(include={"name", "channels", "grid"}) for s in planned.composite.streams] == [
         s.model_dump(include={"name", "channels", "grid"}) for s in model.composite.streams
     ]
-    images = next(generate(model, [0], [0], SampleSettings(steps=2))).images
+    images = next(generate(model, [0], [0], SampleSettings(steps=3))).images
     assert images.shape == (1, 32, 32, 3)
     assert model.composite["texture"].tokenizer == pipeline.texture.identity
     assert not (tmp_path / "out" / "texture").exists() and not (tmp_path / "out" / "semantic").exists()
 
 
 def test_a_published_encoder_that_is_missing_is_found_before_any_training(published, tmp_path):
-    changed = recipe(
-        published, tmp_path, SEMVAE, ["semantic.pretrained=facebook/none", "semantic.config.hidden_size=16"]
-    )
+    changed = recipe(published, tmp_path, SEMVAE, ABSENT)
     check(changed)  # its architecture is known from the recipe
     with pytest.raises(SFDError, match="facebook/none is neither a folder nor"):
         Pipeline(changed, tmp_path / "out", CPU).all()
 
 
 def test_a_dry_run_says_what_is_not_here_yet(published, tmp_path):
-    overrides = ["semantic.pretrained=facebook/none", "semantic.config.hidden_size=16"]
-    text = describe(recipe(published, tmp_path, SEMVAE, overrides), CPU)
+    text = describe(recipe(published, tmp_path, SEMVAE, ABSENT), CPU)
     assert "facebook/none is not here yet" in text and f"{published}/kl is not here yet" not in text
 
 
@@ -102,7 +103,7 @@ class TestGivenCompressors:
             check(recipe(published, tmp_path, SEMVAE, ["compressor.width=16"]))
 
     def test_of_another_kind(self, published, tmp_path):
-        with pytest.raises(SFDError, match="compressor.name is 'pca', but .* holds a semvae"):
+        with pytest.raises(SFDError, match=r"compressor\.name is 'pca', but .* holds a semvae"):
             check(recipe(published, tmp_path, PCA, [f"compressor.folder={published}/semvae"]))
 
     def test_for_other_features(self, published, tmp_path):

@@ -46,7 +46,11 @@ class EncoderSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> EncoderSettings:
         module = registry.find("sfd.encoders", self.name, "encoder")
-        parse(module.Config, self.config, f"settings of encoder {self.name!r}")
+        if self.pretrained is None:
+            parse(module.Config, self.config, f"settings of encoder {self.name!r}")
+        for field in self.config:  # of a published encoder only some are given, to be held against its own
+            if field not in module.Config.model_fields:
+                raise unknown("field", field, module.Config.model_fields)
         if self.objective and not hasattr(module, "Objective"):
             raise ValueError(f"encoder {self.name!r} has no training objective; leave `objective` out")
         if self.objective:
