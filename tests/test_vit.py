@@ -137,6 +137,9 @@ def test_the_tower_of_a_model_of_images_and_text_is_taken(models, kind, tmp_path
     both = getattr(transformers, f"{name}Model")(config)
     both.vision_model.load_state_dict(tower.state_dict())
     both.save_pretrained(tmp_path)
+    # Published files hold this table too, which the library once saved.
+    tensors = load_file(tmp_path / WEIGHTS) | {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     encoder = vit.pretrained(str(tmp_path), CHOICES)
     assert encoder.identity == vit.pretrained(str(models[f"{kind}_vision_model"][1]), CHOICES).identity
 
@@ -159,6 +162,13 @@ def test_known_names_are_planned_without_weights(name, parameters, channels):
     encoder = planned_encoder(EncoderSettings(name="vit", pretrained=name))
     assert (encoder.channels, encoder.downsample) == (channels, 16)
     assert sum(p.numel() for p in encoder.parameters()) == parameters
+
+
+def test_weights_in_several_files_are_read(models, tmp_path):
+    network, folder = models["dinov2"]
+    network.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert vit.pretrained(str(tmp_path), CHOICES).identity == vit.pretrained(str(folder), CHOICES).identity
 
 
 class TestBadSources:
