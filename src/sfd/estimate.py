@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sfd.config import Recipe, dump_recipe
+from sfd.config import EncoderSettings, Recipe, dump_recipe
+from sfd.encoders._published import is_here
 from sfd.errors import SFDError
 from sfd.evaluation.report import duration
 from sfd.generate import SampleSettings
@@ -95,7 +96,7 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
         "transformer": f"{known.parameters:,} parameters trained, REPA's projector included; "
         f"{known.published_parameters:,} with the fixed position table, as published counts go",
         "latent": f"{_streams(known.config)}; {known.config.composite.token_grid**2} tokens",
-        "texture encoder": f"{_count(planned_encoder(recipe.texture)):,} parameters ({recipe.texture.name})",
+        "texture encoder": _encoder(recipe.texture),
         **_semantic(recipe),
         **_compressor(recipe),
         "latents on disk": _latents(recipe),
@@ -188,8 +189,13 @@ def _latents(recipe: Recipe) -> str:
 def _semantic(recipe: Recipe) -> dict[str, str]:
     if recipe.latents.published is not None:
         return {}
-    parameters = _count(planned_encoder(recipe.semantic))
-    return {"semantic encoder": f"{parameters:,} parameters ({recipe.semantic.name})"}
+    return {"semantic encoder": _encoder(recipe.semantic)}
+
+
+def _encoder(settings: EncoderSettings) -> str:
+    absent = settings.pretrained is not None and not is_here(settings.pretrained)
+    missing = f"; {settings.pretrained} is not here yet" if absent else ""
+    return f"{_count(planned_encoder(settings)):,} parameters ({settings.name}){missing}"
 
 
 def _compressor(recipe: Recipe) -> dict[str, str]:
@@ -198,7 +204,9 @@ def _compressor(recipe: Recipe) -> dict[str, str]:
         return {}
     parts = {name: _count(part) for name, part in compressor.named_children()}
     text = ", ".join(f"{name} {count:,} parameters" for name, count in parts.items()) or "nothing trained by gradient"
-    return {"compressor": f"{text} ({recipe.compressor.name})"}
+    folder = recipe.compressor.folder
+    missing = "" if folder is None or Path(folder).is_dir() else f"; {folder} is not here yet"
+    return {"compressor": f"{text} ({recipe.compressor.name}){missing}"}
 
 
 def _samples(recipe: Recipe, known: Estimate) -> str:

@@ -74,10 +74,11 @@ class Pipeline:
         """Load what comes from elsewhere first: that it cannot be had should not be found out after hours."""
         if self.recipe.texture.pretrained is not None:
             _ = self.texture
-        if self.recipe.semantic.pretrained is not None and self.recipe.latents.published is None:
-            _ = self.semantic
-        if self.recipe.compressor.folder is not None:
-            load_compressor(Path(self.recipe.compressor.folder))
+        if self.recipe.latents.published is None:
+            if self.recipe.semantic.pretrained is not None:
+                _ = self.semantic
+            if self.recipe.compressor.folder is not None:
+                load_compressor(Path(self.recipe.compressor.folder))
         if self.recipe.evaluation.weak is not None:
             files.read_json(
                 model_folder(Path(self.recipe.evaluation.weak)) / RECORD, "model directory (evaluation.weak)"

@@ -144,6 +144,6 @@ def _without_weights(source: str, folder: Path, format: Format) -> SFDError:
             f"convert them to {format.weights}.safetensors, or fetch a copy that has it"
         )
     return SFDError(
-        f"{source} has no weights: {format.weights}.safetensors is missing in {folder}; fetch the whole model, or, where "
-        "only pickled weights are published, convert them"
+        f"{source} has no weights: {format.weights}.safetensors is missing in {folder}; fetch the whole model, or, "
+        "where only pickled weights are published, convert them"
     )
