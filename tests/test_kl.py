@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ from safetensors.torch import load_file, save_file
 from sfd.config import EncoderSettings, load_recipe
 from sfd.encoders import kl, load_encoder, open_texture
 from sfd.errors import SFDError
+from sfd.interop import autoencoder as interop
 from sfd.plan import planned_encoder
+from sfd.settings import parse
 from small_published import KL, save_kl
 from tiny import RECIPE, write_recipe
 
+GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -86,15 +90,25 @@ def test_former_names_of_attention_are_known(model, copy):
     assert kl.pretrained(str(copy), {}).identity == kl.pretrained(str(model[1]), {}).identity
 
 
-def test_the_defaults_are_f16d32():
+def test_the_defaults_are_the_published_f16d32():
+    keys = json.loads((GOLDEN / "keys_sdvae_f16d32.json").read_text())
+    published = interop.inferred_config({name: tuple(shape) for name, shape in keys["state_dict"].items()})
+    assert parse(kl.Config, kl.architecture({"_class_name": "AutoencoderKL", **published}, "here")) == kl.Config()
     with torch.device("meta"):
         encoder = kl.build(kl.Config())
     assert (encoder.channels, encoder.downsample) == (32, 16)
-    shapes = {name: tuple(t.shape) for name, t in encoder.net.state_dict().items()}
-    assert shapes["encoder.down_blocks.4.attentions.1.to_q.weight"] == (512, 512)
-    assert shapes["decoder.up_blocks.0.attentions.2.to_q.weight"] == (512, 512)
-    assert not any("down_blocks.3.attentions" in name for name in shapes)
-    assert shapes["quant_conv.weight"] == (64, 64, 1, 1)
+    assert sum(p.numel() for p in encoder.parameters()) == keys["parameters"]
+
+
+def test_a_converted_checkpoint_gives_the_published_latents(tmp_path):
+    state = load_file(GOLDEN / "ldm_vae.weights.safetensors")
+    config = interop.inferred_config({name: tuple(tensor.shape) for name, tensor in state.items()})
+    interop.from_published(state, config).save_pretrained(tmp_path)
+    published = load_file(GOLDEN / "ldm_vae.io.safetensors")
+    encoder = open_texture(str(tmp_path))
+    torch.testing.assert_close(encoder.encode(published["images"]), published["mean"], rtol=1e-4, atol=1e-4)
+    decoded = encoder.decode(published["mean"])
+    torch.testing.assert_close(decoded, published["reconstruction_from_mean"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"])

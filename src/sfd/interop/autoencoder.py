@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sfd.encoders._base import without_torchvision
 from sfd.errors import SFDError
 from sfd.weights import fitting, shapes
 
@@ -119,7 +120,8 @@ def build(config: Mapping[str, Any], device: str = "cpu") -> AutoencoderKL:
         SFDError: there is no such autoencoder; channels that do not divide into 32 groups, for one.
     """
     # Imported here because it takes seconds.
-    from diffusers import AutoencoderKL
+    with without_torchvision():
+        from diffusers import AutoencoderKL
 
     try:
         with torch.device(device):
