@@ -24,10 +24,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 # requirements.txt pins every package; the project itself is installed in place, so that changes to it take effect.
-$(READY): requirements.txt pyproject.toml
+# The optional extractor `inception` and the torchvision that it brings lie apart, where only its test looks: a torchvision
+# that was built for another PyTorch breaks whatever finds it on the path.
+$(READY): requirements.txt requirements-inception.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/inception --requirement requirements-inception.txt
 	touch $@
 
 clean:

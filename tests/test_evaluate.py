@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ from PIL import Image
 from sfd.data.shapes import ShapesSource
 from sfd.data.split import split
 from sfd.errors import SFDError
-from sfd.evaluation.evaluate import evaluate, evaluate_real, measure, read_metrics
+from sfd.evaluation.evaluate import compare, evaluate, evaluate_real, measure, read_metrics
 from sfd.evaluation.extractors._base import Extraction
+from sfd.evaluation.metrics import Gaussian, gaussian
 from sfd.evaluation.samples import load_samples
 
 
@@ -88,6 +90,25 @@ def test_metrics_carry_their_protocol_and_survive_the_disk(tmp_path):
     assert written["protocol"]["reference_identity"] == HELD_OUT.identity
 
 
+def test_metrics_written_before_there_was_sfid_are_read(tmp_path):
+    result = evaluate(signed(IMAGES, np.zeros(100, int)), None, REFERENCE, name="samples")
+    older = result.model_dump(mode="json")
+    del older["sfid"], older["caveats"], older["protocol"]["stored_moments"]
+    (tmp_path / "metrics.json").write_text(json.dumps(older))
+    assert read_metrics(tmp_path / "metrics.json") == result
+
+
+def test_spatial_features_have_a_distance_of_their_own():
+    seen = Thumbnails().extract(IMAGES)
+    moments = gaussian(seen.features)
+    scaled = Gaussian(moments.mean - 2, 9 * moments.covariance, 0)  # |Δμ|² + tr(Σ)·(3 − 1)²
+    reference = replace(REFERENCE, spatial=scaled, features=None)
+    result = compare(seen._replace(spatial=seen.features), None, (), reference, balanced=True, name="samples")
+    assert result.sfid == pytest.approx(16 * 4 + 4 * np.trace(moments.covariance))
+    assert result.precision is result.recall is None
+    assert compare(seen, None, (), reference, balanced=True, name="samples").sfid is None
+
+
 def test_real_images_are_chosen_evenly_and_always_the_same():
     reference = measure(HELD_OUT, Thumbnails(), "held-out images")
     first, again = (evaluate_real(TRAINING, reference, 80, seed=4) for _ in range(2))
@@ -135,7 +156,7 @@ def test_samples_are_read_with_their_record(tmp_path):
     samples = load_samples(tmp_path)
     np.testing.assert_array_equal(np.concatenate(list(samples.batches(4))), IMAGES[:6])
     assert list(samples.labels_among(SOURCE.classes)) == [1, 0, 1, 0, 1, 0]
-    assert samples.sampling == {"steps": 8} and samples.model == "m-1"
+    assert samples.sampling == {"steps": 8, "model": "m-1"}
 
 
 def test_sub_folders_are_classes(tmp_path):

@@ -81,6 +81,19 @@ def test_inception_score_of_sure_and_balanced_classes_is_their_number():
     assert inception_score(np.tile(np.eye(7), (3, 1))) == pytest.approx(7)
 
 
+def test_inception_score_is_the_mean_over_splits():
+    sure = np.eye(6)
+    assert inception_score(sure, split_size=2) == pytest.approx(2)
+    assert inception_score(sure, split_size=4) == pytest.approx((4 + 2) / 2)  # the last split is shorter
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    reference = np.array([[0.0], [1.0], [2.0], [3.0], [10.0]])  # distances to the third neighbour: 3, 2, 2, 3, 9
+    samples = np.array([[-3.1], [5.9], [6.5], [19.1], [20.0]])  # 9.6, 9, 9.6, 13.2, 14.1
+    found = precision_recall(reference, samples, k=3)
+    assert found == pytest.approx((2 / 5, 1))  # -3.1 is 3.1 from 0, 19.1 is 9.1 from 10, 20 is 10 from 10
+
+
 def test_features_of_other_extractors_are_refused():
     with pytest.raises(SFDError, match="32 and 16 dimensions"):
         frechet_distance(gaussian(REFERENCE), gaussian(SAMPLES[:, :16]))

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from sfd import files
-from sfd.assessment import assess, evaluate_folder
+from sfd.assessment import assess
 from sfd.config import load_recipe
 from sfd.data.folder import write_folder
 from sfd.data.latents import LatentSet
 from sfd.data.shapes import ShapesSource
 from sfd.errors import SFDError
+from sfd.evaluate_command import describe, evaluate_folder
 from sfd.generate import SampleSettings, generate
 from sfd.model import load_model
 from sfd.pipeline import Pipeline
@@ -155,8 +156,8 @@ def test_data_of_another_number_of_classes_are_refused(finished, tmp_path):
 
 
 def test_a_folder_of_samples_is_judged(finished):
-    text = evaluate_folder(finished.folder.samples / "guided", finished.folder.root, None, CPU)
-    assert "class accuracy" in text and "20 samples (balanced)" in text
+    text = describe(evaluate_folder(finished.folder.samples / "guided", finished.folder.root, CPU))
+    assert "class accuracy" in text and "20, balanced" in text
 
 
 def test_a_model_in_half_precision_is_still_itself(finished, tmp_path):

@@ -126,6 +126,16 @@ def test_a_report_gives_numbers_with_their_protocol(page):
     assert "solver heun" in page and "interval" not in page
 
 
+def test_a_report_of_moments_alone_has_no_precision_but_says_what_limits_it(tmp_path):
+    protocol = PROTOCOL.model_copy(update={"extractor": "inception", "stored_moments": True, "reference_count": 0})
+    changes = {"sfid": 6.14, "precision": None, "recall": None, "class_accuracy": None, "accuracy_by_class": {}}
+    metrics = [row(**changes, protocol=protocol, caveats=("few samples",))]
+    write_report(tmp_path / "report.html", ReportContent("T", "", {}, "", metrics=metrics))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<th>sFID</th>" in page and "<td>6.14</td>" in page and "<td>–</td>" in page and ">Precision, " not in page
+    assert "Not comparable with published numbers: few samples" in page and "not those of Inception" not in page
+
+
 def test_a_report_has_every_id_once(page):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))

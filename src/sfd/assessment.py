@@ -15,8 +15,7 @@ import psutil
 import torch
 
 from sfd import files
-from sfd.config import Recipe, dump_recipe, load_recipe
-from sfd.errors import SFDError
+from sfd.config import Recipe, dump_recipe
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
 from sfd.evaluation.extractors.classifier import divide
 from sfd.evaluation.report import MAX_ROWS, Gallery, ReportContent, StageCost, Strip, write_report
@@ -133,41 +132,6 @@ def _rows(names: list[str]) -> list[str]:
 def read_run_metrics(folder: RunFolder, names: list[str]) -> list[Metrics]:
     """Read what a run measured: the named variants, then real images."""
     return [read_metrics(metrics_path(folder, row)) for row in _rows(names)]
-
-
-def evaluate_folder(samples: Path, run: Path, out: Path | None, device: torch.device) -> str:
-    """Judge a folder of images with a run's evaluator and held-out images; give the metrics as text.
-
-    Raises:
-        SFDError: the run has no evaluator or the images do not fit it.
-    """
-    if not (run / "recipe.yaml").exists():
-        raise SFDError(f"{run} is no run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
-    if out is not None and out.is_dir():
-        raise SFDError(f"--out {out} is a folder; give a file's name, such as metrics.json")
-    pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, device)
-    loaded = load_samples(samples)
-    against = reference(pipeline)
-    labels = loaded.labels_among(against.classes)
-    result = evaluate(loaded.batches(), labels, against, name=samples.name, sampling=loaded.sampling)
-    if out is not None:
-        result.write(out)
-    return describe(result)
-
-
-def describe(metrics: Metrics) -> str:
-    """Write metrics with their protocol as text."""
-    protocol = metrics.protocol
-    accuracy = "" if metrics.class_accuracy is None else f"class accuracy     {metrics.class_accuracy:.1%}\n"
-    judge = "" if protocol.extractor_accuracy is None else f"; its own accuracy {protocol.extractor_accuracy:.1%}"
-    return (
-        f"Fréchet distance   {metrics.frechet_distance:.3f}\n"
-        f"precision, recall  {metrics.precision:.3f}, {metrics.recall:.3f}\n"
-        f"{accuracy}"
-        f"{metrics.n_samples} samples ({'balanced' if metrics.balanced else 'not balanced'}) against "
-        f"{protocol.reference_count} {protocol.reference}, in the features of {protocol.extractor_identity} "
-        f"({protocol.extractor_task}{judge})"
-    )
 
 
 def write_run_report(pipeline: Pipeline, names: list[str]) -> None:

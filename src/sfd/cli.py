@@ -266,15 +266,35 @@ def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: f
 
 @main.command()
 @click.argument("samples", type=FOLDER)
-@click.option("--run", "run_folder", type=FOLDER, required=True, help="the run whose evaluator and data to judge by")
+@click.option("--run", type=FOLDER, help="the run whose evaluator and held-out images to judge by")
+@click.option("--reference", type=FOLDER, help="or real images: a folder, or an .npz of images or moments, as ADM's")
+@click.option("--extractor", help="with --reference: inception (FID, sFID, IS) or dinov2 (FD-DINOv2)")
+@click.option("--weights", help="the extractor's, a local file or folder  [default: fetched by name]")
 @click.option("--out", type=FOLDER, help="write the metrics to this JSON file too")
+@click.option(
+    "--features", type=FOLDER, help="folder that keeps features  [default: features, beside --out or SAMPLES]"
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="images that the extractor sees at once  [default: 64]")
+@click.option("--part", metavar="I/N", help="compute only this share of the features, for several machines")
 @device_option
-def evaluate(samples: Path, run_folder: Path, out: Path | None, device: str) -> None:
-    """Judge a folder of SAMPLES: Fréchet distance, precision, recall, class accuracy."""
-    from sfd.assessment import evaluate_folder
-    from sfd.resources import choose_device
+def evaluate(**arguments: Any) -> None:
+    """Judge SAMPLES, a folder or an .npz: Fréchet distance, precision, recall, with all that they hang on.
 
-    click.echo(evaluate_folder(samples, run_folder, out, choose_device(device)))
+    Features of a reference are computed once and kept, so that the same command goes on where it was stopped.
+    """
+    from sfd.evaluate_command import evaluate_samples
+
+    evaluate_samples(**arguments)
+
+
+@main.command()
+@click.argument("samples", type=FOLDER)
+@click.argument("out", type=FOLDER)
+def pack(samples: Path, out: Path) -> None:
+    """Write a folder of SAMPLES as one file OUT.npz, as ADM's evaluation reads them."""
+    from sfd.evaluate_command import pack_samples
+
+    pack_samples(samples, out)
 
 
 @main.command()

@@ -13,7 +13,9 @@ from sfd import files, randomness
 from sfd.data.images import ImageSource
 from sfd.errors import SFDError
 from sfd.evaluation.extractors._base import Extraction, Extractor
+from sfd.evaluation.features import concatenated
 from sfd.evaluation.metrics import Gaussian, frechet_distance, gaussian, inception_score, precision_recall
+from sfd.evaluation.samples import balanced
 from sfd.progress import bar
 from sfd.settings import Settings, parse
 
@@ -26,7 +28,8 @@ class Protocol(Settings):
 
     reference: str  # which real images
     reference_identity: str
-    reference_count: int
+    reference_count: int  # images of the reference that were looked at; 0: none
+    stored_moments: bool = False  # Fréchet distances are to moments that came with the reference, of more images
     extractor: str
     extractor_identity: str
     extractor_task: str  # what the extractor was trained to tell
@@ -42,13 +45,15 @@ class Metrics(Settings):
     n_samples: int
     balanced: bool  # every class has equally many samples (or one more)
     frechet_distance: float
-    precision: float
-    recall: float
+    sfid: float | None = None  # Fréchet distance of spatial features; None if extractor or reference has none
+    precision: float | None  # None, like recall, if the reference holds no images
+    recall: float | None
     inception_score: float | None  # under the extractor's classes; None if it knows none
     class_accuracy: float | None  # None if samples or extractor have no classes
     accuracy_by_class: dict[str, float]  # empty like class_accuracy is None
     protocol: Protocol
     sampling: dict[str, Any]  # how the samples were made: solver, steps, guidance …
+    caveats: tuple[str, ...] = ()  # why the numbers cannot be compared with published ones; empty: they can, or never
 
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -67,8 +72,9 @@ class Reference:
     extractor: Extractor
     protocol: Protocol
     classes: tuple[str, ...]
-    features: np.ndarray  # (N, D)
+    features: np.ndarray | None  # (N, D); None if only moments are known
     statistics: Gaussian
+    spatial: Gaussian | None = None  # of spatial features
 
 
 def measure(source: ImageSource, extractor: Extractor, name: str) -> Reference:
@@ -114,21 +120,45 @@ def evaluate(
     seen = _extract(batches, total, reference.extractor, f"features of {name}")
     truth = None if labels is None or not reference.classes else np.asarray(labels, dtype=np.int64)
     _check_labels(truth, len(seen.features), reference.classes)
-    agreement = precision_recall(reference.features, seen.features, NEIGHBOURS)
-    accuracy, by_class = _class_accuracy(seen.probabilities, truth, reference)
+    even = balanced(truth, len(reference.classes))
+    return compare(seen, truth, reference.classes, reference, balanced=even, name=name, sampling=sampling, real=real)
+
+
+def compare(
+    seen: Extraction,
+    labels: np.ndarray | None,
+    classes: Sequence[str],
+    reference: Reference,
+    *,
+    balanced: bool,
+    name: str,
+    sampling: Mapping[str, Any] | None = None,
+    real: bool = False,
+    caveats: Sequence[str] = (),
+) -> Metrics:
+    """Compare what the reference's extractor saw in images; `labels` index `classes`. See `evaluate`."""
+    agreement = None
+    if reference.features is not None:
+        agreement = precision_recall(reference.features, seen.features, NEIGHBOURS)
+    accuracy, by_class = _class_accuracy(seen.probabilities, labels, classes, reference.extractor)
+    sfid = None
+    if reference.spatial is not None and seen.spatial is not None:
+        sfid = frechet_distance(reference.spatial, gaussian(seen.spatial))
     return Metrics(
         name=name,
         real=real,
         n_samples=len(seen.features),
-        balanced=_balanced(truth, len(reference.classes)),
+        balanced=balanced,
         frechet_distance=frechet_distance(reference.statistics, gaussian(seen.features)),
-        precision=agreement.precision,
-        recall=agreement.recall,
+        sfid=sfid,
+        precision=agreement.precision if agreement else None,
+        recall=agreement.recall if agreement else None,
         inception_score=None if seen.probabilities is None else inception_score(seen.probabilities),
         class_accuracy=accuracy,
         accuracy_by_class=by_class,
         protocol=reference.protocol,
         sampling=dict(sampling or {}),
+        caveats=tuple(caveats),
     )
 
 
@@ -151,19 +181,13 @@ def _batches(source: ImageSource, indices: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def _extract(batches: Iterable[np.ndarray], total: int, extractor: Extractor, description: str) -> Extraction:
-    features: list[np.ndarray] = []
-    probabilities: list[np.ndarray] = []
+    seen: list[Extraction] = []
     with bar(description, total) as shown:
         for batch in batches:
             for start in range(0, len(batch), BATCH):
-                seen = extractor.extract(batch[start : start + BATCH])
-                features.append(seen.features)
-                if seen.probabilities is not None:
-                    probabilities.append(seen.probabilities)
-                shown.advance(len(seen.features))
-    if not features:
-        raise SFDError("there are no images to evaluate; sample some first")
-    return Extraction(np.concatenate(features), np.concatenate(probabilities) if probabilities else None)
+                seen.append(extractor.extract(batch[start : start + BATCH]))
+                shown.advance(len(seen[-1].features))
+    return concatenated(seen)
 
 
 def _check_labels(labels: np.ndarray | None, count: int, classes: Sequence[str]) -> None:
@@ -178,19 +202,11 @@ def _check_labels(labels: np.ndarray | None, count: int, classes: Sequence[str])
         )
 
 
-def _balanced(labels: np.ndarray | None, classes: int) -> bool:
-    if labels is None:
-        return classes <= 1
-    counts = np.bincount(labels, minlength=classes)
-    return int(counts.max() - counts.min()) <= 1
-
-
 def _class_accuracy(
-    probabilities: np.ndarray | None, labels: np.ndarray | None, reference: Reference
+    probabilities: np.ndarray | None, labels: np.ndarray | None, classes: Sequence[str], extractor: Extractor
 ) -> tuple[float | None, dict[str, float]]:
     """Share of samples taken for the class asked for, overall and by class; (None, {}) where that has no meaning."""
-    classes = reference.classes
-    if probabilities is None or labels is None or tuple(reference.extractor.classes) != classes:
+    if probabilities is None or labels is None or tuple(extractor.classes) != tuple(classes):
         return None, {}
     right = probabilities.argmax(axis=1) == labels
     by_class = {name: float(right[labels == i].mean()) for i, name in enumerate(classes) if (labels == i).any()}

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from sfd.errors import SFDError
 
 Array = NDArray[np.float64]
+BLOCK = 4096  # features that are in memory in float64 at once
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Gaussian:
 
     mean: Array  # (D,)
     covariance: Array  # (D, D), unbiased
-    count: int
+    count: int  # features behind them; 0 if not known
 
 
 class GaussianAccumulator:
@@ -64,8 +65,9 @@ class GaussianAccumulator:
 
 def gaussian(features: ArrayLike) -> Gaussian:
     """Compute mean and covariance of features (N, D)."""
-    moments = GaussianAccumulator()
-    moments.update(features)
+    moments, features = GaussianAccumulator(), np.asarray(features)
+    for start in range(0, len(features), BLOCK):
+        moments.update(features[start : start + BLOCK])
     return moments.gaussian()
 
 

@@ -95,7 +95,7 @@ def write_report(path: Path, content: ReportContent) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sfd.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"duration": duration, "memory": memory, "percent": percent}
+    environment.filters |= {"duration": duration, "memory": memory, "percent": percent, "number": number}
     page = environment.get_template("report.html").render(
         content=content,
         version=__version__,
@@ -132,15 +132,25 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
+def number(value: float | None, digits: int) -> str:
+    """Write a number with so many digits after the point; a dash if there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def _protocol(row: Metrics) -> str:
     """Say what a row's numbers hang on, in a paragraph."""
     p = row.protocol
     accuracy = "" if p.extractor_accuracy is None else f", {percent(p.extractor_accuracy)} right on images it never saw"
+    moments = ", by moments stored with it" if p.stored_moments else ""
+    features = (
+        "The features are not those of Inception: compare these numbers with each other, not with published FIDs."
+        if p.extractor == "classifier"
+        else "; ".join(f"Not comparable with published numbers: {caveat}" for caveat in row.caveats)
+    )
     return (
-        f"Compared with {p.reference_count:,} {p.reference} ({p.reference_identity}). Features from the extractor "
-        f"“{p.extractor}” ({p.extractor_identity}; trained to tell {p.extractor_task}{accuracy}). Fréchet distance of "
-        f"Gaussians in float64; precision and recall with k = {p.neighbours} neighbours. The features are not those "
-        "of Inception: compare these numbers with each other, not with published FIDs."
+        f"Compared with {p.reference_count:,} {p.reference} ({p.reference_identity}){moments}. Features from the "
+        f"extractor “{p.extractor}” ({p.extractor_identity}; trained to tell {p.extractor_task}{accuracy}). Fréchet "
+        f"distance of Gaussians in float64; precision and recall with k = {p.neighbours} neighbours. {features}"
     )
 
 

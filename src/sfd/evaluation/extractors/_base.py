@@ -23,24 +23,30 @@ class Extraction(NamedTuple):
     """What an extractor sees in a batch of images."""
 
     features: np.ndarray  # (B, D) float32
-    probabilities: np.ndarray | None  # (B, len(classes)) float32; None if the extractor knows no classes
+    probabilities: np.ndarray | None  # (B, classes) float32; None if the extractor knows no classes
+    spatial: np.ndarray | None = None  # (B, E) float32, features that keep where things are; None if it has none
 
 
 class Extractor(Protocol):
     """A frozen network for comparing images; never the encoder that a model was trained with.
 
-    A module of this package offers one, with `save(folder)` and a module function `load(folder, device)`.
+    A module of this package offers one. If a run trains it, the module has `load(folder, device)` and the extractor
+    `save(folder)`; if it is published, the module has `pretrained(weights, device)`, where `weights` is a local file or
+    folder or what the extractor fetches by name, and None stands for the published weights.
     """
 
     name: str  # the module's name
     identity: str  # changes whenever a feature would
-    image_size: int  # rows and columns of the images it takes
-    classes: tuple[str, ...]  # that its probabilities are over; () if it knows none
+    classes: tuple[str, ...]  # that its probabilities are over; () if it knows none, or not by name
     accuracy: float | None  # at its own task, on real images it never saw; None if not known
     task: str  # what that task is ("10 classes", "4 rotations")
 
     def extract(self, images: np.ndarray) -> Extraction:
-        """Look at images, uint8 (B, image_size, image_size, 3)."""
+        """Look at images, uint8 (B, S, S, 3).
+
+        Raises:
+            SFDError: S is not a size that it takes.
+        """
         ...
 
 
@@ -69,9 +75,30 @@ def load_extractor(folder: Path, device: torch.device) -> Extractor:
         SFDError: the directory holds none, is damaged, or names an extractor that does not exist.
     """
     record, _ = read(folder)
-    module = registry.find(PACKAGE, str(record.get("extractor")), "extractor")
+    name = str(record.get("extractor"))
+    module = registry.find(PACKAGE, name, "extractor")
+    if not hasattr(module, "load"):
+        raise SFDError(f"{folder} names the extractor {name!r}, which no run trains; make the folder again")
     loaded: Extractor = module.load(folder, device)
     return loaded
+
+
+def pretrained(name: str, weights: str | None, device: torch.device) -> Extractor:
+    """Build a published extractor.
+
+    Args:
+        name: its module.
+        weights: a local file or folder, or a name to fetch them by; None: the published ones.
+        device: where it computes.
+
+    Raises:
+        SFDError: there is none of that name, a package that it needs is missing, or the weights are not its own.
+    """
+    module = registry.find(PACKAGE, name, "extractor")
+    if not hasattr(module, "pretrained"):
+        raise SFDError(f"the extractor {name!r} is trained by a run; give --run RUN in place of --reference")
+    built: Extractor = module.pretrained(weights, device)
+    return built
 
 
 def identity(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,59 @@
+"""What the core needs, and what it must never need."""
+
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+FORBIDDEN = {"torchvision", "timm", "torch-fidelity"}
+IMPORT_ALL = """
+import pkgutil, sys, sfd
+for module in pkgutil.walk_packages(sfd.__path__, "sfd."):
+    if module.name != "sfd.__main__":
+        __import__(module.name)
+print(*sys.modules)
+"""
+
+
+def parsed(texts, extras=()):
+    """Those requirements that apply here: names with the extras asked of them."""
+    for text in texts:
+        needed = Requirement(text)
+        if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in (*extras, "")):
+            yield re.sub(r"[-_.]+", "-", needed.name).lower(), tuple(needed.extras)
+
+
+def everything(texts):
+    """All packages that installing these brings, themselves among them."""
+    found, queue = set(), list(parsed(texts))
+    while queue:
+        name, extras = queue.pop()
+        if (name, extras) not in found:
+            found.add((name, extras))
+            queue.extend(parsed(metadata.requires(name) or (), extras))
+    return {name for name, _ in found}
+
+
+def test_installing_the_core_brings_neither_torchvision_nor_timm_nor_torch_fidelity():
+    brought = everything(PROJECT["dependencies"])
+    assert {"torch", "diffusers", "sympy"} <= brought  # the last by way of the first
+    assert not brought & FORBIDDEN
+
+
+def test_the_extra_brings_what_the_inception_extractor_needs():
+    assert ("torch-fidelity", ()) in parsed(PROJECT["optional-dependencies"]["inception"])
+
+
+def test_no_module_of_the_core_imports_them():
+    found = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=True).stdout
+    assert "sfd.evaluation.extractors.inception" in found
+    assert not {name.split(".")[0] for name in found.split()} & {"torchvision", "timm", "torch_fidelity"}

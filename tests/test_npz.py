@@ -1,0 +1,175 @@
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfd.errors import SFDError
+from sfd.evaluation.npz import Npz, NpzImages, read_labels, read_moments
+from sfd.evaluation.reference import open_reference
+from sfd.evaluation.samples import load_samples, pack
+
+IMAGES = np.random.default_rng(0).integers(256, size=(10, 8, 8, 3), dtype=np.uint8)
+RECORD = {
+    "labels": [0, 1] * 5,
+    "classes": ["ring", "disk"],
+    "sampling": {"solver": "heun", "steps": 8},
+    "model": "m-1",
+    "seeds": [4, 4, 5, 5, 6, 6, 9, 9, 0, 0],
+}
+
+
+def write_folder(folder, record=RECORD):
+    folder.mkdir()
+    for index, image in enumerate(IMAGES):
+        Image.fromarray(image).save(folder / f"{index:06d}.png")
+    if record:
+        (folder / "samples.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_are_read_in_any_order(tmp_path, save):
+    save(tmp_path / "a.npz", arr_0=IMAGES)
+    images = NpzImages(Npz(tmp_path / "a.npz"))
+    assert len(images) == 10 and images.image_size == 8
+    for start, stop in ((0, 3), (3, 4), (7, 10), (2, 5), (0, 10)):
+        np.testing.assert_array_equal(images.load(range(start, stop)), IMAGES[start:stop])
+
+
+def test_packed_samples_are_the_samples(tmp_path):
+    samples = load_samples(write_folder(tmp_path / "samples"))
+    pack(samples, tmp_path / "out.npz")
+    packed = load_samples(tmp_path / "out.npz")
+    np.testing.assert_array_equal(np.concatenate(list(packed.batches(3))), IMAGES)
+    assert (packed.labels, packed.classes, packed.sampling) == (samples.labels, samples.classes, samples.sampling)
+    assert packed.sampling == {"solver": "heun", "steps": 8, "model": "m-1", "seeds": "0, 4-6, 9"}
+    assert packed.balanced
+
+
+def test_packed_samples_are_what_numpy_and_adm_read(tmp_path):
+    pack(load_samples(write_folder(tmp_path / "samples")), tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], IMAGES)
+        np.testing.assert_array_equal(arrays["arr_1"], RECORD["labels"])
+    with zipfile.ZipFile(tmp_path / "out.npz") as archive:  # not compressed: any part of it can be read at once
+        assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_equal_samples_make_equal_archives(tmp_path):
+    samples = load_samples(write_folder(tmp_path / "samples"))
+    for name in ("a.npz", "b.npz"):
+        pack(samples, tmp_path / name)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_packing_a_damaged_image_leaves_nothing(tmp_path):
+    folder = write_folder(tmp_path / "samples")
+    (folder / "000007.png").write_bytes(b"no image")
+    with pytest.raises(SFDError, match=r"000007\.png"):
+        pack(load_samples(folder), tmp_path / "out.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+
+
+@pytest.mark.parametrize("record", [None, {**RECORD, "labels": [], "classes": []}])
+def test_samples_without_classes_are_packed_without(tmp_path, record):
+    pack(load_samples(write_folder(tmp_path / "samples", record)), tmp_path / "out.npz")
+    packed = load_samples(tmp_path / "out.npz")
+    assert packed.labels is None and packed.classes == ()
+    assert packed.balanced == bool(record)  # of one class; without a record nothing says so
+
+
+def test_numbers_of_an_archive_are_its_classes(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES, arr_1=[0, 2] * 5)
+    samples = load_samples(tmp_path / "a.npz")
+    assert samples.classes == ("0", "1", "2") and not samples.balanced
+
+
+def test_moments_are_read_beside_images(tmp_path):
+    mu, sigma = np.arange(3.0), np.eye(3)
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES, mu=mu, sigma=sigma)
+    npz = Npz(tmp_path / "a.npz")
+    found = read_moments(npz, "mu", "sigma", 3)
+    np.testing.assert_array_equal(found[0], mu)
+    np.testing.assert_array_equal(found[1], sigma)
+    assert read_moments(npz, "mu_s", "sigma_s", 5) is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"arr_0": IMAGES.astype(np.float32)}, "uint8"),
+        ({"arr_0": IMAGES[..., :1]}, "square images"),
+        ({"arr_0": IMAGES[:, :4]}, "square images"),
+        ({"arr_0": IMAGES[0]}, "square images"),
+        ({"arr_0": IMAGES[:0]}, "square images"),
+        ({"arr_0": np.asfortranarray(IMAGES)}, "Fortran"),
+        ({"arr_0": np.array([{}])}, "never unpickled"),
+        ({"images": IMAGES}, "no array 'arr_0'.*it has images"),
+        ({"arr_0": IMAGES, "arr_1": np.arange(9)}, "10 whole numbers"),
+        ({"arr_0": IMAGES, "arr_1": np.zeros(10)}, "10 whole numbers"),
+        ({"arr_0": IMAGES, "arr_1": np.full(10, -1)}, "count from 0"),
+    ],
+)
+def test_archives_of_something_else_are_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(SFDError, match=words):
+        load_samples(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"mu": np.zeros(2048)}, "no array 'sigma'"),
+        ({"mu": np.zeros(2047), "sigma": np.zeros((2047, 2047))}, "shape \\(2048,\\)"),
+        ({"mu": np.zeros(2048), "sigma": np.zeros(2048)}, "shape \\(2048, 2048\\)"),
+        ({"mu": np.zeros(2048, int), "sigma": np.zeros((2048, 2048))}, "floating-point"),
+        ({"mu": np.full(2048, np.nan), "sigma": np.zeros((2048, 2048))}, "finite"),
+        ({"mu_s": np.zeros(2023), "sigma_s": np.zeros((2023, 2023))}, "neither arr_0"),
+        ({"arr_0": np.zeros((4, 16, 16, 3), np.uint8)}, "8×8.*16×16"),
+    ],
+)
+def test_references_of_something_else_are_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(SFDError, match=words):
+        open_reference(tmp_path / "a.npz", 8, "inception")
+
+
+def test_moments_say_nothing_to_other_extractors(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    with pytest.raises(SFDError, match="neither arr_0"):
+        open_reference(tmp_path / "a.npz", 8, "dinov2")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_archive_is_refused(tmp_path, share):
+    np.savez(tmp_path / "whole.npz", arr_0=IMAGES)
+    data = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(SFDError, match=r"a\.npz is no whole \.npz"):
+        load_samples(tmp_path / "a.npz")
+
+
+def test_damaged_bytes_are_noticed(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", arr_0=IMAGES)
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(SFDError, match="fetch it again"):
+        list(load_samples(tmp_path / "a.npz").batches())
+
+
+def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"shape": (10**9, 8, 8, 3), "fortran_order": False, "descr": "|u1"})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + IMAGES.tobytes())
+    with pytest.raises(SFDError, match="should take"):
+        load_samples(tmp_path / "a.npz")
+
+
+def test_labels_are_optional(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES)
+    assert read_labels(Npz(tmp_path / "a.npz"), 10) is None
