@@ -188,6 +188,15 @@ def test_a_refused_command_leaves_the_recipe(finished, recipe, tmp_path):
     assert (out / "recipe.yaml").read_text() == before
 
 
+def test_classes_in_turn_share_no_seed(finished, tmp_path):
+    arguments = ("--classes", "star,2", "--seeds", "5-7", "--in-turn", "--steps", "3", "--device", "cpu")
+    assert sfd("sample", finished.folder.root, *arguments, "--out", tmp_path).exit_code == 0
+    record = files.read_json(tmp_path / "samples.json", "samples")
+    star = record["classes"].index("star")
+    assert record["labels"] == [star, 2, star] and record["seeds"] == [5, 6, 7]
+    assert len(list(tmp_path.glob("0*.png"))) == 3
+
+
 def test_a_lost_sample_is_made_again(finished, recipe, tmp_path):
     out = tmp_path / "o"
     shutil.copytree(finished.folder.root, out)

@@ -112,12 +112,13 @@ def test_how_the_samples_were_made_is_told(folder, weights):
     flat.mkdir()
     for index, image in enumerate(MADE):
         Image.fromarray(image).save(flat / f"{index:06d}.png")
-    record = {"classes": ["a", "b"], "labels": [0] * 5 + [1] * 7, "seeds": list(range(COUNT)), "model": "m-1"}
+    record = {"classes": ["a", "b"], "labels": [0] * 5 + [1] * 7, "seeds": [*range(6), *range(6)], "model": "m-1"}
     (flat / "samples.json").write_text(json.dumps(record | {"sampling": {"solver": "dopri5", "guidance": 1.5}}))
     result = evaluate(folder, weights, "--out", folder / "metrics.json", samples="flat")
-    assert "solver dopri5, guidance 1.5, model m-1, seeds 0-11" in result.output
+    assert "solver dopri5, guidance 1.5, model m-1, seeds 0-5" in result.output
     assert "12, not balanced" in result.output and "classes are not equally frequent" in result.output
-    assert json.loads((folder / "metrics.json").read_text())["sampling"]["seeds"] == "0-11"
+    assert "6 seeds made 12 samples" in result.output
+    assert json.loads((folder / "metrics.json").read_text())["sampling"]["seeds"] == "0-5"
 
 
 def test_a_network_of_another_kind_is_refused(folder, tmp_path):

@@ -18,6 +18,7 @@ from sfd.data.latents import LatentSet
 from sfd.data.shapes import ShapesSource
 from sfd.errors import SFDError
 from sfd.evaluate_command import describe, evaluate_folder
+from sfd.evaluation.samples import load_samples, pack
 from sfd.generate import SampleSettings, generate
 from sfd.model import load_model
 from sfd.pipeline import Pipeline
@@ -158,6 +159,13 @@ def test_data_of_another_number_of_classes_are_refused(finished, tmp_path):
 def test_a_folder_of_samples_is_judged(finished):
     text = describe(evaluate_folder(finished.folder.samples / "guided", finished.folder.root, CPU))
     assert "class accuracy" in text and "20, balanced" in text
+
+
+def test_packed_samples_are_judged_as_their_folder_is(finished, tmp_path):
+    pack(load_samples(finished.folder.samples / "guided"), tmp_path / "guided.npz")
+    packed = evaluate_folder(tmp_path / "guided.npz", finished.folder.root, CPU)
+    folder = evaluate_folder(finished.folder.samples / "guided", finished.folder.root, CPU)
+    assert packed.model_copy(update={"name": folder.name}) == folder
 
 
 def test_a_model_in_half_precision_is_still_itself(finished, tmp_path):

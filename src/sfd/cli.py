@@ -205,6 +205,7 @@ def report(**arguments: Any) -> None:
 @click.option("--out", type=FOLDER, default=Path("samples"), show_default=True, help="folder for PNGs and grid.png")
 @click.option("--classes", default="all", show_default=True, help="names or numbers, comma-separated; 'all'")
 @click.option("--seeds", default="0-7", show_default=True, help="such as 0-63 or 1,5,9; each class gets each seed")
+@click.option("--in-turn", is_flag=True, help="give seed i to class i, around and around, so that no noise repeats")
 @click.option("--steps", type=int, help="solver steps; leave out for an adaptive solver  [default: 25]")
 @click.option("--solver", default="heun", show_default=True, help="euler, heun, dopri5, or any of sfd.solvers")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="of the solver, such as rtol=1e-4")

@@ -37,7 +37,9 @@ def evaluate_samples(
         raise SFDError(f"--out {out} is a folder; give a file's name, such as metrics.json")
     if run is not None:
         if given:
-            raise SFDError(f"--{next(iter(given))} goes with --reference; a run has its own evaluator")
+            raise SFDError(
+                f"--{next(iter(given)).replace('_', '-')} goes with --reference; a run has its own evaluator"
+            )
         result: Metrics | None = evaluate_folder(samples, run, choose_device(device))
     else:
         assert reference is not None
@@ -152,6 +154,9 @@ def _caveats(samples: Samples, reference: Reference) -> list[str]:
     if not samples.balanced:
         known = "classes are not equally frequent among the samples"
         found.append(known if samples.labels is not None else "nothing says of which classes the samples are")
+    distinct = len(set(samples.record.get("seeds") or range(count)))
+    if distinct < count:
+        found.append(f"{distinct:,} seeds made {count:,} samples, so that noise repeats among classes")
     if protocol.extractor == inception.NAME:
         if not protocol.stored_moments:
             found.append(f"the reference is {protocol.reference_count:,} images, not the moments of a training set")

@@ -25,22 +25,25 @@ STRIP_GUIDANCE = 2.0
 
 
 def sample_images(
-    model: Path, out: Path, classes: str, seeds: str, weak: Path | None, device: str, **options: Any
+    model: Path, out: Path, classes: str, seeds: str, in_turn: bool, weak: Path | None, device: str, **options: Any
 ) -> None:
-    """Sample each class with each seed into a folder; see `sfd sample --help`."""
+    """Sample each class with each seed, or the classes in turn, into a folder; see `sfd sample --help`."""
     settings = sample_settings(**options)
     chosen_seeds = parse_seeds(seeds)
     where = choose_device(device)
     loaded = load_model(model_folder(model), where)
     weaker = load_model(model_folder(weak), where) if weak else None
     labels = asked_labels(loaded, classes)
-    pairs = [(label, seed) for label in labels for seed in chosen_seeds]
+    if in_turn:
+        pairs = [(labels[i % len(labels)], seed) for i, seed in enumerate(chosen_seeds)]
+    else:
+        pairs = [(label, seed) for label in labels for seed in chosen_seeds]
     if weaker is not None and settings.guidance in (1.0, {}):
         raise SFDError("--weak was given, but --guidance is 1, so it would do nothing; give a scale, such as 1.5")
     with files.exclusive(out):
         write_samples(out, loaded, [p[0] for p in pairs], [p[1] for p in pairs], settings, weak=weaker)
         if len(pairs) <= MAX_GRID_IMAGES:
-            write_grid(out, range(len(pairs)), columns=len(chosen_seeds))
+            write_grid(out, range(len(pairs)), columns=len(labels) if in_turn else len(chosen_seeds))
         else:
             click.echo(f"no grid.png: {len(pairs)} images are more than the {MAX_GRID_IMAGES} that one shows", err=True)
     click.echo(f"{len(pairs)} images in {out}")

@@ -138,7 +138,7 @@ class NpzImages:
         """Return a range of images as uint8 (B, S, S, 3); the indices follow one another."""
         size = math.prod(self._header.shape[1:])
         data = self._npz.read(self._stream, self._header.start + int(indices[0]) * size, len(indices) * size)
-        return np.frombuffer(data, np.uint8).reshape(len(indices), *self._header.shape[1:])
+        return np.frombuffer(bytearray(data), np.uint8).reshape(len(indices), *self._header.shape[1:])  # writable
 
 
 def read_labels(npz: Npz, count: int) -> np.ndarray | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +49,11 @@ class Extractor(Protocol):
             SFDError: S is not a size that it takes.
         """
         ...
+
+
+def whole_float32() -> AbstractContextManager[None]:
+    """Compute convolutions in float32 throughout: on GPUs, PyTorch would by default round their factors to 10 bits."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def save(folder: Path, name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

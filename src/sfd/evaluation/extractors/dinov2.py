@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfd.encoders import vit
 from sfd.errors import SFDError
-from sfd.evaluation.extractors._base import Extraction
+from sfd.evaluation.extractors._base import Extraction, whole_float32
 
 NAME = "dinov2"
 WEIGHTS = "facebook/dinov2-large"
@@ -36,7 +36,8 @@ class DINOv2:
     def extract(self, images: np.ndarray) -> Extraction:
         """Compute the class token's features of uint8 images (B, S, S, 3)."""
         pixels = (resized(images).to(self._device) - self._encoder.mean) / self._encoder.std
-        tokens = self._encoder.net(pixel_values=pixels).last_hidden_state
+        with whole_float32():
+            tokens = self._encoder.net(pixel_values=pixels).last_hidden_state
         return Extraction(tokens[:, 0].cpu().numpy(), None)
 
 

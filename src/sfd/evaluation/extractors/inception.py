@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sfd import files
 from sfd.errors import SFDError
-from sfd.evaluation.extractors._base import Extraction
+from sfd.evaluation.extractors._base import Extraction, whole_float32
 
 NAME = "inception"
 FEATURES = 2048
@@ -51,8 +51,9 @@ class Inception:
     @torch.no_grad()
     def extract(self, images: np.ndarray) -> Extraction:
         """Compute pooled and spatial features, and probabilities, of uint8 images (B, S, S, 3)."""
-        pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(self._device)
-        features, logits = self._network(pixels)
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(self._device)
+        with whole_float32():
+            features, logits = self._network(pixels)
         spatial, self._spatial = self._spatial, None
         assert spatial is not None
         return Extraction(features.cpu().numpy(), logits.softmax(dim=1).cpu().numpy(), spatial.cpu().numpy())
