@@ -100,8 +100,8 @@ def evaluate_against(
     """
     share = Part() if part is None else _part(part)
     loaded = load_samples(samples)
-    real = open_reference(reference, loaded.images.image_size, extractor)
     judge = pretrained(extractor, weights, device)
+    real = open_reference(reference, loaded.images.image_size, extractor)
     sets = [Features(features, images, judge) for images in (loaded.images, real.images) if images is not None]
     for computed, name in zip(sets, ("samples", "reference"), strict=False):
         computed.compute(batch_size, share, f"features of the {name}")
