@@ -299,6 +299,31 @@ def pack(samples: Path, out: Path) -> None:
 
 
 @main.command()
+@click.argument("source", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--weights", type=click.Choice(["ema", "model"]), help="which of a checkpoint's  [default: ema]")
+@click.option("--texture", help="of a published transformer: the texture encoder, a folder or a hub name")
+@click.option("--statistics", multiple=True, help="latents_stats.pt, latents_sv_stats.pt, a folder of latents, or none")
+@click.option("--classes", help="a file with a name a line, or their number  [default: numbers]")
+@click.option("--delta", type=click.FloatRange(min=0), help="offset of the clocks  [default: 0.3]")
+@click.option("--semantic-channels", type=click.IntRange(min=0), help="[default: those that are not the texture's]")
+@click.option("--repa-block", type=click.IntRange(min=1), help="whose tokens the projector takes  [default: 2]")
+@click.option("--heads", type=click.IntRange(min=1), help="of a SemVAE's attention  [default: 6]")
+def convert(source: Path, out: Path, weights: str | None, heads: int | None, **model: Any) -> None:
+    """Convert published weights in SOURCE to this project's format, or back; what SOURCE is, is found out.
+
+    \b
+    transformer (.pt, .ckpt, .safetensors)  <->  model directory
+    SemVAE (.pt, .safetensors)              <->  compressor's folder
+    autoencoder in the LDM format (.ckpt)   <->  folder in diffusers' format
+    """
+    from sfd.convert_command import Options, convert
+    from sfd.interop.model_directory import Options as ModelOptions
+
+    convert(source, out, Options(state=weights, heads=heads, model=ModelOptions(**model)))
+
+
+@main.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="relative error")
 @click.option("--json", "out", type=FOLDER, help="write what was found to this JSON file too")

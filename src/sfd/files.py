@@ -6,8 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import pickle
+import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -178,6 +181,34 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise explained(error, path) from None
     except SafetensorError as error:
         raise SFDError(f"{path} is no intact safetensors file ({error}); make or fetch it again") from None
+
+
+def read_pickled(path: Path) -> Any:
+    """Load what `torch.save` wrote, if it is tensors and plain values alone.
+
+    Raises:
+        SFDError: it is missing or damaged, or it would run code.
+    """
+    import torch
+
+    try:
+        with path.open("rb") as handle:
+            zipped = handle.read(2) == b"PK"  # the older format cannot be mapped
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError as error:
+        raise explained(error, path) from None
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL [\w.]+|Unsupported operand \d+", str(error))
+        reason = named[0] if named else "unreadable"
+        raise SFDError(
+            f"{path} cannot be read as tensors alone ({reason}): it is damaged, or loading it could run code; nothing "
+            "of it was run. If you trust who made it, save its state dictionary alone, best as safetensors"
+        ) from None
+    except Exception as error:  # a damaged pickle can end in any of them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SFDError(f"{path} cannot be read ({reason[:120]}); make or fetch it again") from None
 
 
 def checksum(path: Path) -> str:

@@ -9,7 +9,6 @@ A folder of safetensors files, in the order of their names. Each holds `latents`
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +84,7 @@ def describe_published(
     shards = read_shards(folder)
     streams = [name for name, key in KEYS.items() if name != FEATURES and key in shards[0].entries]
     entries = {name: shards[0].entries[KEYS[name]] for name in streams}
-    given = {name: _read_statistics(path, entries[name]) for name, path in statistics_files(folder).items()}
+    given = {name: read_statistics(path, entries[name].shape[1]) for name, path in statistics_files(folder).items()}
     computed = _compute_statistics(shards, [name for name in streams if name not in given])
     features = shards[0].entries.get(KEYS[FEATURES])
     manifest = Manifest(
@@ -230,19 +229,16 @@ def statistics_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read_statistics(path: Path, entry: Entry) -> tuple[Tensor, Tensor]:
-    """Read mean and standard deviation, (C,) float64 each."""
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise files.explained(error, path) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SFDError(f"{path} cannot be read as tensors alone ({reason}); fetch it again, or remove it") from None
+def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
+    """Read mean and standard deviation of a stream's channels, (C,) float64 each, from a published `*_stats.pt`.
+
+    Raises:
+        SFDError: the file is missing, damaged, carries code, or holds no usable statistics of so many channels.
+    """
+    values = files.read_pickled(path)
     mend = "; fetch the file of these latents, or remove it to have the statistics computed"
     if not isinstance(values, dict) or not all(isinstance(values.get(k), Tensor) for k in ("mean", "std")):
         raise SFDError(f"{path} holds no tensors 'mean' and 'std'{mend}")
-    channels = entry.shape[1]
     mean, std = (values[k].detach().double() for k in ("mean", "std"))
     for label, tensor in (("mean", mean), ("std", std)):
         if tensor.numel() != channels or max(tensor.shape, default=0) != channels:

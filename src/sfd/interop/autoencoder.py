@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sfd import files
 from sfd.encoders._base import without_torchvision
 from sfd.errors import SFDError
 from sfd.weights import fitting, shapes
@@ -104,13 +105,20 @@ def from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Au
 
 
 def to_published(network: AutoencoderKL) -> dict[str, Tensor]:
-    """Give the tensors under their LDM names, in their LDM shapes."""
+    """Give the tensors under their LDM names, in their LDM shapes.
+
+    Raises:
+        SFDError: no LDM checkpoint can hold this autoencoder.
+    """
     levels = len(network.config.block_out_channels)
     named = {_published_name(name, levels): tensor for name, tensor in network.state_dict().items()}
-    return {
-        name: tensor[..., None, None] if _is_convolution(name, tensor.dim()) else tensor
-        for name, tensor in named.items()
-    }
+    state = {name: t[..., None, None] if _is_convolution(name, t.dim()) else t for name, t in named.items()}
+    implied = inferred_config({name: tuple(t.shape) for name, t in state.items()})
+    for field, value in {**implied, "act_fn": "silu", "scaling_factor": None}.items():
+        given = files.plain(network.config[field])
+        if value is not None and given != value:
+            raise SFDError(f"the LDM format has no place for an autoencoder with {field} = {given}; it implies {value}")
+    return state
 
 
 def build(config: Mapping[str, Any], device: str = "cpu") -> AutoencoderKL:

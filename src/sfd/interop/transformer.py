@@ -22,6 +22,7 @@ from sfd.streams import Composite, Stream
 from sfd.weights import fitting, shapes
 
 TABLES = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+EMBEDDING = "x_embedder.proj.weight"
 LABELS = "y_embedder.embedding_table.weight"
 # Ours → published. What is not here needs more than a new name.
 _NAMES = {
@@ -87,7 +88,7 @@ def inferred_config(shapes: Mapping[str, tuple[int, ...]], semantic: int, repa_b
         SFDError: a tensor that tells a size is missing or impossible.
     """
     try:
-        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        width, channels, patch, _ = shapes[EMBEDDING]
         tokens, head = shapes["pos_embed"][1], shapes["blocks.0.attn.q_norm.weight"][0]
         projector = "repa_projector.0.weight" in shapes
         return TransformerConfig(
@@ -161,7 +162,7 @@ def from_published(state: Mapping[str, Tensor], config: TransformerConfig) -> di
     ours = {name: state[theirs] for name, theirs in _renamed(config).items()}
     streams = config.composite.streams
     channels = [s.channels for s in streams]
-    convolution = state["x_embedder.proj.weight"].permute(0, 2, 3, 1).split(channels, dim=3)  # width, p, p, C
+    convolution = state[EMBEDDING].permute(0, 2, 3, 1).split(channels, dim=3)  # width, p, p, C
     for k, columns in enumerate(convolution):
         ours[f"embeddings.{k}.weight"] = columns.flatten(1).contiguous()
     patch = streams[0].patch_size
@@ -194,7 +195,7 @@ def _publish(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str
     theirs = {name: state[ours] for ours, name in _renamed(config).items()}
     patch = streams[0].patch_size
     columns = [state[f"embeddings.{k}.weight"].unflatten(1, (patch, patch, s.channels)) for k, s in enumerate(streams)]
-    theirs["x_embedder.proj.weight"] = torch.cat(columns, dim=3).permute(0, 3, 1, 2).contiguous()
+    theirs[EMBEDDING] = torch.cat(columns, dim=3).permute(0, 3, 1, 2).contiguous()
     for kind in ("weight", "bias"):
         rows = [state[f"heads.{k}.{kind}"].unflatten(0, (patch, patch, s.channels)) for k, s in enumerate(streams)]
         theirs[f"final_layer.linear.{kind}"] = torch.cat(rows, dim=2).flatten(0, 2)
