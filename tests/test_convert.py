@@ -140,6 +140,17 @@ class TestTransformer:
             words=("texture latents have 8 channels", "have 4"),
         )
 
+    def test_a_model_trained_here_and_back(self, finished, tmp_path):
+        folder = finished.folder
+        done("convert", folder.root, tmp_path / "published.safetensors")
+        needed = ("--texture", folder.texture, "--statistics", folder.latents, "--classes", tmp_path / "classes.txt")
+        original = load_model(folder.model, torch.device("cpu"))
+        (tmp_path / "classes.txt").write_text("\n".join(original.classes))
+        done("convert", tmp_path / "published.safetensors", tmp_path / "model", *needed)
+        model = load_model(tmp_path / "model", torch.device("cpu"))
+        assert model.composite == original.composite and model.schedule.spec == original.schedule.spec
+        assert same(model.transformer.state_dict(), original.transformer.state_dict())
+
     @pytest.mark.parametrize(
         ("options", "words"),
         [

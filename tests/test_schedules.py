@@ -152,6 +152,18 @@ def test_several_leaders():
     assert time.tolist() == pytest.approx([0.375, 0.0, 0.375])
 
 
+@pytest.mark.parametrize(("delta", "steps"), [(0.2, 6), (0.4, 7), (0.8, 9)])
+def test_steps_that_fall_on_a_knot_have_the_rate_after_it(delta, steps):
+    """Though the point and the knot may be rounded apart."""
+    schedule = build_schedule({"name": "offset", "delta": delta}, ("texture", "semantic"))
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    for knot in schedule.knots:
+        on = u[(u - knot).abs() < 1e-12]
+        after = schedule.at(torch.tensor(knot + 1e-6, dtype=torch.float64)).rate
+        assert all(torch.equal(rate, after) for rate in schedule.at(on).rate)
+    assert any((u - knot).abs().min() < 1e-12 for knot in schedule.knots)
+
+
 def test_table_takes_points_on_a_line_for_no_knot():
     line = [[0, 0], [0.1, 0.1], [0.7, 0.7], [1, 1]]
     bent = [[0, 0], [0.3, 0.6], [1, 1]]

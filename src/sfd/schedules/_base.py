@@ -18,6 +18,7 @@ from torch import Tensor
 from sfd.errors import SFDError
 
 TOLERANCE = 1e-9  # how far rounding may take a hand-written map from 0, from 1 and from monotone
+ROUNDING = 1 + 1e-15  # u this close below a knot is on it: a step that is meant to start there has the rate after it
 
 
 class StreamTimes(NamedTuple):
@@ -93,7 +94,7 @@ class PiecewiseLinear(Schedule):
         exact = u.double()  # knots may lie closer together than float32 can tell
         base, times, rates = (table.to(u.device) for table in (self._base, self._times, self._rates))
         if segment is None:
-            piece = torch.searchsorted(base[1:-1].contiguous(), exact.contiguous(), right=True)
+            piece = torch.searchsorted(base[1:-1].contiguous(), exact.contiguous() * ROUNDING, right=True)
         else:
             piece = torch.full_like(exact, segment, dtype=torch.long)
         fraction = ((exact - base[piece]) / (base[piece + 1] - base[piece])).clamp(0, 1)
