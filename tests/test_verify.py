@@ -135,11 +135,12 @@ def test_what_nobody_knows_is_listed(folder):
         folder / "dit.io.safetensors", velocity_squared=torch.ones(3), **{"grad.blocks.9.norm1.weight": torch.ones(3)}
     )
     (folder / "other.json").write_text('{"colour": "blue"}')
+    save_file({"more": torch.ones(3)}, folder / "dit.more.safetensors")
     result = command(folder)
     assert result.exit_code == 0
-    for name in ("dit: velocity_squared", "dit: grad.blocks.9.norm1.weight", "other.json"):
+    for name in ("dit: velocity_squared", "dit: grad.blocks.9.norm1.weight", "other.json", "dit.more.safetensors"):
         assert f"not checked: {name}" in result.output
-    assert "3 not checked" in result.output
+    assert "4 not checked" in result.output
 
 
 def test_what_has_no_reference_is_listed(folder):

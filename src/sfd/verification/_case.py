@@ -90,10 +90,13 @@ class Case:
         self.rows: list[Row] = []
         self.missing: list[str] = []
         self.unchecked: list[str] = []
+        self.files = {name, f"{name}.json"}
 
     def path(self, part: str) -> Path:
-        """Name one of the case's files."""
-        return self.folder / f"{self.name}.{part}.safetensors"
+        """Name one of the case's files, which is looked at then."""
+        path = self.folder / f"{self.name}.{part}.safetensors"
+        self.files.add(path.name)
+        return path
 
     def references(self, part: str = "io") -> References:
         """Read inputs and outputs."""

@@ -47,7 +47,7 @@ def verify(folder: Path, device: torch.device, tolerance: float = 1e-4) -> Findi
     """
     if not folder.is_dir():
         raise SFDError(f"{folder} is no folder; give one with reference cases")
-    cases, claimed = [], set()
+    cases = []
     with _full_precision():
         for name, values in _candidates(folder):
             module = next((m for m in _kinds() if m.claims(folder, name, values)), None)
@@ -55,13 +55,12 @@ def verify(folder: Path, device: torch.device, tolerance: float = 1e-4) -> Findi
                 case = Case(folder, name, values, device, tolerance)
                 _check(module, case)
                 cases.append(case)
-                claimed.add(name)
     if not cases:
         raise SFDError(f"{folder} holds no reference cases; give a folder with NAME.json and NAME.io.safetensors")
     return Findings(
         tuple(row for case in cases for row in case.rows),
         tuple(f"{case.name}: {quantity}" for case in cases for quantity in case.missing),
-        (*(f"{c.name}: {quantity}" for c in cases for quantity in c.unchecked), *_strangers(folder, claimed)),
+        (*(f"{c.name}: {quantity}" for c in cases for quantity in c.unchecked), *_strangers(folder, cases)),
     )
 
 
@@ -85,14 +84,14 @@ def _candidates(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".json":
             yield path.stem, files.read_json(path, "folder of reference cases")
-        elif path.is_dir() and any(path.glob(f"*{TENSORS}")) and not path.with_suffix(".json").exists():
+        elif path.is_dir() and any(path.glob(f"*{TENSORS}")) and not (folder / f"{path.name}.json").exists():
             yield path.name, {}
 
 
-def _strangers(folder: Path, claimed: set[str]) -> list[str]:
-    """Name the files of data that belong to no case."""
-    suspects = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", TENSORS) or p.is_dir()]
-    return [p.name for p in suspects if not any(p.name == name or p.name.startswith(f"{name}.") for name in claimed)]
+def _strangers(folder: Path, cases: list[Case]) -> list[str]:
+    """Name the files of data that no case looked at."""
+    suspects = {p.name for p in folder.iterdir() if p.suffix in (".json", TENSORS) or p.is_dir()}
+    return sorted(suspects.difference(*(case.files for case in cases)))
 
 
 @contextmanager
