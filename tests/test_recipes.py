@@ -11,6 +11,8 @@ import torch
 from sfd import files
 from sfd.assessment import assess
 from sfd.config import Recipe, load_recipe
+from sfd.data.latents import LatentSet
+from sfd.data.published_latents import write_published
 from sfd.estimate import KEPT_BYTES, describe, estimate, table
 from sfd.generate import generate
 from sfd.models.transformer import Transformer, TransformerConfig
@@ -165,6 +167,18 @@ def test_a_recipe_trains_and_samples(small, tmp_path, name, streams):
     assert {s.name: (s.channels, s.grid) for s in model.composite.streams} == streams
     made = next(generate(model, [0, 1], [0, 1], pipeline.sample_settings(model)))
     assert made.images.shape == (2, 32, 32, 3) and torch.isfinite(made.latents).all()
+
+
+def test_published_latents_are_trained_on(small, tmp_path):
+    made = Pipeline(shrunk(small, "ablation/4-offset"), tmp_path / "made", CPU)
+    made.train_compressor()
+    made.prepare()
+    write_published(LatentSet(made.folder.latents), tmp_path / "shards", 20)
+    overrides = ["data.source=null", f"latents.published={tmp_path / 'shards'}"]
+    pipeline = Pipeline(shrunk(small, "published-latents", *overrides), tmp_path / "out", CPU)
+    pipeline.all()
+    made_images = next(generate(pipeline.model, [9], [0], pipeline.sample_settings(pipeline.model))).images
+    assert made_images.shape == (1, 32, 32, 3)
 
 
 def test_autoguidance_from_end_to_end(small, tmp_path):

@@ -63,7 +63,7 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises:
         SFDError: the recipe makes no sense; see `sfd.plan.check`.
     """
-    config, train = check(recipe), recipe.train
+    config, train = check(recipe, dry=True), recipe.train
     parameters, forward = parameter_count(config), flops(config)
     step = PASSES_A_STEP * (forward + projector_flops(config)) * train.batch_size
     return Estimate(
@@ -180,7 +180,8 @@ def _streams(config: TransformerConfig) -> str:
 
 def _latents(recipe: Recipe) -> str:
     if recipe.latents.published is not None:
-        return f"published, in {recipe.latents.published}"
+        here = Path(recipe.latents.published).is_dir()
+        return f"published, in {recipe.latents.published}{'' if here else ', which is not here yet'}"
     latents, features = latent_bytes(recipe)
     total = f"{(latents + features) / 2**10:.4g} KiB an image, {(latents + features) * 1e6 / 2**30:.4g} GiB a million"
     return f"{total}; of that, {features / (latents + features):.0%} features for REPA"

@@ -28,8 +28,12 @@ from sfd.streams import Composite, Stream
 from sfd.weights import Part
 
 
-def check(recipe: Recipe) -> TransformerConfig:
+def check(recipe: Recipe, *, dry: bool = False) -> TransformerConfig:
     """Plan the whole run, so that parts that do not fit are found before hours of work.
+
+    Args:
+        recipe: what to plan.
+        dry: published latents need not be here; they are then taken to be what the recipe's encoders would make.
 
     Returns:
         the planned network.
@@ -38,6 +42,8 @@ def check(recipe: Recipe) -> TransformerConfig:
         SFDError: an architecture that cannot be, streams that share no token grid, features that do not fit REPA, an
             image size that does not fit an encoder or the evaluator, or a way of sampling that makes no sense.
     """
+    if recipe.latents.published is not None and not dry:
+        read_shards(Path(recipe.latents.published))
     try:
         config = planned_architecture(recipe)
         planned_compressor(recipe)
@@ -90,7 +96,7 @@ def planned_shapes(recipe: Recipe) -> dict[str, Shape]:
     _check_kind("texture", texture, TEXTURE)
     _check_size(recipe, "texture encoder", texture.downsample)
     shapes = {"texture": Shape(texture.channels, size // texture.downsample)}
-    if recipe.latents.published is not None:
+    if recipe.latents.published is not None and Path(recipe.latents.published).is_dir():
         return _published_shapes(recipe, Path(recipe.latents.published), shapes["texture"])
     semantic = planned_encoder(recipe.semantic)
     _check_kind("semantic", semantic, SEMANTIC)
