@@ -15,6 +15,7 @@ from sfd.data.latents import LatentSet
 from sfd.data.published_latents import write_published
 from sfd.estimate import KEPT_BYTES, describe, estimate, table
 from sfd.generate import generate
+from sfd.models.semvae import SemVAE, SemVAEConfig
 from sfd.models.transformer import Transformer, TransformerConfig
 from sfd.pipeline import Pipeline
 from sfd.plan import planned_compressor, planned_encoder
@@ -125,21 +126,24 @@ def small(tmp_path_factory):
     save_kl(folder / "f16", latent_channels=32, **kl)
     save_kl(folder / "f8", latent_channels=4, **{field: value[:4] for field, value in kl.items()})
     save_vit(folder / "vit", "dinov2_with_registers")
+    SemVAE(SemVAEConfig(input_channels=16, latent_channels=16, width=16, heads=2, blocks=1)).save(folder / "semvae")
     return folder
 
 
 def shrunk(small: Path, name: str, *overrides: str) -> Recipe:
     """The recipe itself, on the procedural data set, with small networks and few steps."""
-    texture = "f8" if name.startswith("redi") else "f16"
-    compressor = imagenet(name).compressor.name
-    shorter = [f"compressor.{field}" for field in ("width=16", "heads=2", "blocks=1")]
-    shorter += [f"compressor.train.{field}" for field in ("steps=2", "batch_size=8", "decay_from=1")]
+    texture, compressor = "f8" if name.startswith("redi") else "f16", imagenet(name).compressor
+    shorter = [f"compressor.{field}" for field in ("width=16", "heads=2", "blocks=1") if compressor.name == "semvae"]
+    if compressor.folder is not None:
+        shorter.append(f"compressor.folder={small / 'semvae'}")
+    if compressor.train is not None:
+        shorter += [f"compressor.train.{field}" for field in ("steps=2", "batch_size=8", "decay_from=1")]
     return imagenet(
         name,
         *("data.source=shapes", "data.image_size=32", "data.count=40", "data.classes=10"),
         f"texture.pretrained={small / texture}",
         *(f"semantic.pretrained={small / 'vit'}", "semantic.config={tile: 32, grid: 2}"),
-        *(shorter if compressor == "semvae" else []),
+        *shorter,
         *("transformer.depth=2", "transformer.width=32", "transformer.heads=2", "transformer.repa_width=16"),
         *("train.steps=2", "train.batch_size=8", "evaluation.samples_per_class=1"),
         *overrides,
@@ -153,6 +157,7 @@ def shrunk(small: Path, name: str, *overrides: str) -> Recipe:
         ("ablation/2-repa", {"texture": (32, 2)}),
         ("ablation/3-semvae", {"texture": (32, 2), "semantic": (16, 2)}),
         ("ablation/4-offset", {"texture": (32, 2), "semantic": (16, 2)}),
+        ("own-semvae", {"texture": (32, 2), "semantic": (16, 2)}),
         ("ablation/pca", {"texture": (32, 2), "semantic": (16, 2)}),
         ("offset/1.0", {"texture": (32, 2), "semantic": (16, 2)}),
         ("redi/synchronous", {"texture": (4, 4), "semantic": (8, 2)}),
