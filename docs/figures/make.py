@@ -149,16 +149,21 @@ def knots() -> Figure:
 
 
 def offset() -> Figure:
-    """What the sweep over Δ measured, a line a seed."""
+    """What the sweep over Δ measured, a line a seed; bars: two standard errors of a share of so many samples."""
     rows = json.loads(SWEEP.read_text(encoding="utf-8"))["rows"]
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-    quantities = {"frechet_distance": "Fréchet distance (lower is better)", "class_accuracy": "samples recognised"}
+    quantities = {"frechet_distance": "Fréchet distance (lower is better)", "class_accuracy": "share recognised"}
     for axis, (key, title) in zip(figure.subplots(1, 2), quantities.items(), strict=True):
         for index, seed in enumerate(sorted({row["seed"] for row in rows})):
-            points = sorted((row["delta"], row[key]) for row in rows if row["seed"] == seed)
-            axis.plot(*zip(*points, strict=True), color=COLOURS[index], marker="o", linewidth=1.5, label=f"seed {seed}")
+            chosen = sorted((row for row in rows if row["seed"] == seed), key=lambda row: row["delta"])
+            share, bars = np.array([row["class_accuracy"] for row in chosen]), None
+            if key == "class_accuracy":
+                bars = 2 * np.sqrt(share * (1 - share) / chosen[0]["n_samples"])
+            x, y = [row["delta"] for row in chosen], [row[key] for row in chosen]
+            axis.errorbar(x, y, bars, color=COLOURS[index], marker="o", capsize=3, label=f"seed {seed}")
         plain(axis, title, "offset Δ")
-        axis.legend(frameon=False)
+        axis.set_ylim(0, 1.15 * max(y))
+        axis.legend(frameon=False, loc="lower left")
     return figure
 
 
