@@ -4,13 +4,13 @@ import pytest
 from sfd.errors import SFDError
 from sfd.evaluation import features
 from sfd.evaluation.extractors._base import Extraction
-from sfd.evaluation.features import Features, Part
+from sfd.evaluation.features import Features
 from sfd.evaluation.metrics import Gaussian, gaussian
 from sfd.evaluation.npz import Npz, NpzImages
 from sfd.evaluation.reference import RealImages, measured
+from sfd.shares import WHOLE, Share
 
 COUNT = 25
-WHOLE = Part()
 
 
 class Corners:
@@ -85,10 +85,10 @@ def test_a_damaged_chunk_is_computed_again(tmp_path, images):
 
 def test_parts_make_the_whole(tmp_path, images):
     extractors = [Corners(), Corners()]
-    computed(tmp_path, images, extractors[1], Part(2, 2))
+    computed(tmp_path, images, extractors[1], Share(2, 2))
     with pytest.raises(SFDError, match="lacks 2 of 3 chunks"):
         Features(tmp_path, images, extractors[1]).read()
-    assert_whole(computed(tmp_path, images, extractors[0], Part(1, 2)).read(), images)
+    assert_whole(computed(tmp_path, images, extractors[0], Share(1, 2)).read(), images)
     assert [extractor.seen for extractor in extractors] == [15, 10]
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from sfd.data.images import to_tensor
 from sfd.data.latents import FEATURES, LatentSet
-from sfd.data.prepare import LatentSettings, Preparation, Share, parse_share, prepare
+from sfd.data.prepare import LatentSettings, Preparation, prepare
 from sfd.data.shapes import ShapesSource
 from sfd.errors import SFDError
+from sfd.shares import Share, parse_share
 
 CPU = torch.device("cpu")
 SOURCE = ShapesSource(50, 0, 16)

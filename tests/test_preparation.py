@@ -16,11 +16,11 @@ from sfd import files
 from sfd.cli import main
 from sfd.config import load_recipe
 from sfd.data.latents import LatentSet
-from sfd.data.prepare import Share
 from sfd.data.published_latents import open_published
 from sfd.errors import SFDError
 from sfd.pipeline import Pipeline
 from sfd.plan import check, latent_bytes
+from sfd.shares import Share
 from tiny import write_recipe
 
 CPU = torch.device("cpu")

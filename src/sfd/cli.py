@@ -166,7 +166,7 @@ def prepare(part: str | None, **arguments: Any) -> None:
     Any number of processes may share the work through a common folder: each gets the same command and its own --part,
     from 1/N to N/N. The last to end writes the manifest.
     """
-    from sfd.data.prepare import WHOLE, parse_share
+    from sfd.shares import WHOLE, parse_share
 
     chosen = WHOLE if part is None else parse_share(part)
     _stage(lambda pipeline: pipeline.prepare(chosen), shared=part is not None, **arguments)
@@ -215,11 +215,22 @@ def report(**arguments: Any) -> None:
 )
 @click.option("--interval", help="stream times within which to guide: 0.1-0.9, or semantic=0-0.8,texture=0.2-1")
 @click.option("--weak", type=FOLDER, help="a weaker model's directory for AutoGuidance; else the null class is used")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    help="auto: what a GPU's memory holds, else 64",
+)
+@click.option("--part", metavar="I/N", help="make only this share of the images, beside other processes or machines")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
 @device_option
 def sample(**arguments: Any) -> None:
-    """Sample images from a MODEL directory (or a run's folder). Image k depends on seed k alone."""
+    """Sample images from a MODEL directory (or a run's folder). Image k depends on seed k alone.
+
+    The same command goes on where it was stopped. Any number of processes may share the work through a common folder:
+    each gets the same command and its own --part, from 1/N to N/N; those that torchrun or accelerate launch starts
+    take their parts by themselves. The last to end draws the grid.
+    """
     from sfd.sample_command import sample_images
 
     sample_images(**arguments)

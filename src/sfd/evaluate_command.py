@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Metrics, Reference, compare, evaluate
 from sfd.evaluation.extractors import inception
 from sfd.evaluation.extractors._base import pretrained
-from sfd.evaluation.features import Features, Part
+from sfd.evaluation.features import Features
 from sfd.evaluation.reference import measured, open_reference
 from sfd.evaluation.samples import Samples, load_samples, pack
 from sfd.pipeline import Pipeline
 from sfd.resources import choose_device
+from sfd.shares import WHOLE, parse_share
 
 PUBLISHED_COUNT = 50_000  # samples behind a published FID
 DISTANCES = {"inception": "FID", "dinov2": "FD-DINOv2"}  # names of the Fréchet distance, by extractor
@@ -98,7 +98,7 @@ def evaluate_against(
     Raises:
         SFDError: samples, reference, extractor or part are not what they should be.
     """
-    share = Part() if part is None else _part(part)
+    share = WHOLE if part is None else parse_share(part)
     loaded = load_samples(samples)
     judge = pretrained(extractor, weights, device)
     real = open_reference(reference, loaded.images.image_size, extractor)
@@ -163,10 +163,3 @@ def _caveats(samples: Samples, reference: Reference) -> list[str]:
         if reference.extractor.identity != f"{inception.NAME}-{inception.CHECKSUM[:16]}":
             found.append("the weights are not the published Inception")
     return found
-
-
-def _part(text: str) -> Part:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise SFDError(f"--part {text!r} is no part; give I/N with I from 1 to N, such as 1/4")
-    return Part(int(match[1]), int(match[2]))

@@ -22,6 +22,8 @@ from sfd.solvers import load_solver
 from sfd.streams import Composite
 
 DEFAULT_STEPS = 25
+DEFAULT_BATCH_SIZE = 64
+DECODED_AT_ONCE = 32  # images: pixels take far more memory than latents
 
 
 class SampleSettings(Settings):
@@ -37,7 +39,12 @@ class SampleSettings(Settings):
     interval: tuple[float, float] | dict[str, tuple[float, float]] | None = Field(
         None, description="stream times within which to guide, for all streams or by stream; null: throughout"
     )
-    batch_size: int = Field(64, gt=0, description="images at a time; it does not change them, but for adaptive solvers")
+    batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="images at a time; changes them by rounding alone, but for adaptive solvers; null: as many as a "
+        "GPU's memory holds, else 64",
+    )
     precision: Literal["float32", "bf16"] = "float32"
 
     @property
@@ -116,8 +123,9 @@ def _batches(
     weak: Model | None,
     callback: Callable[[Progress], None] | None,
 ) -> Iterator[Generated]:
-    for start in range(0, len(seeds), settings.batch_size):
-        end = start + settings.batch_size
+    size = settings.batch_size or DEFAULT_BATCH_SIZE
+    for start in range(0, len(seeds), size):
+        end = start + size
         batch_labels = torch.tensor(labels[start:end], dtype=torch.long, device=model.device)
         velocity = _guided(model, weak, batch_labels, settings)
         result = integrate(
@@ -138,7 +146,7 @@ def _batches(
 def decode(model: Model, packed: Tensor) -> np.ndarray:
     """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3)."""
     latents = model.composite.denormalize(model.composite.split(packed))[TEXTURE_STREAM]
-    return to_uint8(model.texture.decode(latents.to(model.device)))
+    return np.concatenate([to_uint8(model.texture.decode(z.to(model.device))) for z in latents.split(DECODED_AT_ONCE)])
 
 
 def velocity_field(network: Transformer, labels: Tensor, precision: str = "float32") -> VelocityField:

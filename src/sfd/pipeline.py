@@ -25,7 +25,6 @@ from sfd.data.folder import skipped_report
 from sfd.data.images import ImageSource, to_tensor
 from sfd.data.latents import FEATURES, MANIFEST, LatentSet
 from sfd.data.open import check_classes, open_source
-from sfd.data.prepare import WHOLE, Share
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
 from sfd.errors import SFDError
@@ -41,6 +40,7 @@ from sfd.models.transformer import Transformer, TransformerConfig, parameter_cou
 from sfd.plan import architecture, given_compressor
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import parse
+from sfd.shares import WHOLE, Share
 from sfd.stages import Stage
 from sfd.streams import Composite
 from sfd.training.diffusion import DiffusionTask

@@ -13,13 +13,14 @@ from sfd import files
 from sfd.config import Recipe, load_recipe
 from sfd.data.images import to_uint8
 from sfd.data.latents import FEATURES, MANIFEST, LatentSet, read_manifest, shard_path
-from sfd.data.prepare import WHOLE, Preparation, Share
+from sfd.data.prepare import Preparation
 from sfd.data.published_latents import describe_published, identity, statistics_files
 from sfd.evaluation.figures import image_grid
 from sfd.model import TEXTURE_STREAM
 from sfd.plan import latent_bytes, planned_shapes
 from sfd.progress import console
 from sfd.resources import measured
+from sfd.shares import WHOLE, Share
 from sfd.stages import RunFolder, Stage
 
 if TYPE_CHECKING:

@@ -19,18 +19,28 @@ from sfd.phases import class_labels, phase_strip
 from sfd.resources import choose_device
 from sfd.sample_folder import write_grid, write_samples
 from sfd.settings import parse
+from sfd.shares import choose_share, own_device
 
 MAX_GRID_IMAGES = 400
 STRIP_GUIDANCE = 2.0
 
 
 def sample_images(
-    model: Path, out: Path, classes: str, seeds: str, in_turn: bool, weak: Path | None, device: str, **options: Any
+    model: Path,
+    out: Path,
+    classes: str,
+    seeds: str,
+    in_turn: bool,
+    weak: Path | None,
+    part: str | None,
+    device: str,
+    **options: Any,
 ) -> None:
     """Sample each class with each seed, or the classes in turn, into a folder; see `sfd sample --help`."""
+    share = choose_share(part)
     settings = sample_settings(**options)
     chosen_seeds = parse_seeds(seeds)
-    where = choose_device(device)
+    where = choose_device(own_device(device))
     loaded = load_model(model_folder(model), where)
     weaker = load_model(model_folder(weak), where) if weak else None
     labels = asked_labels(loaded, classes)
@@ -40,12 +50,15 @@ def sample_images(
         pairs = [(label, seed) for label in labels for seed in chosen_seeds]
     if weaker is not None and settings.guidance in (1.0, {}):
         raise SFDError("--weak was given, but --guidance is 1, so it would do nothing; give a scale, such as 1.5")
-    with files.exclusive(out):
-        write_samples(out, loaded, [p[0] for p in pairs], [p[1] for p in pairs], settings, weak=weaker)
-        if len(pairs) <= MAX_GRID_IMAGES:
-            write_grid(out, range(len(pairs)), columns=len(labels) if in_turn else len(chosen_seeds))
-        else:
-            click.echo(f"no grid.png: {len(pairs)} images are more than the {MAX_GRID_IMAGES} that one shows", err=True)
+    labels_of, seeds_of = [label for label, _ in pairs], [seed for _, seed in pairs]
+    missing = write_samples(out, loaded, labels_of, seeds_of, settings, weak=weaker, share=share)
+    if missing:
+        click.echo(f"part {share} is done; {missing} of {len(pairs)} images in {out} are not made yet")
+        return
+    if len(pairs) <= MAX_GRID_IMAGES:
+        write_grid(out, range(len(pairs)), columns=len(labels) if in_turn else len(chosen_seeds))
+    else:
+        click.echo(f"no grid.png: {len(pairs)} images are more than the {MAX_GRID_IMAGES} that one shows", err=True)
     click.echo(f"{len(pairs)} images in {out}")
 
 
@@ -73,6 +86,7 @@ def sample_settings(**options: Any) -> SampleSettings:
     interval = options.pop("interval")
     values = {
         **options,
+        "batch_size": _batch_size(options["batch_size"]),
         "options": dict(_assignment(text) for text in options.pop("options")),
         "guidance": _by_stream(options["guidance"], _number),
         "interval": _by_stream(interval, _range) if interval else None,
@@ -93,6 +107,14 @@ def parse_seeds(text: str) -> list[int]:
             raise SFDError(f"--seeds {text!r}: {part!r} is no seed; give numbers of at least 0, such as 0-63 or 1,5,9")
         seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return seeds
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise SFDError(f"--batch-size {text!r} is no number of images; give one of at least 1, or auto")
+    return int(text)
 
 
 def _by_stream(text: str, read: Any) -> Any:

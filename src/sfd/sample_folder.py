@@ -1,8 +1,18 @@
-"""Folders of samples: one PNG an image, numbered, and `samples.json`, which says how they were made."""
+"""Folders of samples: one PNG an image, numbered, and `samples.json`, which says how they were made.
+
+Images are made in batches, numbers b·B to (b + 1)·B − 1 for a batch size B that belongs to the folder. A batch of which
+an image is missing is computed again as a whole, so an image's bytes do not depend on where earlier attempts stopped
+or on which process makes its batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +20,18 @@ import numpy as np
 from PIL import Image
 
 from sfd import files
+from sfd.device_memory import Sampler, fitting_batch_size
 from sfd.errors import SFDError
 from sfd.evaluation.figures import image_grid
 from sfd.generate import SampleSettings, generate
-from sfd.model import Model
+from sfd.model import TEXTURE_STREAM, Model
 from sfd.progress import bar
+from sfd.shares import WHOLE, Share
+from sfd.stages import first_difference
 
 RECORD, GRID = "samples.json", "grid.png"
+WRITERS = 4  # threads that compress and write images while the next batch is computed
+SECONDS_FOR_OTHERS = 600.0  # that another process may take to find the batch size
 
 
 def write_samples(
@@ -27,36 +42,92 @@ def write_samples(
     settings: SampleSettings,
     *,
     weak: Model | None = None,
-) -> None:
+    share: Share = WHOLE,
+) -> int:
     """Sample image i with labels[i] and seeds[i] into `folder/{i:06d}.png`; images that are there are not made again.
 
+    Args:
+        folder: where the images go; made if it is not there.
+        model: the generator.
+        labels: class indices; the null class asks for none.
+        seeds: one an image, ≥ 0.
+        settings: solver, steps, guidance; without a batch size, the folder's, or as many images as memory holds.
+        weak: a weaker model for AutoGuidance.
+        share: of the batches, which this process makes.
+
+    Returns:
+        the number of images that are still missing, because other shares are not done.
+
     Raises:
-        SFDError: the folder holds samples made otherwise.
+        SFDError: the folder holds samples made otherwise, another process makes the same share, or the disk is full.
     """
+    generate(model, labels, seeds, settings, weak=weak)  # refuses what makes no sense; computes nothing
     record = {
         "model": model.identity,
         "weak": weak.identity if weak else None,
-        # The batch size does not change an image.
-        "sampling": settings.model_dump(mode="json", exclude={"batch_size"}) | {"steps": settings.resolved_steps},
+        "sampling": settings.model_dump(mode="json") | {"steps": settings.resolved_steps},
         "classes": list(model.classes),
         "labels": list(labels) if model.classes else [],
         "seeds": list(seeds),
     }
-    missing = [i for i in range(len(seeds)) if not image_path(folder, i).exists()]
-    chosen_labels, chosen_seeds = [labels[i] for i in missing], [seeds[i] for i in missing]
-    batches = generate(model, chosen_labels, chosen_seeds, settings, weak=weak)  # refuses what makes no sense
-    _claim(folder, record)
-    with bar("sampling", len(seeds), len(seeds) - len(missing)) as shown:
-        for batch in batches:
-            for offset, image in enumerate(batch.images):
-                with files.written(image_path(folder, missing[batch.first + offset])) as partial:
-                    Image.fromarray(image).save(partial, "PNG")
-            shown.advance(len(batch.images))
+    with _locked(folder, share):
+        missing = _missing(folder, len(seeds))
+        _check_space(folder, model, len(missing))
+        size = _claim(folder, record, lambda: fitting_batch_size(model, settings, weak))
+        batches = share.take([range(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)])
+        _remove_partials(folder, batches)
+        sampler = Sampler(model, settings, weak)
+        total, left = sum(map(len, batches)), sum(number in missing for batch in batches for number in batch)
+        with (
+            bar(_description(share), total, total - left) as shown,
+            ThreadPoolExecutor(WRITERS) as pool,
+        ):
+            start, made = time.monotonic(), 0
+            for count in _write(folder, batches, missing, labels, seeds, sampler, pool):
+                made += count
+                shown.advance(count, f"{made / (time.monotonic() - start):.3g} images/s")
+    return len(_missing(folder, len(seeds)))
+
+
+def _write(
+    folder: Path,
+    batches: Sequence[range],
+    missing: set[int],
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    pool: ThreadPoolExecutor,
+) -> Iterator[int]:
+    """Make what is missing of the batches, the images of one being written while the next is computed; count them."""
+    pending: deque[list[Future[None]]] = deque()
+    for batch in batches:
+        if missing.isdisjoint(batch):
+            continue
+        images = sampler([labels[i] for i in batch], [seeds[i] for i in batch])
+        pending.append(
+            [pool.submit(_write_image, folder, i, x) for i, x in zip(batch, images, strict=True) if i in missing]
+        )
+        if len(pending) > 1:
+            yield _done(pending.popleft())
+    while pending:
+        yield _done(pending.popleft())
+
+
+def _done(writing: list[Future[None]]) -> int:
+    for one in writing:
+        one.result()
+    return len(writing)
+
+
+def _write_image(folder: Path, number: int, image: np.ndarray) -> None:
+    # Shared, because shares of different divisions may overlap: whoever is last writes what the other wrote.
+    with files.written(image_path(folder, number), shared=True) as partial:
+        Image.fromarray(image).save(partial, "PNG")
 
 
 def write_grid(folder: Path, numbers: Sequence[int], columns: int) -> None:
     """Show some images of a folder as one picture, `grid.png`."""
-    with files.written(folder / GRID) as partial:
+    with files.written(folder / GRID, shared=True) as partial:
         image_grid(read_images(folder, numbers), columns=columns).save(partial, "PNG")
 
 
@@ -74,18 +145,61 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def _claim(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record, or check that the one that is there says the same."""
-    path = folder / RECORD
-    if not path.exists():
-        if any(folder.glob("*.png")):
-            raise SFDError(f"{folder} holds images, but no {RECORD} that says what they are; give an empty folder")
-        files.write_json(path, record)
-        return
-    before = files.read_json(path, "folder of samples")
-    for field, value in files.plain(record).items():
-        if before.get(field) != value:
-            raise SFDError(
-                f"{folder} holds samples made with another {field} than this command's; "
-                "give another --out folder, or remove that one"
-            )
+def _missing(folder: Path, count: int) -> set[int]:
+    """Find the numbers of images that are not there, by one listing of the folder."""
+    there = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    return {number for number in range(count) if image_path(folder, number).name not in there}
+
+
+def _remove_partials(folder: Path, batches: Sequence[range]) -> None:
+    """Remove what a killed process left half written of the images of this share."""
+    own = {image_path(folder, number).name for batch in batches for number in batch}
+    for partial in folder.glob(".*.png.*.partial"):
+        if partial.name[1:].partition(".png")[0] + ".png" in own:
+            partial.unlink(missing_ok=True)
+
+
+def _description(share: Share) -> str:
+    return "sampling" if share == WHOLE else f"sampling, part {share}"
+
+
+def _locked(folder: Path, share: Share) -> AbstractContextManager[None]:
+    """Hold a share of the folder for this process alone."""
+    if share == WHOLE:
+        return files.exclusive(folder)
+    message = f"part {share} of {folder} is being made by another process; give each its own --part I/N, one N for all"
+    return files.locked(folder / f".part-{share.number}-of-{share.of}.lock", message)
+
+
+def _check_space(folder: Path, model: Model, images: int) -> None:
+    """Refuse to start what the disk cannot hold; a PNG is not larger than its pixels, but for its head."""
+    side = model.composite[TEXTURE_STREAM].grid * model.texture.downsample
+    files.check_space(folder, images * (3 * side * side + 1024), "ask for fewer images")
+
+
+def _claim(folder: Path, record: dict[str, Any], fitting: Callable[[], int]) -> int:
+    """Write the record, or check that the one that is there says the same; give the folder's batch size."""
+    path, record = folder / RECORD, files.plain(record)
+    with _claiming(folder):
+        if not path.exists():
+            if any(folder.glob("*.png")):
+                raise SFDError(f"{folder} holds images, but no {RECORD} that says what they are; give an empty folder")
+            record["sampling"]["batch_size"] = record["sampling"]["batch_size"] or fitting()
+            files.write_json(path, record)
+        before = files.read_json(path, "folder of samples")
+    recorded = before.get("sampling", {}).get("batch_size")
+    record["sampling"]["batch_size"] = record["sampling"]["batch_size"] or recorded
+    different = first_difference({name: before.get(name) for name in record}, record)
+    if different is not None:
+        field, then, now = different
+        values = f"other {field}" if isinstance(now, list) else f"{field} = {then!r}, but this command has {now!r}"
+        raise SFDError(f"{folder} holds samples made with {values}; give another --out folder, or remove that one")
+    return int(recorded)
+
+
+@contextmanager
+def _claiming(folder: Path) -> Iterator[None]:
+    """Keep processes that start together from writing two records."""
+    message = f"another process has been writing {folder / RECORD} for {SECONDS_FOR_OTHERS:.0f} s; is it stuck?"
+    with files.locked(folder / ".claim.lock", message, wait=SECONDS_FOR_OTHERS):
+        yield

@@ -68,7 +68,7 @@ class Stage:
         if not (self.folder / RECORD).exists():
             return False
         record = files.read_json(self.folder / RECORD, "stage")
-        different = _first_difference(record["made_from"], files.plain(self.made_from))
+        different = first_difference(record["made_from"], files.plain(self.made_from))
         if different is not None:
             name, then, now = different
             raise SFDError(
@@ -87,7 +87,7 @@ class Stage:
             return
         record = self.folder / RECORD
         then = files.read_json(record, "stage")["extent"] if record.exists() else files.plain(self.extent)
-        different = _first_difference(then, files.plain(self.extent))
+        different = first_difference(then, files.plain(self.extent))
         reason = f": it was made with {different[0]} = {different[1]}, not {different[2]}" if different else ""
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
 
@@ -129,11 +129,11 @@ class Stage:
         return 0.0
 
 
-def _first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """Find the first field in which two nested values differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(k for k in now if k not in before)]:
-            found = _first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
             if found:
                 return found
         return None

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from sfd.data.statistics import ChannelRecord, ChannelStatistics
 from sfd.errors import SFDError
 from sfd.progress import bar
 from sfd.settings import Settings, parse
+from sfd.shares import WHOLE, Share
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 
@@ -40,28 +41,6 @@ class LatentSettings(Settings):
     dtype: Literal["float32", "float16"] = "float32"
     features: bool = Field(True, description="keep the encoder's features, in half precision, for REPA")
     published: str | None = Field(None, description="train on the published shards in this folder; make none")
-
-
-class Share(NamedTuple):
-    """What one of several processes makes: every `of`-th shard, from the `number`-th (counted from 1) on."""
-
-    number: int
-    of: int
-
-
-WHOLE = Share(1, 1)
-
-
-def parse_share(text: str) -> Share:
-    """Read "2/4".
-
-    Raises:
-        SFDError: it is no part of a whole.
-    """
-    number, slash, of = text.partition("/")
-    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-        raise SFDError(f"{text!r} is no part; write I/N with I from 1 to N, such as 2/4")
-    return Share(int(number), int(of))
 
 
 class Receipt(Settings):
@@ -141,8 +120,8 @@ class Preparation:
                 shards, or the disk is full.
         """
         missing = self.missing()
-        own = self.shards[share.number - 1 :: share.of]
-        name = "preparing latents" if share == WHOLE else f"preparing latents, part {share.number}/{share.of}"
+        own = share.take(self.shards)
+        name = "preparing latents" if share == WHOLE else f"preparing latents, part {share}"
         with (
             bar(name, sum(len(self.indices(number)) for number in own)) as shown,
             ThreadPoolExecutor(self.settings.workers) as pool,

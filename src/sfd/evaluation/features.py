@@ -7,7 +7,6 @@ depends on nothing else, so neither does any number that is computed from them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,9 @@ from sfd.errors import SFDError
 from sfd.evaluation.extractors._base import Extraction, Extractor
 from sfd.evaluation.samples import Images
 from sfd.progress import bar
+from sfd.shares import Share
 
 CHUNK = 1000
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of `count` equal shares of the work, `number` counting from 1."""
-
-    number: int = 1
-    count: int = 1
 
 
 class Features:
@@ -38,17 +30,17 @@ class Features:
         self.folder = folder / f"{images.identity}-{extractor.identity}"
         self._chunks = range(math.ceil(len(images) / CHUNK))
 
-    def compute(self, batch_size: int, part: Part, description: str) -> None:
-        """Compute the chunks of a part that are not there yet.
+    def compute(self, batch_size: int, share: Share, description: str) -> None:
+        """Compute the chunks of a share that are not there yet.
 
         Raises:
-            SFDError: another process computes the same part, or the images cannot be read.
+            SFDError: another process computes the same share, or the images cannot be read.
         """
-        chunks = self._chunks[part.number - 1 :: part.count]
+        chunks = share.take(self._chunks)
         missing = [chunk for chunk in chunks if self._load(chunk) is None]
         total = sum(len(self._indices(chunk)) for chunk in chunks)
         with (
-            files.exclusive(self.folder / f"part-{part.number}-of-{part.count}"),
+            files.exclusive(self.folder / f"part-{share.number}-of-{share.of}"),
             bar(description, total, total - sum(len(self._indices(chunk)) for chunk in missing)) as shown,
         ):
             for chunk in missing:

@@ -210,6 +210,11 @@ def _with_record(folder: Path, record: dict[str, Any]) -> Samples:
     paths = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
     if not paths:
         raise SFDError(f"{folder} has a samples.json but no numbered PNG image (000000.png, …); sample again")
+    expected = len(record.get("seeds") or paths)
+    if len(paths) < expected:
+        raise SFDError(
+            f"{folder} has {len(paths)} of its {expected} images; the same `sfd sample` command makes the others"
+        )
     if classes and len(labels) != len(paths):
         raise SFDError(f"{where} lists {len(labels)} labels for {len(paths)} images; sample again into an empty folder")
     if classes and not all(0 <= label < len(classes) for label in labels):

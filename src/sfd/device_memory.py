@@ -1,0 +1,74 @@
+"""How many images are sampled at a time: as many as the device's memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sfd.errors import SFDError
+from sfd.generate import DEFAULT_BATCH_SIZE, SampleSettings, generate
+from sfd.model import Model
+from sfd.progress import console
+
+PROBED = 8  # images that are sampled to see what one takes
+MOST = 1024
+SHARE_OF_FREE = 0.8
+
+
+def fitting_batch_size(model: Model, settings: SampleSettings, weak: Model | None) -> int:
+    """Find how many images a GPU's free memory holds at a time, a power of two; elsewhere `DEFAULT_BATCH_SIZE`.
+
+    A few images are sampled and thrown away, so that all that takes memory is counted.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return DEFAULT_BATCH_SIZE
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    label = 0 if model.classes else model.transformer.null_class
+    try:
+        list(generate(model, [label] * PROBED, list(range(PROBED)), settings, weak=weak))
+    except torch.cuda.OutOfMemoryError:
+        return PROBED // 2
+    an_image = max(1, (torch.cuda.max_memory_allocated(device) - before) // PROBED)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return power_of_two(SHARE_OF_FREE * free / an_image)
+
+
+def power_of_two(limit: float) -> int:
+    """Give the largest power of two up to `limit`, but at least 1 and at most `MOST`."""
+    return int(1 << (int(min(max(limit, 1), MOST)).bit_length() - 1))
+
+
+class Sampler:
+    """Samples batches; in pieces, each half as large as before, once a batch does not fit the device's memory."""
+
+    def __init__(self, model: Model, settings: SampleSettings, weak: Model | None) -> None:
+        self._model, self._settings, self._weak = model, settings, weak
+        self._most: int | None = None  # images that fit at a time, as far as is known
+
+    def __call__(self, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+        """Sample a batch: uint8 (B, S, S, 3).
+
+        Raises:
+            SFDError: not even one image fits.
+        """
+        while True:
+            size = min(self._most or len(seeds), len(seeds))
+            settings = self._settings.model_copy(update={"batch_size": size})
+            try:
+                batches = generate(self._model, labels, seeds, settings, weak=self._weak)
+                return np.concatenate([batch.images for batch in batches])
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise SFDError(
+                        f"the memory of {self._model.device} does not hold the sampling of one image; "
+                        "free some, or give another --device"
+                    ) from None
+            # After the exception is gone: it holds on to the tensors of the attempt.
+            torch.cuda.empty_cache()
+            self._most = (size + 1) // 2
+            console.print(f"{size} images at a time do not fit into memory; going on with {self._most}", markup=False)
