@@ -104,7 +104,7 @@ def test_a_resumed_folder_of_samples_is_the_same(finished, tmp_path):
 
 def test_samples_made_otherwise_are_not_mixed(finished, tmp_path):
     write_samples(tmp_path / "a", finished.model, [0], [5], SampleSettings(steps=3))
-    with pytest.raises(SFDError, match="another sampling"):
+    with pytest.raises(SFDError, match=r"sampling\.steps = 3, but this command has 4"):
         write_samples(tmp_path / "a", finished.model, [0], [5], SampleSettings(steps=4))
 
 

@@ -36,7 +36,7 @@ def parse_share(text: str) -> Share:
     """
     number, slash, of = text.partition("/")
     if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-        raise SFDError(f"{text!r} is no part; write I/N with I from 1 to N, such as 2/4")
+        raise SFDError(f"--part {text!r} is no part; write I/N with I from 1 to N, such as 2/4")
     return Share(int(number), int(of))
 
 
