@@ -209,6 +209,8 @@ def test_batch_sizes_are_powers_of_two(limit, expected):
 def test_processes_of_a_launcher_take_their_own_parts(monkeypatch):
     assert choose_share(None) == WHOLE
     monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SFDError, match="RANK is not set"):
+        choose_share(None)
     monkeypatch.setenv("RANK", "2")
     assert choose_share(None) == Share(3, 4)
     with pytest.raises(SFDError, match="leave --part out"):

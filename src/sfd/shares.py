@@ -44,11 +44,16 @@ def choose_share(part: str | None) -> Share:
     """Find this process's share: `part`, else its place among those that a launcher started, else the whole.
 
     Raises:
-        SFDError: `part` is no part of a whole, or was given to several processes of a launcher.
+        SFDError: `part` is no part of a whole, or was given to several processes of a launcher, or a process of
+            several does not know its number.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
+    if part is None and count > 1:
+        if "RANK" not in os.environ:
+            raise SFDError(f"WORLD_SIZE says {count} processes, but RANK is not set; start them with torchrun")
+        return Share(int(os.environ["RANK"]) + 1, count)
     if part is None:
-        return Share(int(os.environ["RANK"]) + 1, count) if count > 1 else WHOLE
+        return WHOLE
     if count > 1:
         raise SFDError(
             f"--part {part} was given, but a launcher started {count} processes, which would all make it; leave "
