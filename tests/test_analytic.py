@@ -94,3 +94,17 @@ def test_mistakes_are_explained(mixture):
         GaussianMixture(PAIR, double(1.0), torch.zeros(1, 2), torch.zeros(1, 2))
     with pytest.raises(SFDError, match="known for one Gaussian"):
         mixture.transport(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("times", [(0.1, 0.4), (0.6, 0.9)])
+def test_the_score_follows_from_the_velocity(times, mixture):
+    """∇log p = (t·v − x) / (1 − t), each stream at its own time: what stochastic samplers rest on."""
+    x, t = double([0.2, -0.4], [-1.0, 0.8]).requires_grad_(), double(*times)
+    (score,) = torch.autograd.grad(mixture.log_density(x, t).sum(), x)
+    torch.testing.assert_close(score, ((t * mixture.velocity(x, t) - x) / (1 - t)).detach())
+
+
+def test_each_image_may_have_its_own_times(mixture):
+    x, times = double([0.2, -0.4], [-1.0, 0.8]), double([0.1, 0.4], [0.6, 0.9])
+    alone = torch.cat([mixture.velocity(x[k : k + 1], times[k]) for k in range(2)])
+    torch.testing.assert_close(mixture.velocity(x, times), alone)

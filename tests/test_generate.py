@@ -196,3 +196,52 @@ def test_a_weak_model_of_other_latents_is_refused(model, changed, message):
 def test_a_label_for_each_seed(model):
     with pytest.raises(SFDError, match="2 labels were given for 3 seeds"):
         latents(model, labels=[0, 1])
+
+
+def test_one_call_of_twice_the_batch_guides_the_same(model):
+    with Calls(model) as calls:
+        paired = latents(model, guidance=2.5, paired=True)
+    assert calls.count == 3
+    torch.testing.assert_close(paired, latents(model, guidance=2.5), rtol=1e-5, atol=1e-5)
+
+
+def test_the_weak_model_is_not_asked_for_a_stream_at_rest(model, weak):
+    """Semantics move in two of three segments."""
+    with Calls(weak) as calls:
+        latents(model, weak, guidance={"semantic": 2.0})
+    assert calls.count == 2
+
+
+def test_the_weak_model_is_asked_less_often(model, weak):
+    settings = SampleSettings(solver="euler", steps=13, guidance=2.0, weak_every=3)
+    with Calls(weak) as calls:
+        (batch,) = generate(model, LABELS, SEEDS, settings, weak=weak)
+    assert (batch.evaluations, batch.weak_evaluations, calls.count) == (13, 5, 5)  # 1 + 3 + 1: anew in each segment
+
+
+def test_an_image_with_steps_of_its_own_does_not_depend_on_its_batch(model, weak):
+    given = {"guidance": 1.5, "solver": "dopri5", "steps": None, "options": {"control": "image"}}
+    alone = torch.cat(
+        [latents(model, weak, labels=[c], seeds=[s], **given) for c, s in zip(LABELS, SEEDS, strict=True)]
+    )
+    torch.testing.assert_close(latents(model, weak, **given), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_on_the_way_does_not_depend_on_the_batch(model):
+    given = {"solver": "sde", "steps": 6}
+    torch.testing.assert_close(latents(model, batch_size=2, **given), latents(model, **given), rtol=1e-5, atol=1e-5)
+    assert (latents(model, **given) - latents(model, solver="heun", steps=6)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weak_every": 2}, "there is no weak model to ask"),
+        ({"paired": True}, "there is no weak model to ask"),
+        ({"weak_every": 2, "guidance": 2.0, "solver": "dopri5", "steps": None}, "a weak velocity that is reused"),
+        ({"paired": True, "guidance": 2.0}, "but the weak model is another"),
+    ],
+)
+def test_savings_that_cannot_be_are_refused(model, weak, settings, message):
+    with pytest.raises(SFDError, match=message):
+        latents(model, weak, **settings)

@@ -124,3 +124,75 @@ def test_mistakes_are_explained(arguments, message, strong, weak):
 def test_guidance_without_a_weak_model_is_refused(strong):
     with pytest.raises(SFDError, match="needs a weak model"):
         guide(strong, None, 1.5, COMPOSITE)
+
+
+def test_a_stream_at_rest_needs_no_guidance(x, strong, weak):
+    """Only semantics are guided; while they stand still the weak model is not asked."""
+    guided = guide(strong, weak, {"semantic": 2.0}, COMPOSITE)
+    guided.begin([True, False])
+    assert torch.equal(guided(x, HALF), strong(x, HALF))
+    assert weak.calls == 0
+    guided.begin([False, True])
+    guided(x, HALF)
+    assert weak.calls == 1
+
+
+def test_each_image_may_have_its_own_times(x):
+    times = torch.tensor([[0.1, 0.6], [0.1, 0.2], [0.9, 0.9], [0.5, 0.4]])
+    guided = guide(lambda x, times: 2.0 * x, lambda x, times: -0.7 * x, 2.0, COMPOSITE, (0.5, 1.0))
+    alone = torch.cat([guided(x[k : k + 1], times[k]) for k in range(4)])
+    torch.testing.assert_close(guided(x, times), alone)
+
+
+class Line:
+    """A velocity that is linear in time, the same everywhere."""
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+        self.calls = 0
+
+    def __call__(self, x: Tensor, times: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.full_like(x, 1.0 + self.slope * times.sum().item())
+
+
+@pytest.mark.parametrize("between", ["hold", "extrapolate"])
+def test_the_weak_velocity_is_reused(between, x):
+    """v_c − v_w = 3·Σt: extrapolation is exact from the third on, holding lags."""
+    strong, weak = Line(2.0), Line(-1.0)
+    guided = guide(strong, weak, 3.0, COMPOSITE, weak_every=3, weak_between=between)
+    for k in range(9):
+        v = guided(x, torch.tensor([0.05 * k, 0.05 * k]))
+        seen = 0.1 * k if between == "extrapolate" and k > 3 else 0.1 * (k // 3 * 3)
+        torch.testing.assert_close(v, torch.full_like(v, 1 + 2 * 0.1 * k + 2 * 3 * seen))
+    assert (strong.calls, weak.calls) == (9, 3)
+    assert guided.weak_evaluations == 3
+
+
+def test_nothing_is_reused_across_a_knot_or_an_interval(x):
+    weak = Line(-1.0)
+    guided = guide(Line(2.0), weak, 3.0, COMPOSITE, (0.0, 0.5), weak_every=10)
+    guided(x, HALF)
+    guided(x, HALF)
+    assert weak.calls == 1
+    guided.begin([True, True])
+    guided(x, HALF)
+    assert weak.calls == 2
+    guided(x, HALF + 0.1)
+    guided(x, HALF)
+    assert weak.calls == 3
+
+
+def test_a_pair_is_asked_in_place_of_both(x, strong, weak):
+    plain = guide(strong, weak, 1.5, COMPOSITE)(x, HALF)
+    calls = strong.calls, weak.calls
+    paired = guide(
+        strong, weak, 1.5, COMPOSITE, pair=lambda x, times: (2.0 * x + times.mean(), -0.7 * x + times.mean())
+    )
+    assert torch.equal(paired(x, HALF), plain)
+    assert (strong.calls, weak.calls) == calls
+
+
+def test_the_weak_model_every_no_calls_is_refused(strong, weak):
+    with pytest.raises(SFDError, match="every 1 or more calls, got 0"):
+        guide(strong, weak, 1.5, COMPOSITE, weak_every=0)

@@ -73,24 +73,24 @@ class GaussianMixture:
 
     def responsibilities(self, x: Tensor, times: Tensor) -> Tensor:
         """Infer the component, p(c | x): (B, C). Arguments as for `velocity`."""
-        t = self._entry_times(x, times)
-        variance = t**2 * self.stds**2 + (1 - t) ** 2  # (C, N)
-        residual = x[:, None] - t * self.means  # (B, C, N)
-        log_density = -0.5 * (residual**2 / variance + variance.log() + math.log(2 * math.pi)).sum(dim=-1)
-        return torch.softmax(self.weights.log() + log_density, dim=-1)
+        return torch.softmax(self._joint(x, times), dim=-1)
+
+    def log_density(self, x: Tensor, times: Tensor) -> Tensor:
+        """Evaluate log p(x) of the noised streams: (B,). Arguments as for `velocity`."""
+        return self._joint(x, times).logsumexp(dim=-1)
 
     def velocity(self, x: Tensor, times: Tensor) -> Tensor:
         """Evaluate v(x) = E[x1 − x0 | x].
 
         Args:
             x: (B, N) packed.
-            times: (K,), one a stream, in [0, 1].
+            times: (K,), one a stream, in [0, 1]; or (B, K), each image's own.
 
         Returns:
             (B, N).
         """
         t = self._entry_times(x, times)
-        variance = t**2 * self.stds**2 + (1 - t) ** 2  # (C, N)
+        variance = t**2 * self.stds**2 + (1 - t) ** 2  # (…, C, N)
         gain = (t * self.stds**2 - (1 - t)) / variance
         given_component = self.means + gain * (x[:, None] - t * self.means)  # (B, C, N)
         return torch.einsum("bc,bcn->bn", self.responsibilities(x, times), given_component)
@@ -107,8 +107,16 @@ class GaussianMixture:
             raise SFDError(f"the exact map is known for one Gaussian, but this mixture has {len(self.weights)}")
         return self.means + self.stds * noise
 
+    def _joint(self, x: Tensor, times: Tensor) -> Tensor:
+        """Logarithm of w_c·p(x | c): (B, C)."""
+        t = self._entry_times(x, times)
+        variance = t**2 * self.stds**2 + (1 - t) ** 2  # (…, C, N)
+        residual = x[:, None] - t * self.means  # (B, C, N)
+        log_density = -0.5 * (residual**2 / variance + variance.log() + math.log(2 * math.pi)).sum(dim=-1)
+        return self.weights.log() + log_density
+
     def _entry_times(self, x: Tensor, times: Tensor) -> Tensor:
-        return self.composite.expand(times.to(x))  # (N,)
+        return self.composite.expand(times.to(x)).unsqueeze(-2)  # (1, N) or (B, 1, N), to go with (C, N)
 
 
 def _exact(weights: Tensor) -> np.ndarray:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sfd.data.images import to_uint8
 from sfd.errors import SFDError
-from sfd.guidance import VelocityField, guide
+from sfd.guidance import Guided, Pair, VelocityField, guide
 from sfd.model import TEXTURE_STREAM, Model
 from sfd.models.transformer import Transformer
-from sfd.sampling import Progress, check_seeds, check_steps_and_shift, initial_noise, integrate
+from sfd.sampling import Progress, check_plan, check_seeds, initial_noise, integrate
 from sfd.schedules import Schedule
 from sfd.settings import Settings
 from sfd.solvers import load_solver
@@ -29,15 +29,24 @@ DECODED_AT_ONCE = 32  # images: pixels take far more memory than latents
 class SampleSettings(Settings):
     """How images are sampled."""
 
-    solver: str = Field("heun", description="a module of sfd.solvers")
+    solver: str = Field("multistep", description="a module of sfd.solvers")
     steps: int | None = Field(
         None, description="over the whole interval; null: 25, or the solver's own choice if it is adaptive"
     )
     options: dict[str, Any] = Field({}, description="of the solver, such as rtol")
     shift: float = Field(1.0, description="time shift; below 1 puts more steps near noise")
+    budget: Literal["length", "equal", "time"] | tuple[float, ...] = Field(
+        "length",
+        description="steps of each segment between knots: by its length, equal, by stream time travelled, or weights",
+    )
     guidance: float | dict[str, float] = Field(1.0, description="scale for all streams, or by stream; 1: none")
     interval: tuple[float, float] | dict[str, tuple[float, float]] | None = Field(
         None, description="stream times within which to guide, for all streams or by stream; null: throughout"
+    )
+    weak_every: int = Field(1, gt=0, description="evaluate the weak model at one in so many evaluations")
+    weak_between: Literal["hold", "extrapolate"] = Field("hold", description="what guides in between")
+    paired: bool = Field(
+        False, description="strong and weak in one call of twice the batch; only where they are one network"
     )
     batch_size: int | None = Field(
         None,
@@ -57,7 +66,8 @@ class SampleSettings(Settings):
 
 def without_guidance(settings: SampleSettings) -> SampleSettings:
     """Give the same settings with the strong model alone."""
-    return settings.model_copy(update={"guidance": 1.0, "interval": None})
+    alone = {"guidance": 1.0, "interval": None, "weak_every": 1, "weak_between": "hold", "paired": False}
+    return settings.model_copy(update=alone)
 
 
 class Generated(NamedTuple):
@@ -67,6 +77,7 @@ class Generated(NamedTuple):
     images: np.ndarray  # uint8 (B, S, S, 3)
     latents: Tensor  # (B, N) packed, normalised, on the CPU
     evaluations: int  # velocity evaluations spent, a guided one counted once
+    weak_evaluations: int  # in how many of them the weak model took part
 
 
 def generate(
@@ -96,6 +107,10 @@ def generate(
         raise SFDError(f"{len(labels)} labels were given for {len(seeds)} seeds; give one label a seed")
     check_seeds(seeds)
     _check_weak(model, weak)
+    if weak is not None and settings.paired:
+        raise SFDError(
+            "paired evaluates one network once with both labels, but the weak model is another; leave it out"
+        )
     return _batches(model, labels, seeds, settings, weak, callback)
 
 
@@ -105,7 +120,7 @@ def check_sampling(schedule: Schedule, composite: Composite, settings: SampleSet
     Raises:
         SFDError: they do not; also guidance without anything to be guided away from (`has_weak`).
     """
-    check_steps_and_shift(schedule, settings.solver, settings.resolved_steps, settings.options, settings.shift)
+    check_plan(schedule, settings.solver, settings.resolved_steps, settings.options, settings.shift, settings.budget)
 
     def still(x: Tensor, times: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -113,6 +128,15 @@ def check_sampling(schedule: Schedule, composite: Composite, settings: SampleSet
     guided = guide(still, still if has_weak else None, settings.guidance, composite, settings.interval)
     if settings.interval is not None and guided is still:
         raise SFDError("a guidance interval was given, but no guidance scale other than 1; give both or neither")
+    if guided is still and (settings.weak_every > 1 or settings.paired):
+        raise SFDError(
+            "weak_every or paired was given, but no guidance scale other than 1: there is no weak model to ask"
+        )
+    if settings.weak_every > 1 and settings.resolved_steps is None:
+        raise SFDError(
+            f"solver {settings.solver!r} chooses its steps by how smooth the velocity is, and a weak velocity that is "
+            "reused makes it jump; leave weak_every out, or take a solver with fixed steps"
+        )
 
 
 def _batches(
@@ -137,9 +161,12 @@ def _batches(
             steps=settings.resolved_steps,
             options=settings.options,
             shift=settings.shift,
+            budget=settings.budget,
+            seeds=seeds[start:end],
             callback=callback,
         )
-        yield Generated(start, decode(model, result.x), result.x.cpu(), result.evaluations)
+        weak_evaluations = velocity.weak_evaluations if isinstance(velocity, Guided) else 0
+        yield Generated(start, decode(model, result.x), result.x.cpu(), result.evaluations, weak_evaluations)
 
 
 @torch.no_grad()
@@ -169,7 +196,28 @@ def _guided(model: Model, weak: Model | None, labels: Tensor, settings: SampleSe
     else:
         # Without classes the null class is the model itself, and there is nothing to be guided away from.
         weaker = velocity_field(model.transformer, null, settings.precision) if model.classes else None
-    return guide(strong, weaker, settings.guidance, model.composite, settings.interval)
+    return guide(
+        strong,
+        weaker,
+        settings.guidance,
+        model.composite,
+        settings.interval,
+        weak_every=settings.weak_every,
+        weak_between=settings.weak_between,
+        pair=_pair(model.transformer, labels, null, settings.precision) if settings.paired else None,
+    )
+
+
+def _pair(network: Transformer, labels: Tensor, null: Tensor, precision: str) -> Pair:
+    """Evaluate a network with labels and with none in one call."""
+    both = velocity_field(network, torch.cat([labels, null]), precision)
+
+    def pair(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        doubled = times if times.dim() == 1 else times.repeat(2, 1)
+        wanted, weak = both(x.repeat(2, 1), doubled).chunk(2)
+        return wanted, weak
+
+    return pair
 
 
 def _check_weak(model: Model, weak: Model | None) -> None:

@@ -10,7 +10,8 @@ network with the same class (AutoGuidance, Karras et al. 2024); nothing else dif
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +26,89 @@ Scale = float | Mapping[str, float]
 Interval = tuple[float, float]
 
 
+Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Both velocities in one call, (v_c, v_w), each as a `VelocityField` gives it."""
+
+Between = Literal["hold", "extrapolate"]
+
+
+class Guided:
+    """A guided velocity, which asks for the weak one only where it counts; made by `guide`.
+
+    It counts where a stream moves, with a scale other than 1, inside its interval. The difference v_c − v_w may also be
+    reused: evaluated every so many calls, and in between held, or extrapolated along a line through the last two.
+    """
+
+    def __init__(
+        self,
+        strong: VelocityField,
+        weak: VelocityField,
+        scales: Sequence[float],
+        intervals: Sequence[Interval],
+        composite: Composite,
+        weak_every: int,
+        weak_between: Between,
+        pair: Pair | None,
+    ) -> None:
+        """Keep what `guide` has checked; scales and intervals one a stream, in packed order."""
+        self._strong, self._weak, self._pair = strong, weak, pair
+        self._scales = torch.tensor(scales, dtype=torch.float64)
+        self._low, self._high = torch.tensor(intervals, dtype=torch.float64).unbind(dim=1)
+        self._composite = composite
+        self._every, self._between = weak_every, weak_between
+        self.weak_evaluations = 0
+        self.begin([True] * len(scales))
+
+    def begin(self, moving: Sequence[bool]) -> None:
+        """Enter a segment in which these streams move; nothing is reused across the knot before it."""
+        self._moving = torch.tensor(moving)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._known: list[tuple[float, Tensor]] = []  # (sum of stream times, v_c − v_w), the last two
+        self._since = 0  # calls since the last of them
+
+    def __call__(self, x: Tensor, times: Tensor) -> Tensor:
+        """Evaluate v; see `VelocityField`. Times may also be (B, K), each image's own."""
+        inside = (self._low <= times) & (times <= self._high) & self._moving
+        now = torch.where(inside, self._scales, 1.0)  # (…, K)
+        if bool((now == 1).all()):
+            self._forget()
+            return self._strong(x, times)
+        weights = self._composite.expand(now.to(x))
+        if self._known and self._since < self._every - 1:
+            self._since += 1
+            wanted = self._strong(x, times).to(x.dtype)
+            return wanted + (weights - 1) * self._difference(times)
+        wanted, weak = self._pair(x, times) if self._pair else (self._strong(x, times), self._weak(x, times))
+        self.weak_evaluations += 1
+        # In x's dtype, because a network in bf16 may return its own and would round the scales too.
+        wanted, weak = wanted.to(x.dtype), weak.to(x.dtype)
+        if self._every > 1:
+            self._known = [*self._known, (float(times.sum()), wanted - weak)][-2:]
+            self._since = 0
+        # lerp is exact at weights 0 and 1, so a stream that is not guided gets v_c to the last bit.
+        return torch.lerp(weak, wanted, weights)
+
+    def _difference(self, times: Tensor) -> Tensor:
+        """Estimate v_c − v_w from the last two."""
+        at, last = self._known[-1]
+        before, first = self._known[0]
+        if self._between == "hold" or at == before:
+            return last
+        return last + (float(times.sum()) - at) / (at - before) * (last - first)
+
+
 def guide(
     strong: VelocityField,
     weak: VelocityField | None,
     scale: Scale,
     composite: Composite,
     interval: Interval | Mapping[str, Interval] | None = None,
+    *,
+    weak_every: int = 1,
+    weak_between: Between = "hold",
+    pair: Pair | None = None,
 ) -> VelocityField:
     """Guide `strong` away from `weak`.
 
@@ -41,35 +119,25 @@ def guide(
         composite: the streams.
         interval: (low, high) of stream time within which a stream is guided, both ends included, for all streams or by
             name; a stream that has none is guided throughout.
+        weak_every: evaluate v_w at one in so many calls, and reuse v_c − v_w in between.
+        weak_between: hold the last v_c − v_w, or extrapolate from the last two.
+        pair: evaluates both in one call; used in place of `strong` and `weak` where both are needed.
 
     Returns:
-        the guided velocity. It is `strong` itself if every scale is 1, and calls `weak` only at times when some stream
-        with another scale is inside its interval.
+        the guided velocity, a `Guided`; or `strong` itself if every scale is 1.
 
     Raises:
         SFDError: an unknown stream, a negative or infinite scale, an interval outside [0, 1], or no weak model.
     """
     scales = _scales(scale, composite)
     intervals = _intervals(interval, composite)
+    if weak_every < 1:
+        raise SFDError(f"the weak model must be evaluated every 1 or more calls, got {weak_every}")
     if all(g == 1 for g in scales):
         return strong
     if weak is None:
         raise SFDError(f"a guidance scale other than 1 needs a weak model, but there is none for scale {scale}")
-    weak_field = weak
-
-    def guided(x: Tensor, times: Tensor) -> Tensor:
-        now = [
-            g if low <= t <= high else 1.0 for g, (low, high), t in zip(scales, intervals, times.tolist(), strict=True)
-        ]
-        wanted = strong(x, times)
-        if all(g == 1 for g in now):
-            return wanted
-        # lerp is exact at weights 0 and 1, so a stream that is not guided gets v_c to the last bit.
-        # In x's dtype, because a network in bf16 may return its own and would round the scales too.
-        weights = composite.expand(x.new_tensor(now))
-        return torch.lerp(weak_field(x, times).to(x.dtype), wanted.to(x.dtype), weights)
-
-    return guided
+    return Guided(strong, weak, scales, intervals, composite, weak_every, weak_between, pair)
 
 
 def _scales(scale: Scale, composite: Composite) -> list[float]:

@@ -83,11 +83,12 @@ def asked_labels(model: Model, classes: str) -> list[int]:
 
 def sample_settings(**options: Any) -> SampleSettings:
     """Build the settings from the command line's words."""
-    interval = options.pop("interval")
+    interval, budget = options.pop("interval"), options["budget"]
     values = {
         **options,
         "batch_size": _batch_size(options["batch_size"]),
         "options": dict(_assignment(text) for text in options.pop("options")),
+        "budget": budget if budget.isalpha() else [_number(part) for part in budget.split(",")],
         "guidance": _by_stream(options["guidance"], _number),
         "interval": _by_stream(interval, _range) if interval else None,
     }

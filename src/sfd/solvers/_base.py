@@ -11,8 +11,30 @@ from sfd import registry
 from sfd.errors import SFDError
 from sfd.settings import Settings, parse
 
-Velocity = Callable[[float, Tensor], Tensor]
-"""dx/du at (u, x): u a Python float, so that nothing waits for the device; x and the result (B, M)."""
+
+class Velocity(Protocol):
+    """dx/du on one segment, and the noise that led there. Most solvers only call it, and a plain function will do."""
+
+    def __call__(self, u: float | Tensor, x: Tensor, moving: Tensor | None = None, /) -> Tensor:
+        """Evaluate dx/du.
+
+        Args:
+            u: a Python float, so that nothing waits for the device; or one base time an image, (B,), float64 on the
+                CPU, for solvers that let each image take its own steps.
+            x: (B, M), entries of the streams that move in this segment.
+            moving: (B,), bool, on the CPU: which images have not arrived yet, to count evaluations by; None: all.
+
+        Returns:
+            (B, M).
+        """
+
+    def renoise(self, x: Tensor, u: float, earlier: float) -> Tensor:
+        """Lead x (B, M) back from u to an earlier base time of the segment, as the noising process has it.
+
+        Raises:
+            SFDError: there are no seeds to draw noise from.
+        """
+
 
 Callback = Callable[[float, Tensor], None]
 """Called after each step with (u, x), the state that the step arrived at."""

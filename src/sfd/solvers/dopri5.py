@@ -1,12 +1,13 @@
 """Dormand and Prince's method of order 5 with an embedded error estimate (1980), from torchdiffeq.
 
-It chooses its own steps, by the error over the whole batch. So an image depends on the others in its batch, though only
-within the tolerance; solvers with fixed steps give each image exactly what it gets alone.
+It chooses its own steps. With one step size for the whole batch an image depends on the others in its batch, though
+only within the tolerance; with `control: image` each image takes its own steps, and depends on its seed alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,16 +17,22 @@ from torchdiffeq import odeint
 from sfd.errors import SFDError
 from sfd.settings import Settings
 from sfd.solvers._base import Callback, Velocity
+from sfd.solvers._by_image import solve_by_image
 
 ADAPTIVE = True
 WITHOUT_FLOAT64 = {"mps"}  # device types that know no float64
 
 
 class Options(Settings):
-    """Error allowed in a step, atol + rtol·|x|, root mean square over the batch. Published runs use the defaults."""
+    """Error allowed in a step, atol + rtol·|x|. Published runs use the defaults."""
 
     rtol: float = Field(1e-3, gt=0)
     atol: float = Field(1e-6, gt=0)
+    control: Literal["batch", "worst", "image"] = Field(
+        "batch",
+        description="whose error, root mean square, sets the step: the whole batch's, that of its worst image, or each "
+        "image's its own step",
+    )
 
 
 class _Derivative:
@@ -50,12 +57,20 @@ def solve(
 ) -> Tensor:
     """Integrate from the first point to the last, and step exactly onto the last; see `Solver.solve`.
 
+    With `control: image` images are at different times between the ends, so the callback is called at the end alone.
+
     Raises:
         SFDError: the state is no longer finite, or the step became too small to go on.
     """
+    if options.control == "image":
+        x = solve_by_image(velocity, x, points[0], points[-1], options.rtol, options.atol)
+        if callback is not None:
+            callback(points[-1], x)
+        return x
     # torchdiffeq keeps times and step sizes beside the state, on its device, and takes float64 unless told.
     dtype = torch.float32 if x.device.type in WITHOUT_FLOAT64 else torch.float64
     ends = torch.tensor([points[0], points[-1]], dtype=dtype, device=x.device)
+    norm: dict[str, Any] = {"norm": _worst_image} if options.control == "worst" else {}
     try:
         # step_t: without it the last step reaches beyond the knot, where the velocity bends, and interpolates back.
         solution = odeint(
@@ -65,7 +80,7 @@ def solve(
             rtol=options.rtol,
             atol=options.atol,
             method="dopri5",
-            options={"step_t": ends[1:], "dtype": dtype},
+            options={"step_t": ends[1:], "dtype": dtype, **norm},
         )
     except AssertionError as error:
         raise SFDError(
@@ -75,3 +90,8 @@ def solve(
     if callback is not None:
         callback(points[-1], solution[-1])
     return solution[-1]
+
+
+def _worst_image(values: Tensor) -> Tensor:
+    """Give the largest root mean square of a row; of a whole batch (B, M) that is its worst image's."""
+    return values.square().mean(dim=-1).sqrt().max()
