@@ -172,16 +172,16 @@ def sde(noise: Tensor, seeds: Sequence[int], amount: float = 1.0) -> Tensor:
     return integrate(velocity, noise, schedule, COMPOSITE, solver="sde", steps=24, options=options, seeds=seeds).x
 
 
-@pytest.mark.parametrize("amount", [0.5, 2.0])
+@pytest.mark.parametrize("amount", [0.5, 1.5])
 def test_noise_on_the_way_keeps_the_mixtures_moments(amount):
-    data, seeds = mixture(2), range(8000)
+    data, seeds = mixture(2), range(3000)
     start = initial_noise(seeds, COMPOSITE).double()
     x = sde(start, seeds, amount)
     mean = data.weights @ data.means
     spread = data.means - mean
     covariance = torch.einsum("c,ci,cj->ij", data.weights, spread, spread) + torch.diag(data.weights @ data.stds**2)
-    torch.testing.assert_close(x.mean(dim=0), mean, rtol=0, atol=0.08)  # 4 standard errors
-    torch.testing.assert_close(x.T.cov(), covariance, rtol=0, atol=0.2)
+    torch.testing.assert_close(x.mean(dim=0), mean, rtol=0, atol=0.13)  # 4 standard errors
+    torch.testing.assert_close(x.T.cov(), covariance, rtol=0, atol=0.32)
     assert (x - sde(start, seeds, 0.0)).square().mean() > 0.1 * covariance.diag().mean()
 
 
