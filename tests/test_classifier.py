@@ -11,7 +11,7 @@ from sfd.evaluation.extractors._base import load_extractor
 from sfd.evaluation.extractors.classifier import Classifier, ClassifierSettings, ClassifierTask, Config
 from sfd.evaluation.metrics import frechet_distance, gaussian
 from sfd.models.convnet import ConvNetConfig
-from sfd.training.loop import TrainSettings
+from sfd.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
 NETWORK = ConvNetConfig(widths=(16, 32, 32))

@@ -286,9 +286,21 @@ def test_too_few_images_for_the_evaluator_are_found_at_once(recipe, tmp_path):
     assert not (tmp_path / "o" / "texture").exists()
 
 
+def test_a_run_whose_time_is_over_leaves_with_its_own_code(recipe, tmp_path):
+    command = ["train-texture", recipe, "--out", tmp_path / "o", "--device", "cpu"]
+    stopped = sfd(*command, "texture.train.steps=1000000", "--max-hours", 2 / 3600)
+    assert stopped.exit_code == 75 and "the time is over; run the same command to go on" in stopped.output
+    assert (tmp_path / "o" / "texture" / "checkpoints").is_dir()
+
+
+def test_a_time_that_is_over_between_stages_is_heard(recipe, tmp_path):
+    result = sfd("run", recipe, "--out", tmp_path / "o", "--device", "cpu", "--max-hours", 1e-9)
+    assert result.exit_code == 75 and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
 def test_a_launcher_s_second_process_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(sfd("train", recipe, "--out", tmp_path / "o"), "one process")
+    refused(sfd("sample", tmp_path, "--out", tmp_path / "o"), "one process")
 
 
 def test_an_exported_model_is_half_the_size(finished, tmp_path):

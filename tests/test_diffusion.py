@@ -131,11 +131,27 @@ def test_two_halves_are_the_whole_batch(latents):
         assert torch.equal(values, torch.cat([half[name] for half in halves])), name
 
 
+def test_each_stream_s_loss_is_told_by_its_own_time(latents):
+    task = make_task(latents)
+    batch = task.batch(0, range(200))
+    losses = task.loss(task.model, batch)
+    weights = {"texture": 1.0, "semantic": 2.0}
+    sizes = {s.name: s.size / task.composite.size for s in task.composite.streams}
+    velocity = sum(weights[name] * sizes[name] * losses[f"velocity/{name}"] for name in STREAMS)
+    torch.testing.assert_close(velocity, losses["velocity"])
+    for k, name in enumerate(task.composite.names):
+        quarters = torch.stack([losses[f"velocity/{name}/quarter-{q}"] for q in (1, 2, 3, 4)])
+        torch.testing.assert_close(quarters[:, 0].sum() / 200, losses[f"velocity/{name}"])
+        edges = torch.histc(batch["times"][:, k].float(), 4, 0, 1)
+        assert torch.equal(quarters[:, 1], edges)
+
+
 @pytest.mark.parametrize(("cosine", "repa"), [(1.0, 1.0), (0.7, 0.3), (0.0, 0.5), (0.5, 0.0), (0.0, 0.0)])
 def test_the_losses_add_up_with_their_weights(latents, cosine, repa):
     task = make_task(latents, cosine=cosine, repa=repa)
     losses = task.loss(task.model, task.batch(0, range(8)))
-    assert set(losses) == {"loss", "velocity"} | {n for n, w in (("cosine", cosine), ("repa", repa)) if w}
+    named = {name for name in losses if "/" not in name}
+    assert named == {"loss", "velocity"} | {n for n, w in (("cosine", cosine), ("repa", repa)) if w}
     parts = losses["velocity"] + cosine * losses.get("cosine", 0) + repa * losses.get("repa", 0)
     torch.testing.assert_close(losses["loss"], parts)
 

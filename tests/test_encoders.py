@@ -16,7 +16,8 @@ from sfd.encoders._base import PACKAGE
 from sfd.encoders._training import vicreg
 from sfd.errors import SFDError
 from sfd.models.pca import PCA, PCAConfig
-from sfd.training.loop import TrainSettings, fit
+from sfd.training.loop import fit
+from sfd.training.settings import TrainSettings
 
 SMALL = {
     "autoencoder_kl": autoencoder_kl.Config(widths=(8, 16), latent_channels=4),

@@ -10,8 +10,9 @@ from sfd.errors import SFDError
 from sfd.models.compressor import load_compressor
 from sfd.models.semvae import SemVAE, SemVAEConfig, SemVAEObjective
 from sfd.moments import Moments
-from sfd.training.loop import TrainSettings, fit
+from sfd.training.loop import fit
 from sfd.training.semvae import SemVAETask
+from sfd.training.settings import TrainSettings
 
 SMALL = SemVAEConfig(input_channels=12, latent_channels=3, width=16, heads=2, blocks=1)
 

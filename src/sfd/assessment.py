@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from sfd import files
+from sfd import files, processes
 from sfd.config import Recipe, dump_recipe
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
 from sfd.evaluation.extractors.classifier import divide
@@ -40,7 +40,8 @@ def assess(pipeline: Pipeline) -> None:
         _sample(pipeline, name, settings)
     if pipeline.recipe.evaluation.classifier is not None:
         _metrics_stage(pipeline, variants).carry_out(lambda: _measure(pipeline, list(variants)), pipeline.device)
-    write_run_report(pipeline, list(variants))
+    if processes.leads():
+        write_run_report(pipeline, list(variants))
 
 
 def _metrics_stage(pipeline: Pipeline, variants: dict[str, SampleSettings]) -> Stage:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from sfd import __version__
+from sfd import __version__, processes
 from sfd.errors import Interrupted, SFDError
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
+MAX_HOURS_HELP = "save, stop and exit with code 75 after so many hours; the same command goes on"
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps …")
 
 
@@ -30,6 +34,13 @@ class Group(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted(signal.SIGINT) from None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find a command; only the stages of a recipe know what to do with several processes."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and not any(parameter.name == "recipe" for parameter in command.params):
+            processes.check_single(command.name or "")
+        return name, command, rest
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command; see `click.Group.main`."""
@@ -44,11 +55,26 @@ class Group(click.Group):
 
             _leave(str(files.explained(error, Path(error.filename or "."))), 2)
         except Interrupted as error:
-            _leave(str(error), error.code)
+            # An elastic launcher would answer any other code by starting the run again.
+            _leave(str(error), 0 if processes.elastic() else error.code)
+        except Exception as error:
+            company = processes.company()
+            if company is None:
+                raise
+            if not processes.lost(error):
+                traceback.print_exc()
+            code = company.failed()
+            _leave("another process of this run ended; run the same command to go on", 1 if code is None else code)
 
 
-def _leave(message: str, code: int) -> None:
-    click.echo(f"sfd: {message}" if code != 2 else f"sfd: error: {message}", err=True)
+def _leave(message: str, code: int) -> NoReturn:
+    """Say why and end, and all of the run's processes with this one; the first to end speaks for them."""
+    company = processes.company()
+    if company.fail(code) if company else processes.leads():
+        click.echo(f"sfd: {message}" if code != 2 else f"sfd: error: {message}", err=True)
+    if company:
+        sys.stderr.flush()
+        os._exit(code)  # without waiting for what other processes will not answer any more
     sys.exit(code)
 
 
@@ -68,6 +94,7 @@ def recipe_command(function: Command) -> Command:
         click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
         click.option("--out", required=True, type=FOLDER, help="the run's folder; made if it is not there"),
         click.option("--strict", is_flag=True, help="stop at a broken image in place of skipping it"),
+        click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP),
         click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates; do nothing"),
         click.option(
             "--tflops", type=click.FloatRange(min=0, min_open=True), help="what training reaches, for --dry-run's hours"
@@ -85,37 +112,43 @@ def _stage(
     overrides: tuple[str, ...],
     out: Path,
     strict: bool,
+    max_hours: float | None,
     dry_run: bool,
     tflops: float | None,
     device: str,
     shared: bool = False,
 ) -> None:
     """Do a stage's work alone in the run's folder; or `shared` with other processes, if the work sees to that."""
-    from contextlib import nullcontext
-
-    from sfd import files
+    from sfd import files, stopping
     from sfd.config import load_recipe
     from sfd.pipeline import Pipeline
     from sfd.plan import check
-    from sfd.resources import choose_device, single_process
+    from sfd.resources import choose_device
 
     resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
     if dry_run:
         from sfd.estimate import describe
 
-        click.echo(describe(resolved, choose_device(device), tflops))
+        if processes.leads():
+            click.echo(describe(resolved, choose_device(device), tflops))
         return
     if tflops is not None:
         raise SFDError("--tflops says how fast training would be; give it together with --dry-run")
     check(resolved)
-    single_process()
-    with nullcontext() if shared else files.exclusive(out):
-        pipeline = Pipeline(resolved, out, choose_device(device))
+    chosen = choose_device(processes.join(device))
+    with ExitStack() as held:
+        held.enter_context(stopping.limit(max_hours))
+        if processes.leads() and not shared:
+            held.enter_context(files.exclusive(out))
+        processes.tell(None)  # the folder is this run's
+        pipeline = Pipeline(resolved, out, chosen)
         # At once in a new folder; else only when the work was accepted, so that a refused command changes nothing.
-        if not pipeline.folder.recipe.exists():
+        if processes.leads() and not pipeline.folder.recipe.exists():
             pipeline.save_recipe()
         work(pipeline)
-        pipeline.save_recipe()
+        if processes.leads():
+            pipeline.save_recipe()
+    processes.leave()
 
 
 @main.command()
@@ -131,7 +164,8 @@ def run(**arguments: Any) -> None:
 
         pipeline.all()
         assess(pipeline)
-        click.echo(f"report: {pipeline.folder.report}")
+        if processes.leads():
+            click.echo(f"report: {pipeline.folder.report}")
 
     _stage(work, **arguments)
 
@@ -168,6 +202,8 @@ def prepare(part: str | None, **arguments: Any) -> None:
     """
     from sfd.shares import WHOLE, parse_share
 
+    if part is not None:
+        processes.check_single("prepare --part")
     chosen = WHOLE if part is None else parse_share(part)
     _stage(lambda pipeline: pipeline.prepare(chosen), shared=part is not None, **arguments)
 
@@ -195,7 +231,8 @@ def report(**arguments: Any) -> None:
         from sfd.assessment import assess
 
         assess(pipeline)
-        click.echo(f"report: {pipeline.folder.report}")
+        if processes.leads():
+            click.echo(f"report: {pipeline.folder.report}")
 
     _stage(work, **arguments)
 

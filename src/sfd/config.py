@@ -26,7 +26,7 @@ from sfd.models.semvae import SemVAEConfig, SemVAEObjective
 from sfd.models.transformer import SIZES
 from sfd.settings import Settings, parse
 from sfd.training.diffusion import LossSettings
-from sfd.training.loop import TrainSettings
+from sfd.training.settings import TrainSettings
 
 MAX_EXTENDS = 8
 RECIPE_BYTES = 1 << 20

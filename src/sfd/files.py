@@ -41,8 +41,7 @@ def written(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     if not path.name:
         raise SFDError(f"{path} is a folder, but a file is to be written; give a file's name")
-    own = f".{secrets.token_hex(4)}" if shared else ""
-    partial = path.with_name(f".{path.name}{own}.partial")
+    partial = partial_of(path, f".{secrets.token_hex(4)}" if shared else "")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
@@ -63,6 +62,11 @@ def written(path: Path, *, shared: bool = False) -> Iterator[Path]:
         if "No space left" in str(error):
             raise _disk_full(path) from error
         raise
+
+
+def partial_of(path: Path, own: str = "") -> Path:
+    """Give the name under which `written` lets a path be written."""
+    return path.with_name(f".{path.name}{own}.partial")
 
 
 def remove_partials(folder: Path) -> None:
@@ -91,6 +95,9 @@ def _settle(path: Path) -> None:
         file.chmod(0o666 & ~_UMASK)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    for folder in [path, *path.rglob("*")] if path.is_dir() else []:
+        if folder.is_dir():
+            _flush_folder(folder)
 
 
 def _flush_folder(path: Path) -> None:

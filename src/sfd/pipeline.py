@@ -9,7 +9,7 @@ where it stopped and another recipe in the same folder is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sfd import files, preparation, randomness, registry, stages
+from sfd import files, preparation, processes, randomness, registry, stages
 from sfd.config import EncoderSettings, Recipe, dump_recipe
 from sfd.data.cache import cached
 from sfd.data.folder import skipped_report
@@ -44,8 +44,9 @@ from sfd.shares import WHOLE, Share
 from sfd.stages import Stage
 from sfd.streams import Composite
 from sfd.training.diffusion import DiffusionTask
-from sfd.training.loop import FREE_TO_CHANGE, TrainSettings, fit
+from sfd.training.loop import fit
 from sfd.training.semvae import SemVAETask
+from sfd.training.settings import TrainSettings, extent, lasting
 from sfd.weights import CONFIG_FILE, WEIGHTS_FILE, Part
 
 PREVIEW_IMAGES = 32
@@ -125,9 +126,9 @@ class Pipeline:
             "seed": self.recipe.seed,
             "data": self.data_record(),
             "encoder": settings.model_dump(exclude={"train"}),
-            "train": _lasting(settings.train),
+            "train": lasting(settings.train),
         }
-        return Stage(name, command, folder, made_from, _extent(settings.train), _part_files(folder))
+        return Stage(name, command, folder, made_from, extent(settings.train), _part_files(folder))
 
     def _train_encoder(self, settings: EncoderSettings, make_stage: Callable[[], Stage]) -> None:
         if settings.train is None:
@@ -139,9 +140,11 @@ class Pipeline:
                 encoder = module.build(parse(module.Config, settings.config))
             objective = parse(module.Objective, settings.objective)
             task = module.task(encoder, self.images[0], objective, seed=self.recipe.seed, batch_size=train.batch_size)
-            task.finish(fit(task, train, stage.folder, device=self.device)).save(stage.folder)
+            trained = task.finish(fit(task, train, stage.folder, device=self.device))
+            if processes.leads():
+                trained.save(stage.folder)
 
-        stage.carry_out(work, self.device)
+        stage.carry_out(work, self.device, together=True)
 
     @cached_property
     def texture(self) -> TextureEncoder:
@@ -164,16 +167,17 @@ class Pipeline:
             "data": self.data_record(),
             "encoder": self.semantic.identity,
             "compressor": settings.model_dump(exclude={"train"}),
-            "train": _lasting(settings.train),
+            "train": lasting(settings.train),
         }
         name = "SemVAE" if settings.name == "semvae" else "principal components"
-        return Stage(name, "sfd train-semvae", folder, made_from, _extent(settings.train), _part_files(folder))
+        return Stage(name, "sfd train-semvae", folder, made_from, extent(settings.train), _part_files(folder))
 
     def train_compressor(self) -> None:
         """Train the SemVAE, or fit PCA, on the semantic encoder's features."""
         if "semantic" in self.recipe.streams and self.recipe.compressor.folder is None:
-            work = self._train_semvae if self.recipe.compressor.name == "semvae" else self._fit_pca
-            self._compressor_stage().carry_out(work, self.device)
+            training = self.recipe.compressor.name == "semvae"
+            work = self._train_semvae if training else self._fit_pca
+            self._compressor_stage().carry_out(work, self.device, together=training)
 
     def _train_semvae(self) -> None:
         settings, train = self.recipe.compressor, cast(TrainSettings, self.recipe.compressor.train)
@@ -187,7 +191,9 @@ class Pipeline:
             seed=self.recipe.seed,
             batch_size=train.batch_size,
         )
-        cast(SemVAE, fit(task, train, self.folder.compressor, device=self.device)).save(self.folder.compressor)
+        trained = cast(SemVAE, fit(task, train, self.folder.compressor, device=self.device))
+        if processes.leads():
+            trained.save(self.folder.compressor)
 
     def _fit_pca(self) -> None:
         settings, source = self.recipe.compressor, self.images[0]
@@ -236,18 +242,19 @@ class Pipeline:
             "seed": recipe.seed,
             "latents": files.checksum(self.folder.latents / MANIFEST),
             **recipe.model_dump(include={"streams", "schedule", "transformer", "loss"}),
-            "train": _lasting(recipe.train),
+            "train": lasting(recipe.train),
         }
         results = (self.folder.model / RECORD,)
-        return Stage("transformer", "sfd train", self.folder.training, made_from, _extent(recipe.train), results)
+        return Stage("transformer", "sfd train", self.folder.training, made_from, extent(recipe.train), results)
 
     def train(self) -> None:
         """Train the transformer and write the model directory."""
-        self._transformer_stage().carry_out(self._train, self.device)
+        self._transformer_stage().carry_out(self._train, self.device, together=True)
 
     def _train(self) -> None:
         recipe, latents = self.recipe, self.latents
-        preparation.write_real_preview(self, latents)
+        if processes.leads():
+            preparation.write_real_preview(self, latents)
         config = transformer_config(recipe, latents)
         schedule = build_schedule(recipe.schedule, config.composite.names)
         network = Transformer(config, seed=recipe.seed)
@@ -261,6 +268,8 @@ class Pipeline:
             previewer=lambda step, net, folder: self._preview(step, net, schedule, latents.manifest.classes, folder),
         )
         trained = fit(task, recipe.train, self.folder.training, device=self.device)
+        if not processes.leads():
+            return
         history = {
             "recipe": recipe.name,
             "data": latents.manifest.data,
@@ -321,10 +330,10 @@ class Pipeline:
             "data": self.data_record(),
             "classifier": settings.model_dump(exclude={"training"}),
         }
-        made_from["training"] = _lasting(settings.training)
+        made_from["training"] = lasting(settings.training)
         results = (folder / "extractor" / "extractor.json",)
-        extent = _extent(settings.training)
-        return Stage("evaluation classifier", "sfd train-evaluator", folder, made_from, extent, results)
+        name, command = "evaluation classifier", "sfd train-evaluator"
+        return Stage(name, command, folder, made_from, extent(settings.training), results)
 
     def train_evaluator(self) -> None:
         """Train the classifier that judges the samples, on images that nothing else in the run sees."""
@@ -333,7 +342,7 @@ class Pipeline:
         def work() -> None:
             classifier.train(self.images[1], settings, stage.folder, device=self.device)
 
-        stage.carry_out(work, self.device)
+        stage.carry_out(work, self.device, together=True)
 
     @cached_property
     def evaluator(self) -> Extractor:
@@ -385,12 +394,3 @@ def _trained(settings: EncoderSettings, make_stage: Callable[[], Stage]) -> Path
 
 def _part_files(folder: Path) -> tuple[Path, ...]:
     return folder / CONFIG_FILE, folder / WEIGHTS_FILE
-
-
-def _lasting(settings: TrainSettings | None) -> Mapping[str, Any] | None:
-    """Training settings that the result depends on, but for how long it goes on."""
-    return settings.model_dump(exclude=set(FREE_TO_CHANGE)) if settings else None
-
-
-def _extent(settings: TrainSettings | None) -> dict[str, int]:
-    return {"steps": settings.steps} if settings else {}

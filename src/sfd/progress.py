@@ -21,7 +21,7 @@ class Bar:
         self.description, self.total, self.done, self.note = description, total, done, ""
         self._first, self._start, self._last_line = done, time.monotonic(), time.monotonic()
         self._progress: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             text = TextColumn("{task.description}")
             self._progress = Progress(text, BarColumn(), *columns, TextColumn("{task.fields[note]}"), console=console)
@@ -30,7 +30,11 @@ class Bar:
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Count `count` more as done."""
-        self.done += count
+        self.reach(self.done + count, note)
+
+    def reach(self, done: int, note: str | None = None) -> None:
+        """Count `done` in all as done; it may be less than before."""
+        self.done = done
         self.note = self.note if note is None else note
         if self._progress:
             self._progress.update(self._task, completed=self.done, note=self.note)
@@ -39,9 +43,11 @@ class Bar:
             self._line()
 
     def _line(self) -> None:
-        rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        rate = max(self.done - self._first, 0) / max(time.monotonic() - self._start, 1e-9)
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else "done"
-        print(f"{self.description}: {self.done}/{self.total}, {left} {self.note}".rstrip(), file=sys.stderr, flush=True)
+        if not console.quiet:
+            line = f"{self.description}: {self.done}/{self.total}, {left} {self.note}".rstrip()
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the bar down, or write the last line."""

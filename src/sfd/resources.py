@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -66,17 +65,6 @@ def measured(device: torch.device) -> Iterator[Usage]:
         watcher.join()
         if device.type == "cuda":
             usage.peak_device_memory_bytes = torch.cuda.max_memory_allocated(device)
-
-
-def single_process() -> None:
-    """Refuse to run as one of several processes.
-
-    Raises:
-        SFDError: a launcher started more than one.
-    """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count != "1":
-        raise SFDError(f"this command runs as one process, but a launcher started {count}; start it without one")
 
 
 def choose_device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sfd import files
+from sfd import files, processes
 from sfd.errors import SFDError
 from sfd.progress import console
 from sfd.resources import measured
@@ -91,16 +91,25 @@ class Stage:
         reason = f": it was made with {different[0]} = {different[1]}, not {different[2]}" if different else ""
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
 
-    def carry_out(self, work: Callable[[], object], device: torch.device) -> None:
+    def carry_out(self, work: Callable[[], object], device: torch.device, *, together: bool = False) -> None:
         """Do the work, unless it is done; then record what it was made from, how long it took and its memory.
 
         Args:
             work: does it; goes on by itself where an earlier attempt stopped.
             device: whose memory is measured.
+            together: all of the run's processes do it; otherwise one does, and the others wait for it.
         """
-        if self.finished():
+        # One process looks, before any of them changes what it sees.
+        if processes.tell(processes.leads() and self.finished()):
             console.print(f"{self.name}: done before, in {self.folder}", style="dim", markup=False, soft_wrap=True)
             return
+        if processes.leads():
+            self._do(work, device)
+        elif together:
+            work()
+        processes.tell(None)
+
+    def _do(self, work: Callable[[], object], device: torch.device) -> None:
         console.print(f"{self.name} → {self.folder}", style="bold", markup=False, soft_wrap=True)
         earlier = self._spent()
         with measured(device) as usage:

@@ -42,8 +42,8 @@ class TextureTask:
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
         """Give images and the noise that their latents are drawn with."""
-        batch = self.data.batch(step, samples)
-        return {"images": batch["images"], "noise": self.data.normal("posterior", step, samples, self.latent_shape)}
+        noise = self.data.normal("posterior", step, samples, self.latent_shape)
+        return self.data.batch(step, samples) | {"noise": noise}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the objective; `psnr` (dB) is logged beside it."""

@@ -21,7 +21,9 @@ from sfd.evaluation.evaluate import Metrics
 MAX_ROWS = 24  # classes shown of a gallery
 MAX_COLUMNS = 10  # images shown of a class
 MAX_SIDE = 128  # pixels of an image in the report; larger ones are scaled down
-UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped", "images_per_second"}  # log entries that get no curve
+# Log entries that get no curve; those with a slash are parts of others.
+UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped", "rollbacks", "ema_distance"}
+UNDRAWN |= {"images_per_second", "checkpoint_pause"}
 ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA"}
 
 
@@ -222,7 +224,9 @@ def _phase(moving: Sequence[str], streams: int) -> str:
 
 def _curves(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Draw every logged quantity of one part that is worth a curve."""
-    quantities = [key for key in dict.fromkeys(k for line in lines for k in line) if key not in UNDRAWN]
+    quantities = [
+        key for key in dict.fromkeys(k for line in lines for k in line) if key not in UNDRAWN and "/" not in key
+    ]
     drawings = []
     for quantity in quantities:
         points = [(line["step"], line[quantity]) for line in lines if np.isfinite(line.get(quantity, np.nan))]

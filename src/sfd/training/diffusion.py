@@ -18,6 +18,8 @@ from sfd.schedules import Schedule
 from sfd.settings import Settings
 from sfd.training.order import EpochOrder
 
+QUARTERS = 4
+
 
 class LossSettings(Settings):
     """The objective: velocity + cosine + REPA (Pan et al. 2025), and what is drawn for each sample."""
@@ -65,7 +67,7 @@ class DiffusionTask:
         self._weights = self.composite.expand(torch.tensor([s.weight for s in self.composite.streams]))
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels (B,), and features for REPA.
+        """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels and images' numbers (B,), features.
 
         Where resting streams are left out, also which streams move: (B, K).
         """
@@ -82,6 +84,7 @@ class DiffusionTask:
             "x0": torch.from_numpy(normals[:, 1:].copy()),
             "times": time,
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
+            "indices": torch.from_numpy(indices),
         }
         if not self.settings.resting:
             batch["moving"] = rate > 0
@@ -118,7 +121,21 @@ class DiffusionTask:
         if output.projection is not None:
             losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
             losses["loss"] = losses["loss"] + self.settings.repa * losses["repa"]
-        return losses
+        return losses | self._by_stream(predicted, target, times)
+
+    @torch.no_grad()
+    def _by_stream(self, velocity: Tensor, target: Tensor, times: Tensor) -> dict[str, Tensor]:
+        """Give each stream's own velocity loss, and as pairs (sum, count) that in each quarter of its own time."""
+        errors = self.composite.split((velocity.float() - target).square())
+        record = {}
+        for k, (name, error) in enumerate(errors.items()):
+            loss = error.flatten(1).mean(1)
+            record[f"velocity/{name}"] = loss.mean()
+            quarter = (times[:, k] * QUARTERS).long().clamp(max=QUARTERS - 1)
+            within = nn.functional.one_hot(quarter, QUARTERS).to(loss.dtype)  # (B, 4)
+            pairs = torch.stack((loss @ within, within.sum(0)), 1)
+            record |= {f"velocity/{name}/quarter-{q + 1}": pair for q, pair in enumerate(pairs)}
+        return record
 
     def preview(self, step: int, model: nn.Module, folder: Path) -> None:
         """Write a sample grid, where a previewer was given."""

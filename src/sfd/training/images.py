@@ -19,12 +19,13 @@ class ImageBatches:
         self.order = EpochOrder(seed, len(source))
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give images (B, 3, H, W) in [-1, 1] and labels (B,)."""
+        """Give images (B, 3, H, W) in [-1, 1], labels (B,), and their numbers in the data set, `indices` (B,)."""
         indices = self.order.indices(step, samples, self.batch_size)
         images = to_tensor(self.source.load(indices))
         flip = self.uniform("flip", step, samples, 1) < 0.5
         images = torch.where(flip[:, :, None, None], images.flip(3), images)
-        return {"images": images, "labels": torch.from_numpy(self.source.labels[indices])}
+        labels = torch.from_numpy(self.source.labels[indices])
+        return {"images": images, "labels": labels, "indices": torch.from_numpy(indices)}
 
     def uniform(self, purpose: str, step: int, samples: range, size: int) -> Tensor:
         """Draw (len(samples), size) uniform numbers. A slot's numbers do not depend on which others are asked for."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,72 +14,99 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfd import files
+from sfd import files, processes
 
 
 class TrainingLog:
-    """Averages the scalars between two lines where they were computed; only a line waits for the device.
+    """Averages scalars between two lines where they were computed; only a line waits for the device.
 
-    (The training step itself does wait once, to learn whether its gradient is finite.) Lines past the step that a run
-    resumes from are taken off: the log reads as if nothing had happened.
+    A value is a scalar, or a pair (sum, count) for what does not occur in every sample. What is not finite belongs to a
+    skipped step and is left out. Lines past the step that a run resumes from are taken off: the log reads as if nothing
+    had happened. All processes collect and write together; the leading one has the files.
     """
 
-    def __init__(self, folder: Path, step: int, batch_size: int, *, enabled: bool) -> None:
-        self.path, self.batch_size, self.enabled, self.note = folder / "log.jsonl", batch_size, enabled, ""
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self.folder, self.path, self.batch_size, self.note = folder, folder / "log.jsonl", batch_size, ""
+        # By the names that are collected together: (names, 2), their sums and counts.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
         # A resumed run's first line averages over steps of both processes; its speed is of this one's alone.
-        self._count, self._count_here, self._start = 0, 0, time.monotonic()
+        self._steps_here, self._start = 0, time.monotonic()
         self._board: Any = None
-        if enabled:
+
+    def start(self, step: int, state: Mapping[str, Any]) -> None:
+        """Go on after a step, with what a checkpoint's `state` had collected.
+
+        Raises:
+            SFDError: the folder cannot be written to.
+        """
+        self.close()
+        self._sums = {
+            tuple(names.split()): torch.tensor(sums) * float(processes.leads()) for names, sums in state.items()
+        }
+        if processes.leads():
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _all_but_tensorboard
             with self._explaining():
                 self._cut(step)
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def _cut(self, step: int) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         files.write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def collect(self, values: dict[str, Tensor]) -> None:
-        """Add a step's scalars to the running average."""
-        for name, value in values.items():
-            self._sums[name] = value + self._sums[name].to(value.device) if name in self._sums else value
-        self._count += 1
-        self._count_here += 1
+    def collect(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Add to the running averages; `share` is what part of the step scalars come from."""
+        scalars = {name: value.detach().float() for name, value in values.items() if value.ndim == 0}
+        pairs = {name: value.detach().float() for name, value in values.items() if value.ndim == 1}
+        rows = [torch.stack((each, torch.ones_like(each)), 1) * share for each in _stacked(scalars)]
+        table = torch.cat([*rows, *_stacked(pairs)])
+        table = torch.where(torch.isfinite(table).all(1, keepdim=True), table, 0)
+        names = (*scalars, *pairs)
+        self._sums[names] = table + self._sums[names].to(table.device) if names in self._sums else table
 
-    def write(self, step: int, values: dict[str, Tensor], extra: dict[str, float]) -> str:
-        """Add a step's scalars, write the line, and give the note for the progress bar.
+    def step(self) -> str:
+        """Count a step; give the note for the progress bar."""
+        self._steps_here += 1
+        return self.note
+
+    def write(self, step: int, extra: Mapping[str, float]) -> str:
+        """Write a line, averages and what is `extra`; give the note for the progress bar.
 
         Raises:
             SFDError: the disk is full, or the folder cannot be written to.
         """
-        self.collect(values)
-        now = time.monotonic()
         line: dict[str, float] = {"step": step}
-        line |= {name: float(total) / self._count for name, total in self._sums.items()} | extra
-        line["images_per_second"] = self._count_here * self.batch_size / max(now - self._start, 1e-9)
-        self.note = f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s"
-        if self.enabled:
+        for names, sums in self.state().items():
+            line |= {name: total / n for name, (total, n) in zip(names.split(), sums, strict=True) if n}
+        now = time.monotonic()
+        speed = self._steps_here * self.batch_size / max(now - self._start, 1e-9)
+        line |= {**extra, "images_per_second": speed}
+        self.note = f"loss {line.get('loss', float('nan')):.4f}, {speed:.0f} images/s"
+        if self._board is not None:
             with self._explaining():
                 with self.path.open("a", encoding="utf-8") as handle:
                     handle.write(json.dumps(line) + "\n")
                 for name, value in line.items():
                     if name != "step":
                         self._board.add_scalar(name, value, step)
-        self._sums, self._count, self._count_here, self._start = {}, 0, 0, now
+        self._sums, self._steps_here, self._start = {}, 0, now
         return self.note
 
-    def state(self) -> dict[str, Any]:
-        """Give what has been collected since the last line, for a checkpoint."""
-        return {"count": self._count, "sums": {name: float(total) for name, total in self._sums.items()}}
+    def state(self) -> dict[str, list[list[float]]]:
+        """Give what all processes have collected since the last line, for a checkpoint; waits for the device."""
+        shared = {names: sums.clone() for names, sums in self._sums.items()}
+        if processes.count() > 1:
+            for sums in shared.values():
+                torch.distributed.all_reduce(sums)
+        return {" ".join(names): sums.tolist() for names, sums in shared.items()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's `state`; an empty one changes nothing."""
-        if state:
-            self._count = int(state["count"])
-            self._sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
+    def settle(self) -> None:
+        """Bring the lines to the disk, so that a checkpoint never outlives the lines before it."""
+        if self._board is not None:
+            with self._explaining(), self.path.open("a", encoding="utf-8") as handle:
+                os.fsync(handle.fileno())
 
     def close(self) -> None:
         """Write what is buffered and stop TensorBoard's thread.
@@ -86,8 +115,12 @@ class TrainingLog:
             SFDError: the disk is full, or the folder cannot be written to.
         """
         if self._board is not None:
-            with self._explaining():
-                self._board.close()
+            board, self._board = self._board, None
+            try:
+                with self._explaining():
+                    board.close()
+            finally:
+                threading.excepthook = threading.__excepthook__
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -95,3 +128,13 @@ class TrainingLog:
             yield
         except OSError as error:
             raise files.explained(error, self.path) from error
+
+
+def _stacked(values: Mapping[str, Tensor]) -> list[Tensor]:
+    return [torch.stack(list(values.values()))] if values else []
+
+
+def _all_but_tensorboard(problem: threading.ExceptHookArgs) -> None:
+    """Report what ends a thread, but for TensorBoard's: it raises again, in the thread that logs, what it met."""
+    if type(problem.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(problem)

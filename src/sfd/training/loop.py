@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import signal
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from sfd import files, processes
 from sfd.errors import Interrupted, SFDError
 from sfd.progress import bar, console
-from sfd.settings import Settings
+from sfd.stopping import requests
 from sfd.training import checkpoints
+from sfd.training.batches import Batches, drawn_step, parts
+from sfd.training.guards import LOOK_EVERY, Guard, backward, examination
 from sfd.training.log import TrainingLog
-from sfd.weights import misfit, shapes
+from sfd.training.parallel import Parallel, local, whole
+from sfd.training.settings import FREE_TO_CHANGE, TrainSettings, average_weight, learning_rate
 
-MAX_SKIPPED_STEPS = 10
-# What may change between a run and its continuation without changing its arithmetic.
-FREE_TO_CHANGE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every"}
-
-
-class TrainSettings(Settings):
-    """How a task is optimised: AdamW with warm-up, clipping and an exponential moving average (EMA) of the weights."""
-
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0, description="over all processes and accumulation steps together")
-    learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    decay: Literal["constant", "cosine"] = Field("constant", description="cosine falls to a tenth at the last step")
-    decay_from: int = Field(0, ge=0, description="step at which the cosine begins")
-    ema: float | None = Field(None, ge=0, lt=1, description="decay of the weights' moving average; null: none")
-    ema_warmup: bool = Field(False, description="let early averages forget faster: decay min(ema, (1+step)/(10+step))")
-    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
-    precision: Literal["float32", "bf16"] = "float32"
-    accumulate: int = Field(1, gt=0, description="backward passes a step")
-    checkpoint_every: int = Field(1000, gt=0)
-    keep_checkpoints: int = Field(2, gt=0)
-    log_every: int = Field(20, gt=0)
-    preview_every: int = Field(0, ge=0, description="steps between sample grids; 0: none")
+REPORT, ATTEMPT = "failure-report.json", "attempt.json"
 
 
 class Task(Protocol):
@@ -61,11 +36,14 @@ class Task(Protocol):
         ...
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give some slots of a step's global batch, as CPU tensors. Runs in a thread of its own, ahead of the step."""
+        """Give some slots of a step's global batch, as CPU tensors. Runs in a thread of its own, ahead of the step.
+
+        `indices`, if there, says which images they are. After a rollback steps are asked for that lie far ahead.
+        """
         ...
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute scalars: "loss" is minimised, the others are logged."""
+        """Compute scalars: "loss" is minimised, the others are logged, as may be pairs (sum, count)."""
         ...
 
 
@@ -78,20 +56,12 @@ class Previewing(Protocol):
         ...
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Give the learning rate of a step: linear warm-up, then constant or a cosine to a tenth."""
-    rate = settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup, 1))
-    if settings.decay == "constant" or step < settings.decay_from:
-        return rate
-    progress = (step - settings.decay_from) / max(settings.steps - settings.decay_from, 1)
-    return rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
 def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.device) -> nn.Module:
     """Train a task, or go on where an earlier call with the same folder stopped.
 
     Checkpoints go to `folder/checkpoints`, the log to `folder/log.jsonl` and `folder/tensorboard`. On a CPU with the
-    same number of threads and processes, an interrupted and an uninterrupted run end with the same bytes.
+    same number of threads and processes, an interrupted and an uninterrupted run end with the same bytes. Where there
+    are several processes (`sfd.processes`), all call this; each takes its part of every batch.
 
     Returns:
         The trained model in evaluation mode, with the averaged weights if `settings.ema` is set.
@@ -99,28 +69,29 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
     Raises:
         SFDError: the folder holds checkpoints of another configuration or of a later step, training diverged, or the
             disk is full.
-        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        Interrupted: a signal to stop came, or the time of `--max-hours` was over; the state is saved.
     """
+    if processes.count() > 1 and processes.company() is None:
+        raise SFDError("a launcher started several processes; call sfd.processes.join(device) before fit")
     run = _Run(task, settings, folder, device)
     if 0 < run.step < settings.steps:
         console.print(f"{task.name}: going on after step {run.step}", markup=False, soft_wrap=True)
-    with (
-        run.logging(),
-        bar(task.name, settings.steps, run.step) as shown,
-        _stop_signal() as stop,
-        run.batches() as batches,
-    ):
-        stopping = False
-        while run.step < settings.steps and not stopping:
-            note = run.advance(batches)
-            shown.advance(1, note)
+    reason = 0
+    with run.closing(), bar(task.name, settings.steps, run.step) as shown, requests() as received:
+        run.begin()
+        while run.step < settings.steps and not reason:
+            note = run.advance()
+            shown.reach(run.step, note)
             if settings.preview_every and run.step % settings.preview_every == 0 and isinstance(task, Previewing):
                 run.preview(task)
-            stopping = bool(stop)  # a signal that comes from here on waits for the next step, or for the end
-            if run.step % settings.checkpoint_every == 0 or run.step == settings.steps or stopping:
+            # A signal that comes from here on waits for the next step, or for the end.
+            reason = processes.largest(received[0] if received else 0)
+            if settings.regular(run.step) or run.step == settings.steps or reason:
                 run.save()
-    if stop:
-        raise Interrupted(stop[0])
+        run.finish()
+    reason = processes.largest(received[0] if received else 0)
+    if reason:
+        raise Interrupted(reason)
     return run.result()
 
 
@@ -128,201 +99,229 @@ class _Run:
     """The state of one call of `fit`."""
 
     def __init__(self, task: Task, settings: TrainSettings, folder: Path, device: torch.device) -> None:
-        from accelerate import Accelerator
-
-        self.task, self.settings, self.folder, self.step, self.skipped = task, settings, folder, 0, 0
-        # Precision is autocast below, not accelerate's own: its state is one a process, and parts differ in precision.
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-        parts = self.accelerator.num_processes * settings.accumulate
-        if settings.batch_size % parts:
+        if settings.batch_size % parts(settings):
             raise SFDError(
-                f"batch_size {settings.batch_size} does not divide over {self.accelerator.num_processes} processes "
-                f"× {settings.accumulate} accumulation steps; make it a multiple of {parts}"
+                f"batch_size {settings.batch_size} does not divide over {processes.count()} processes × "
+                f"{settings.accumulate} accumulation steps; make it a multiple of {parts(settings)}"
             )
-        self.bare = task.model.to(self.accelerator.device).train()
-        optimizer = torch.optim.AdamW(
-            [p for p in self.bare.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        self.average = copy.deepcopy(self.bare).eval().requires_grad_(False) if settings.ema is not None else None
-        log_state = self._resume(optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
-        self.raw_optimizer = optimizer
-        self.log = TrainingLog(folder, self.step, settings.batch_size, enabled=self.accelerator.is_main_process)
-        self.log.restore(log_state)
+        self.task, self.settings, self.folder, self.device = task, settings, folder, device
+        self.parallel = Parallel(task.model, settings.parallel, device)
+        self.network = self.parallel.network
+        self.average = self.parallel.average() if settings.ema is not None else None
+        self.optimizer = _optimizer(self.network, settings)
+        self.guard, self.log = Guard(device), TrainingLog(folder, settings.batch_size)
+        self.batches = Batches(task.batch, settings)
+        self.writer = checkpoints.Writer(folder / "checkpoints", settings, sharded=self.parallel.sharded)
+        self.step, self.attempt, self.pause = 0, 0, 0.0
+        self._fresh = True
+        self._log_state: dict[str, Any] = {}
+        self._resume()
 
-    def advance(self, batches: Iterator[dict[str, Tensor]]) -> str:
+    def begin(self) -> None:
+        """Open the log and start on the batches; a new run shows at once that its checkpoints can be written."""
+        self.log.start(self.step, self._log_state)
+        if self._fresh:
+            self.save()
+        self.batches.start(self.step, self.attempt)
+
+    def advance(self) -> str:
         """Take one step; give the note for the progress bar."""
         settings = self.settings
+        self.writer.check()
         rate = learning_rate(settings, self.step)
-        for group in self.raw_optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        totals: dict[str, Tensor] = {}
         for part in range(settings.accumulate):
-            batch = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in next(batches).items()}
-            last = part == settings.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with torch.autocast(self.accelerator.device.type, torch.bfloat16, settings.precision == "bf16"):
-                    losses = self.task.loss(self.model, batch)
-                self.accelerator.backward(losses["loss"] / settings.accumulate)
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0) + value.detach() / settings.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(self.bare.parameters(), settings.clip or math.inf)
-        self._update(bool(torch.isfinite(norm)))
+            losses = self._backward(self.batches.next(), part == settings.accumulate - 1)
+            self.log.collect(losses, 1 / parts(settings))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip or math.inf))
+        self.log.collect({"gradient_norm": norm}, 1 / processes.count())
+        self._update(self.guard.observe(norm))
         self.step += 1
-        totals["gradient_norm"] = norm.detach()
-        if self.step % settings.log_every == 0 or self.step == settings.steps:
-            return self.log.write(self.step, totals, {"learning_rate": rate, "skipped": self.skipped})
-        self.log.collect(totals)
-        return self.log.note
+        last = self.step == settings.steps
+        if (self.step % LOOK_EVERY == 0 or last) and self._failed():
+            self._roll_back()
+            return "rolled back"
+        note = self.log.step()
+        return self._write_line(rate) if self.step % settings.log_every == 0 or last else note
 
-    def _update(self, finite: bool) -> None:
-        self.skipped = 0 if finite else self.skipped + 1
-        if finite:
-            self.optimizer.step()
-            if self.average is not None and self.settings.ema is not None:
-                warm = (1 + self.step) / (10 + self.step) if self.settings.ema_warmup else 1.0
-                weight = 1 - min(self.settings.ema, warm)
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(self.average.parameters()), list(self.bare.parameters()), weight)
-        elif self.skipped >= MAX_SKIPPED_STEPS:
-            alternative = " or precision: float32" if self.settings.precision != "float32" else ""
-            raise SFDError(
-                f"{self.task.name}: the gradient was not finite {self.skipped} steps in a row, up to step {self.step}; "
-                f"start anew in another folder, with a lower learning_rate{alternative}"
-            )
+    def _backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        """Add a part's gradient; give its losses."""
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        with self.parallel.accumulating(last):
+            with torch.autocast(self.device.type, torch.bfloat16, self.settings.precision == "bf16"):
+                losses = self.task.loss(self.parallel.model, batch)
+            backward(losses["loss"], 1 / self.settings.accumulate)
+        return losses
+
+    def _update(self, skip: Tensor) -> None:
+        """Move the weights, unless `skip` is 1; the average moves towards where they are."""
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            with torch.no_grad():
+                weights, average = local(self.network.parameters()), local(self.average.parameters())
+                torch._foreach_lerp_(average, weights, average_weight(self.settings, self.step))
 
-    @contextmanager
-    def batches(self) -> Iterator[Iterator[dict[str, Tensor]]]:
-        """Give this process's batches, each prepared by a thread while the one before it is being used."""
-        settings, accelerator = self.settings, self.accelerator
-        size = settings.batch_size // (accelerator.num_processes * settings.accumulate)
-        keys = (
-            (step, range(start, start + size))
-            for step in range(self.step, settings.steps)
-            for part in range(settings.accumulate)
-            for start in [(part * accelerator.num_processes + accelerator.process_index) * size]
+    def _write_line(self, rate: float) -> str:
+        extra = {"learning_rate": rate, "skipped": int(self.guard.total), "rollbacks": self.attempt}
+        if self.average is not None:
+            with torch.no_grad():
+                weights, average = local(self.network.parameters()), local(self.average.parameters())
+                distance = self.parallel.norm(a - w for a, w in zip(average, weights, strict=True))
+                extra["ema_distance"] = float(distance / self.parallel.norm(weights))
+        if self.pause:
+            extra["checkpoint_pause"], self.pause = self.pause, 0.0
+        return self.log.write(self.step, extra)
+
+    def _failed(self) -> bool:
+        return self.guard.state()["most"] >= min(self.settings.max_skipped, self.settings.steps)
+
+    def _roll_back(self) -> None:
+        """Go back to the last good checkpoint, with another order of the data from there.
+
+        Raises:
+            SFDError: it was done often enough; a report is written.
+        """
+        self.writer.wait()
+        failed = self.step
+        good = checkpoints.newest(self.folder / "checkpoints", good=True)
+        if self.attempt >= self.settings.max_rollbacks or good is None:
+            raise self._give_up()
+        self._restore(good, self.attempt + 1)
+        if processes.leads():
+            files.write_json(self.folder / ATTEMPT, {"step": self.step, "attempt": self.attempt})
+            checkpoints.remove_after(self.folder / "checkpoints", self.step)
+        processes.tell(None)
+        self.log.start(self.step, self._log_state)
+        self.batches.start(self.step, self.attempt)
+        console.print(
+            f"{self.task.name}: the gradient was not finite {self.settings.max_skipped} times in a row, up to step "
+            f"{failed}; back to step {self.step}, with other batches (rollback {self.attempt} of at most "
+            f"{self.settings.max_rollbacks})",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
         )
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
 
-            def stream() -> Iterator[dict[str, Tensor]]:
-                pending = None
-                for key in keys:
-                    following = pool.submit(self.task.batch, *key)
-                    if pending is not None:
-                        yield pending.result()
-                    pending = following
-                if pending is not None:
-                    yield pending.result()
+    def _give_up(self) -> SFDError:
+        """Write the report of the last step, which changed no weight and so can be taken again."""
+        drawn, path = drawn_step(self.step - 1, self.attempt), self.folder / REPORT
+        self.batches.start(self.step - 1, self.attempt)
+        for part in range(self.settings.accumulate):
+            losses = self._backward(self.batches.next(), part == self.settings.accumulate - 1)
+        report = {"step": self.step, "rollbacks": self.attempt, **self.guard.state()}
+        report |= examination(self.network, losses)
+        if processes.leads():
+            indices = self.task.batch(drawn, range(self.settings.batch_size)).get("indices")
+            files.write_json(path, {**report, "images": None if indices is None else indices.tolist()})
+        alternative = " or precision: float32" if self.settings.precision != "float32" else ""
+        return SFDError(
+            f"{self.task.name}: the gradient was not finite {report['most']} steps in a row, up to step {self.step}, "
+            f"and {self.attempt} rollbacks did not help; {path} says what the last step was like; start anew in "
+            f"another folder, with a lower learning_rate{alternative}"
+        )
 
-            try:
-                yield stream()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    def preview(self, task: Previewing) -> None:
+        shown = self.result()
+        if processes.leads():
+            task.preview(self.step, shown, self.folder / "previews")
+        self.network.train()
+
+    def result(self) -> nn.Module:
+        return self.parallel.gathered(self.average if self.average is not None else self.network)
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk, in all processes."""
+        self.writer.wait()
+        self.batches.close()
+        processes.tell(None)
 
     @contextmanager
-    def logging(self) -> Iterator[None]:
-        """Close the log at the end, whatever that is; a failure to do so never hides why the block failed."""
+    def closing(self) -> Iterator[None]:
+        """Close everything at the end, whatever that is; a failure to do so never hides why the block failed."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            self.batches.close()
+            if isinstance(error, Exception):
+                self.writer.settle()
             with suppress(SFDError):
                 self.log.close()
             raise
         self.log.close()
 
-    def preview(self, task: Previewing) -> None:
-        if self.accelerator.is_main_process:
-            task.preview(self.step, self._shown(), self.folder / "previews")
-        self.bare.train()
-
-    def _shown(self) -> nn.Module:
-        return (self.average if self.average is not None else self.bare).eval()
-
-    def result(self) -> nn.Module:
-        return self._shown()
+    def state(self) -> dict[str, Tensor]:
+        """Name every live tensor that a checkpoint holds."""
+        state = {f"model.{k}": v for k, v in self.network.state_dict().items()}
+        if self.average is not None:
+            state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for index, values in enumerate(self.optimizer.state.values()):
+            state |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+        return state
 
     def save(self) -> None:
-        """Write a checkpoint; one process writes, the others wait."""
-        if self.accelerator.is_main_process:
-            tensors = {f"model.{k}": v for k, v in self.bare.state_dict().items()}
-            if self.average is not None:
-                tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-            for index, state in self.raw_optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
-            record = {
-                "task": self.task.name,
-                "settings": self.settings.model_dump(mode="json"),
-                "skipped": self.skipped,
-                "log": self.log.state(),
-            }
-            checkpoints.save(self.folder / "checkpoints", self.step, tensors, record, self.settings.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        """Begin to write a checkpoint."""
+        guard = self.guard.state()
+        record = {
+            "task": self.task.name,
+            "settings": self.settings.model_dump(mode="json"),
+            "processes": processes.count(),
+            "attempt": self.attempt,
+            "guard": guard,
+            "good": guard["in_a_row"] == 0 and self.settings.regular(self.step),
+            "log": self.log.state(),
+        }
+        self.log.settle()
+        if processes.leads() or self.parallel.sharded:
+            self.pause = self.writer.save(self.step, self.state(), record)
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def _resume(self) -> None:
+        if processes.leads():
+            files.remove_partials(self.folder / "checkpoints")
         checkpoint = checkpoints.newest(self.folder / "checkpoints")
         if checkpoint is None:
-            return {}
-        self._check_same_run(checkpoint.record)
+            return
+        _check_same_run(self.folder, self.settings, checkpoint.record)
         if checkpoint.step > self.settings.steps:
             raise SFDError(
                 f"{self.folder} holds a run of {checkpoint.step} steps, but {self.settings.steps} were asked for; "
                 f"ask for {checkpoint.step} or more, or use another folder to train for fewer"
             )
-        for model, prefix in ((self.bare, "model"), (self.average, "average")):
-            if model is not None:
-                _load(model, checkpoint.group(prefix), self.folder)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in checkpoint.group("optimizer").items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.step, self.skipped = checkpoint.step, int(checkpoint.record["skipped"])
-        return dict(checkpoint.record["log"])
+        attempt = int(checkpoint.record["attempt"])
+        if (self.folder / ATTEMPT).exists():
+            begun = files.read_json(self.folder / ATTEMPT, "training folder")
+            attempt = max(attempt, begun["attempt"] if begun["step"] == checkpoint.step else 0)
+        self._restore(checkpoint, attempt)
 
-    def _check_same_run(self, record: dict[str, Any]) -> None:
-        then, now = record["settings"], self.settings.model_dump(mode="json")
-        # The length of a run enters the arithmetic through the cosine, and so only once that has begun.
-        decaying = now["decay"] == "cosine" and record["step"] > now["decay_from"]
-        free = FREE_TO_CHANGE - {"steps"} if decaying else FREE_TO_CHANGE
-        for field in now.keys() - free:
-            if then.get(field) != now[field]:
-                raise SFDError(
-                    f"{self.folder} holds a run with {field} = {then.get(field)!r}, but {now[field]!r} was given; "
-                    "use another folder, or the settings that the run was started with"
-                )
+    def _restore(self, checkpoint: checkpoints.Checkpoint, attempt: int) -> None:
+        checkpoint.fill(self.state())
+        self.guard.restore(checkpoint.record["guard"])
+        self.step, self.attempt, self._fresh = checkpoint.step, attempt, False
+        self._log_state = checkpoint.record["log"]
 
 
-def _load(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    differences = misfit(tensors, shapes(model))
-    if differences:
-        raise SFDError(
-            f"the checkpoint in {folder} is of another configuration ({differences}); use another folder, or the "
-            "recipe that the run was started with"
-        )
-    model.load_state_dict(tensors)
+def _optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Make AdamW with its whole state in place, as its first step would, so that a checkpoint can fill it."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    for parameter in parameters:
+        moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    return optimizer
 
 
-@contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that a step is never left half done; a second one stops at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handle(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _check_same_run(folder: Path, settings: TrainSettings, record: dict[str, Any]) -> None:
+    then, now = record["settings"], settings.model_dump(mode="json")
+    # The length of a run enters the arithmetic through the cosine, and so only once that has begun.
+    decaying = now["decay"] == "cosine" and record["step"] > now["decay_from"]
+    free = FREE_TO_CHANGE - {"steps"} if decaying else FREE_TO_CHANGE
+    for field in now.keys() - free:
+        if then.get(field) != now[field]:
+            raise SFDError(
+                f"{folder} holds a run with {field} = {then.get(field)!r}, but {now[field]!r} was given; "
+                "use another folder, or the settings that the run was started with"
+            )

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd import randomness
+from sfd import processes, randomness
 from sfd.data.images import ImageSource, to_tensor
 from sfd.data.split import split
 from sfd.errors import SFDError
@@ -29,8 +29,9 @@ from sfd.evaluation.extractors import _base
 from sfd.evaluation.extractors._base import Extraction
 from sfd.models.convnet import ConvNet, ConvNetConfig
 from sfd.settings import Settings, parse
-from sfd.training.loop import TrainSettings, fit
+from sfd.training.loop import fit
 from sfd.training.order import EpochOrder
+from sfd.training.settings import TrainSettings
 
 ROTATIONS = 4
 CHUNK = 256  # images that go through the network at once
@@ -172,7 +173,7 @@ class ClassifierTask:
         if not self.source.classes:
             labels = np.array([g.integers(ROTATIONS) for g in generators])
             seen = np.stack([np.rot90(image, turns) for image, turns in zip(seen, labels, strict=True)])
-        return {"images": to_tensor(seen), "labels": torch.from_numpy(labels)}
+        return {"images": to_tensor(seen), "labels": torch.from_numpy(labels), "indices": torch.from_numpy(indices)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy, lightly smoothed, and the accuracy on the batch."""
@@ -242,7 +243,8 @@ def train(held_out: ImageSource, settings: ClassifierSettings, folder: Path, *, 
     assert isinstance(model, Classifier)
     model.calibrate(training.load(np.arange(min(len(training), CALIBRATION))))
     model.accuracy = accuracy(model, reference)
-    model.save(folder / "extractor")
+    if processes.leads():
+        model.save(folder / "extractor")
     return model
 
 

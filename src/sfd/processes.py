@@ -1,0 +1,224 @@
+"""Several processes as one run: one leads, the others follow; they stop together, and none waits for a dead one.
+
+A launcher (`torchrun`, `accelerate launch`, `srun`) starts the processes and tells each its rank in the environment.
+Work on tensors goes through `torch.distributed`; everything else goes through its key-value store, which can be waited
+on for hours and can be asked from a second thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from sfd.errors import SFDError
+from sfd.progress import console
+
+STORE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+SECONDS_BETWEEN_LOOKS = 0.2
+CODE = "code"
+# How long a process whose companion failed may go on, to end in its own way.
+GRACE_SECONDS = 2.0
+
+
+def rank() -> int:
+    """This process's number; 0 leads."""
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def count() -> int:
+    """The number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Whether this process writes and speaks for all."""
+    return rank() == 0
+
+
+def launched() -> bool:
+    """Whether a launcher started this process, alone or with others."""
+    return "WORLD_SIZE" in os.environ
+
+
+def elastic() -> bool:
+    """Whether a launcher watches that takes every exit code but 0 for a failure, to be answered with a restart."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+class Company:
+    """This process among the others of its run."""
+
+    def __init__(self, backend: str) -> None:
+        """Meet the others where the launcher said.
+
+        Args:
+            backend: of `torch.distributed`.
+        """
+        import torch.distributed as dist
+
+        # A connection of its own for the thread that watches: one that waits blocks its other callers.
+        self._store, self._watched = _connection(host=leads() and not _agent_hosts()), _connection(host=False)
+        dist.init_process_group(backend, store=self._store, rank=rank(), world_size=count(), timeout=COLLECTIVE_TIMEOUT)
+        self._told, self._ended = 0, threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def tell(self, value: Any) -> Any:
+        """Give the leader's (plain) value to all, who wait for it as long as it takes."""
+        self._told += 1
+        key = f"told/{self._told}"
+        if leads():
+            self._store.set(key, json.dumps(value))
+            return value
+        while not self._store.check([key]):
+            time.sleep(SECONDS_BETWEEN_LOOKS / 4)
+        return json.loads(self._store.get(key))
+
+    def fail(self, code: int) -> bool:
+        """Tell the others that this process ends, and with which exit code; True for the first one that does."""
+        self._ended.set()
+        self._store.set(CODE, str(code))
+        first = bool(self._store.add("failed", 1) == 1)
+        if leads():
+            time.sleep(GRACE_SECONDS)  # the store may be this process's: the others must get to ask it
+        return first
+
+    def failed(self) -> int | None:
+        """The exit code of a process that failed; None while there is none."""
+        return int(self._store.get(CODE)) if self._store.check([CODE]) else None
+
+    def leave(self) -> None:
+        """End in order, after the others have come as far."""
+        import torch.distributed as dist
+
+        self.tell(None)
+        dist.barrier()
+        self._ended.set()
+        dist.destroy_process_group()
+
+    def _watch(self) -> None:
+        """End this process when another one failed: whatever it waits for will not come."""
+        code = None
+        while code is None and not self._ended.wait(SECONDS_BETWEEN_LOOKS):
+            try:
+                if self._watched.check([CODE]):
+                    code = int(self._watched.get(CODE))
+            except RuntimeError:
+                code = 1  # the process that held the store is gone
+        if code is not None and not self._ended.wait(GRACE_SECONDS):
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def _agent_hosts() -> bool:
+    """Whether the elastic launcher's own process holds the store, and keeps it when it starts workers again."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _connection(*, host: bool) -> Any:
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=host, wait_for_workers=False, timeout=STORE_TIMEOUT)
+    # What was said before a restart does not count.
+    return dist.PrefixStore(f"sfd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+_company: Company | None = None
+
+
+def join(device: str) -> str:
+    """Meet the other processes, if there are any; give the name of this one's device.
+
+    Args:
+        device: what the user asked for, the same in all processes.
+
+    Raises:
+        SFDError: the device can only be one process's, or the launcher did not say where to meet.
+    """
+    global _company
+    if count() == 1 or _company is not None:
+        return device
+    _check_launcher()
+    if ":" in device:
+        raise SFDError(f"--device {device} is one device, but there are {count()} processes; give auto, cpu or cuda")
+    import torch
+    from accelerate import PartialState
+
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    # CPU tensors have a group of their own, so that processes can agree without waiting for their GPUs.
+    _company = Company("gloo" if cpu else "cpu:gloo,cuda:nccl")
+    state = PartialState(cpu=cpu)
+    console.quiet = not leads()
+    return str(state.device)
+
+
+def _check_launcher() -> None:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise SFDError(
+            f"WORLD_SIZE says {count()} processes, but {', '.join(missing)} is not set; start them with torchrun"
+        )
+    several_nodes = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if several_nodes and _agent_hosts() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        # Nodes count their restarts differently, so that one could take what was said before a restart for new.
+        raise SFDError(
+            "several nodes cannot be restarted with a store that outlives the restart; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and use torchrun --rdzv-backend c10d, or give --max-restarts 0"
+        )
+
+
+def check_single(command: str) -> None:
+    """Refuse to do as several processes what one does.
+
+    Raises:
+        SFDError: a launcher started more than one.
+    """
+    if count() > 1:
+        raise SFDError(
+            f"`sfd {command}` runs as one process, but a launcher started {count()}; start it without the launcher"
+        )
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
+    if _company is None:
+        return False
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def company() -> Company | None:
+    """This process among the others; None where it is alone."""
+    return _company
+
+
+def tell(value: Any) -> Any:
+    """Give the leader's (plain) value to all processes, who wait for it as long as it takes."""
+    return _company.tell(value) if _company else value
+
+
+def largest(value: int) -> int:
+    """Give the largest of all processes' values; they must all ask at the same point."""
+    if _company is None:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def leave() -> None:
+    """Part from the other processes in order."""
+    global _company
+    if _company is not None:
+        _company.leave()
+        _company = None

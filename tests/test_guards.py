@@ -1,0 +1,99 @@
+"""What training does about gradients that are not finite."""
+
+import json
+
+import pytest
+import torch
+
+from sfd import files
+from sfd.errors import Interrupted, SFDError
+from sfd.training.batches import ATTEMPT_STEPS
+from sfd.training.loop import REPORT, fit
+from test_training import CPU, Regression, changed, log, same_weights
+
+SETTINGS = changed(steps=40, max_skipped=4, log_every=5, checkpoint_every=8)
+
+
+class Poisoned(Regression):
+    """Some batches have a loss, or a gradient, that is not finite."""
+
+    def __init__(self, poisoned, kind="loss", **options):
+        super().__init__(**options)
+        self.poisoned, self.kind = poisoned, kind
+
+    def batch(self, step, samples):
+        return super().batch(step, samples) | {"indices": torch.arange(samples.start, samples.stop)}
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)["loss"]
+        if batch["step"].item() in self.poisoned:
+            root = (loss - loss).sqrt()  # 0, with an infinite gradient
+            loss = loss + (float("inf") if self.kind == "loss" else root)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_poisoned_step_changes_no_weight(tmp_path, kind):
+    settings = changed(steps=6, ema=None, decay="constant")
+    clean = fit(Poisoned(()), changed(steps=5, ema=None), tmp_path / "clean", device=CPU)
+    poisoned = fit(Poisoned({5}, kind), settings, tmp_path / "poisoned", device=CPU)
+    assert same_weights(clean, poisoned)
+    assert log(tmp_path / "poisoned")[-1]["skipped"] == 1
+
+
+def test_a_skipped_step_is_left_out_of_the_log(tmp_path):
+    fit(Poisoned({7}), changed(log_every=1), tmp_path, device=CPU)
+    lines = log(tmp_path)
+    assert "loss" in lines[6] and "loss" not in lines[7] and "loss" in lines[8]
+
+
+def test_several_bad_steps_lead_back_and_on_with_other_batches(tmp_path):
+    seen = []
+
+    class Noted(Poisoned):
+        def loss(self, model, batch):
+            seen.append(batch["step"].item())
+            return super().loss(model, batch)
+
+    fit(Noted(set(range(16, 20))), SETTINGS, tmp_path, device=CPU)
+    again = [16 + i + ATTEMPT_STEPS for i in range(24)]  # from the last good checkpoint
+    assert seen == [*range(20), *again]
+    lines = log(tmp_path)
+    assert [line["step"] for line in lines] == list(range(5, 41, 5))
+    assert (lines[-1]["rollbacks"], lines[-1]["skipped"]) == (1, 0)
+
+
+@pytest.mark.parametrize("stop_at", [17, 19, 16 + ATTEMPT_STEPS, 20 + ATTEMPT_STEPS, 26 + ATTEMPT_STEPS])
+def test_a_run_that_went_back_resumes_exactly(tmp_path, stop_at):
+    bad = {*range(15, 20), 24 + ATTEMPT_STEPS, *range(25 + ATTEMPT_STEPS, 30 + ATTEMPT_STEPS)}
+    whole = fit(Poisoned(bad), SETTINGS, tmp_path / "whole", device=CPU)
+    with pytest.raises(Interrupted):
+        fit(Poisoned(bad, stop_at=stop_at), SETTINGS, tmp_path / "parts", device=CPU)
+    assert same_weights(whole, fit(Poisoned(bad), SETTINGS, tmp_path / "parts", device=CPU))
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+
+
+class Diverging(Poisoned):
+    """Every batch is poisoned."""
+
+    def __init__(self):
+        super().__init__(())
+
+    def loss(self, model, batch):
+        return {"loss": super().loss(model, batch)["loss"] * float("nan")}
+
+
+def test_a_run_that_diverges_stops_with_a_report(tmp_path):
+    with pytest.raises(SFDError, match=rf"not finite 10 steps in a row.*2 rollbacks did not help; .*{REPORT}"):
+        fit(Diverging(), changed(max_rollbacks=2), tmp_path, device=CPU)
+    report = files.read_json(tmp_path / REPORT, "report")
+    assert (report["step"], report["rollbacks"], report["losses"]) == (10, 2, {"loss": "nan"})
+    assert report["norms"]["0.weight"]["gradient"] == "nan" and report["norms"]["0.weight"]["weight"] > 0
+    assert report["images"] == list(range(8))
+
+
+def test_a_run_that_diverged_goes_on_with_more_rollbacks(tmp_path):
+    with pytest.raises(SFDError, match="0 rollbacks"):
+        fit(Poisoned(set(range(10))), changed(max_rollbacks=0), tmp_path, device=CPU)
+    fit(Poisoned(set(range(10))), changed(max_rollbacks=1), tmp_path, device=CPU)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["rollbacks"] == 1

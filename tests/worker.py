@@ -1,0 +1,69 @@
+"""One of several processes that train together; started by a launcher from test_processes.py.
+
+    worker.py FOLDER
+
+FOLDER holds latents and, in jobs.json, a list of jobs [name, settings, stop]. Each trains into FOLDER/name; `stop`, if
+not null, is [step, rank]: that process gets SIGTERM during that step. The weights of a finished job are written beside,
+as name-RANK.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from sfd import files, processes
+from sfd.data.latents import LatentSet
+from sfd.errors import Interrupted
+from sfd.models.transformer import Transformer
+from sfd.settings import parse
+from sfd.training.loop import fit
+from sfd.training.settings import TrainSettings
+from test_diffusion import make_model, make_task
+
+CPU = torch.device("cpu")
+
+
+class Stopped:
+    """A task during one of whose steps one process gets a signal."""
+
+    def __init__(self, task, step: int, rank: int) -> None:
+        self.task, self.at, self.rank, self.name, self.model = task, step, rank, task.name, task.model
+
+    def batch(self, step, samples):
+        return self.task.batch(step, samples) | {"step": torch.tensor(step)}
+
+    def loss(self, model, batch):
+        if batch["step"] == self.at and processes.rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.task.loss(model, batch)
+
+
+def train(folder: Path, name: str, settings: dict, stop: tuple[int, int] | None = None) -> Transformer | None:
+    """Train a job; None if it was stopped."""
+    latents = LatentSet(folder / "latents")
+    parsed = parse(TrainSettings, settings)
+    model = make_model(latents)
+    task = make_task(latents, model=model, batch_size=parsed.batch_size)
+    try:
+        return fit(Stopped(task, *stop) if stop else task, parsed, folder / name, device=CPU)
+    except Interrupted:
+        return None
+
+
+def main(folder: Path) -> None:
+    processes.join("cpu")
+    for name, settings, stop in json.loads((folder / "jobs.json").read_text()):
+        trained = train(folder, name, settings, stop)
+        if trained is not None:
+            files.write_tensors(folder / f"{name}-{processes.rank()}.safetensors", trained.state_dict())
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
