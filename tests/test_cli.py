@@ -300,7 +300,7 @@ def test_a_time_that_is_over_between_stages_is_heard(recipe, tmp_path):
 
 def test_a_launcher_s_second_process_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(sfd("sample", tmp_path, "--out", tmp_path / "o"), "one process")
+    refused(sfd("strip", tmp_path, "--out", tmp_path / "o"), "one process")
 
 
 def test_an_exported_model_is_half_the_size(finished, tmp_path):

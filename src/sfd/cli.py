@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from sfd import __version__, processes
-from sfd.errors import Interrupted, SFDError
+from sfd.errors import SFDError
+from sfd.leaving import Group
 
 if TYPE_CHECKING:
     from sfd.pipeline import Pipeline
@@ -23,59 +21,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
 MAX_HOURS_HELP = "save, stop and exit with code 75 after so many hours; the same command goes on"
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps …")
-
-
-class Group(click.Group):
-    """Turns what a user can mend into one sentence and exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; Ctrl-C, wherever it comes, leaves with its own message and code."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise Interrupted(signal.SIGINT) from None
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find a command; only the stages of a recipe know what to do with several processes."""
-        name, command, rest = super().resolve_command(ctx, args)
-        if command is not None and not any(parameter.name == "recipe" for parameter in command.params):
-            processes.check_single(command.name or "")
-        return name, command, rest
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        """Run a command; see `click.Group.main`."""
-        try:
-            return super().main(*args, **extra)
-        except SFDError as error:
-            _leave(str(error), 2)
-        except OSError as error:
-            if error.filename is None and error.errno is None:
-                raise
-            from sfd import files
-
-            _leave(str(files.explained(error, Path(error.filename or "."))), 2)
-        except Interrupted as error:
-            # An elastic launcher would answer any other code by starting the run again.
-            _leave(str(error), 0 if processes.elastic() else error.code)
-        except Exception as error:
-            company = processes.company()
-            if company is None:
-                raise
-            if not processes.lost(error):
-                traceback.print_exc()
-            code = company.failed()
-            _leave("another process of this run ended; run the same command to go on", 1 if code is None else code)
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    """Say why and end, and all of the run's processes with this one; the first to end speaks for them."""
-    company = processes.company()
-    if company.fail(code) if company else processes.leads():
-        click.echo(f"sfd: {message}" if code != 2 else f"sfd: error: {message}", err=True)
-    if company:
-        sys.stderr.flush()
-        os._exit(code)  # without waiting for what other processes will not answer any more
-    sys.exit(code)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

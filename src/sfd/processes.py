@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import Any
 
 from sfd.errors import SFDError
-from sfd.progress import console
 
 STORE_TIMEOUT = timedelta(minutes=10)
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -66,6 +65,7 @@ class Company:
         self._store, self._watched = _connection(host=leads() and not _agent_hosts()), _connection(host=False)
         dist.init_process_group(backend, store=self._store, rank=rank(), world_size=count(), timeout=COLLECTIVE_TIMEOUT)
         self._told, self._ended = 0, threading.Event()
+        self._code: int | None = None
         threading.Thread(target=self._watch, daemon=True).start()
 
     def tell(self, value: Any) -> Any:
@@ -82,15 +82,24 @@ class Company:
     def fail(self, code: int) -> bool:
         """Tell the others that this process ends, and with which exit code; True for the first one that does."""
         self._ended.set()
-        self._store.set(CODE, str(code))
-        first = bool(self._store.add("failed", 1) == 1)
+        try:
+            first = bool(self._store.add("failed", 1) == 1)
+            if first:
+                self._store.set(CODE, str(code))
+        except RuntimeError:  # the process that held the store is gone
+            return self._code is None
         if leads():
-            time.sleep(GRACE_SECONDS)  # the store may be this process's: the others must get to ask it
+            time.sleep(2 * GRACE_SECONDS)  # the store may be this process's: the others must get to ask it
         return first
 
     def failed(self) -> int | None:
-        """The exit code of a process that failed; None while there is none."""
-        return int(self._store.get(CODE)) if self._store.check([CODE]) else None
+        """The exit code of a process that failed; None where none said so."""
+        try:
+            if self._code is None and self._store.check([CODE]):
+                self._code = int(self._store.get(CODE))
+        except RuntimeError:
+            pass
+        return self._code
 
     def leave(self) -> None:
         """End in order, after the others have come as far."""
@@ -103,16 +112,15 @@ class Company:
 
     def _watch(self) -> None:
         """End this process when another one failed: whatever it waits for will not come."""
-        code = None
-        while code is None and not self._ended.wait(SECONDS_BETWEEN_LOOKS):
+        while self._code is None and not self._ended.wait(SECONDS_BETWEEN_LOOKS):
             try:
                 if self._watched.check([CODE]):
-                    code = int(self._watched.get(CODE))
+                    self._code = int(self._watched.get(CODE))
             except RuntimeError:
-                code = 1  # the process that held the store is gone
-        if code is not None and not self._ended.wait(GRACE_SECONDS):
+                self._code = 1  # the process that held the store is gone
+        if self._code is not None and not self._ended.wait(GRACE_SECONDS):
             sys.stderr.flush()
-            os._exit(code)
+            os._exit(self._code)
 
 
 def _agent_hosts() -> bool:
@@ -149,6 +157,8 @@ def join(device: str) -> str:
         raise SFDError(f"--device {device} is one device, but there are {count()} processes; give auto, cpu or cuda")
     import torch
     from accelerate import PartialState
+
+    from sfd.progress import console
 
     cpu = device == "cpu" or not torch.cuda.is_available()
     # CPU tensors have a group of their own, so that processes can agree without waiting for their GPUs.
