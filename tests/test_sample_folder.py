@@ -23,6 +23,8 @@ from sfd.generate import SampleSettings, decode, generate
 from sfd.sample_folder import image_path, read_images, write_samples
 from sfd.sampling import initial_noise
 from sfd.shares import WHOLE, Share, choose_share
+from test_processes import pair
+from tiny import write_recipe
 
 COUNT = 1000
 OPTIONS = ["--seeds", f"0-{COUNT - 1}", "--in-turn", "--solver", "euler", "--steps", "3", "--device", "cpu"]
@@ -215,3 +217,24 @@ def test_processes_of_a_launcher_take_their_own_parts(monkeypatch):
     assert choose_share(None) == Share(3, 4)
     with pytest.raises(SFDError, match="leave --part out"):
         choose_share("1/2")
+
+
+def test_a_run_s_processes_share_its_samples(finished, tmp_path):
+    kept = shutil.ignore_patterns("samples", "metrics", "report.html")
+    shutil.copytree(finished.folder.root, tmp_path / "o", ignore=kept)
+    recipe = write_recipe(tmp_path)
+    both = pair("report", recipe, "sample.batch_size=4", "--out", tmp_path / "o", "--device", "cpu")
+    messages = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], messages
+    for name in ("guided", "unguided"):
+        folders = [root / "samples" / name for root in (tmp_path / "o", finished.folder.root)]
+        images, others = (read_images(folder, range(20)).astype(int) for folder in folders)
+        assert abs(images - others).max() <= 1
+        assert (folders[0] / ".part-2-of-2.lock").exists() and (folders[0] / "grid.png").exists()
+
+
+def test_each_process_in_parts_says_itself_what_is_wrong(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    arguments = ["sample", str(model), "--out", str(tmp_path), *OPTIONS, "--batch-size", "none"]
+    assert "--batch-size 'none' is no number" in CliRunner().invoke(cli.main, arguments).output

@@ -26,6 +26,7 @@ from sfd.phases import class_labels, phase_strip, sampling_text, schedule_curves
 from sfd.pipeline import Pipeline
 from sfd.sample_folder import image_path, read_images, write_grid, write_samples
 from sfd.settings import parse
+from sfd.shares import place
 from sfd.stages import RunFolder, Stage
 
 GUIDED, UNGUIDED = "guided", "unguided"
@@ -80,12 +81,15 @@ def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
     }
 
     def work() -> None:
-        write_samples(folder, model, labels, seeds, settings, weak=weak)
+        write_samples(folder, model, labels, seeds, settings, weak=weak, share=place())
+        processes.largest(0)  # waits for the other processes' shares
         per_class = evaluation.samples_per_class
-        write_grid(folder, _grid_numbers(per_class, _shown_classes(model)), min(GRID_COLUMNS, per_class))
+        if processes.leads():
+            write_grid(folder, _grid_numbers(per_class, _shown_classes(model)), min(GRID_COLUMNS, per_class))
 
     results = tuple(image_path(folder, number) for number in range(len(seeds)))
-    Stage(f"{name} samples", "sfd report", folder, made_from, results=results).carry_out(work, pipeline.device)
+    stage = Stage(f"{name} samples", "sfd report", folder, made_from, results=results)
+    stage.carry_out(work, pipeline.device, together=True)
 
 
 def _shown_classes(model: Model) -> list[int]:

@@ -9,6 +9,7 @@ import click
 import numpy as np
 import torch
 
+from sfd import processes
 from sfd.assessment import reference as run_reference
 from sfd.config import load_recipe
 from sfd.errors import SFDError
@@ -20,7 +21,7 @@ from sfd.evaluation.reference import measured, open_reference
 from sfd.evaluation.samples import Samples, load_samples, pack
 from sfd.pipeline import Pipeline
 from sfd.resources import choose_device
-from sfd.shares import WHOLE, parse_share
+from sfd.shares import WHOLE, Share, choose_share, own_device
 
 PUBLISHED_COUNT = 50_000  # samples behind a published FID
 DISTANCES = {"inception": "FID", "dinov2": "FD-DINOv2"}  # names of the Fréchet distance, by extractor
@@ -30,6 +31,7 @@ def evaluate_samples(
     samples: Path, run: Path | None, reference: Path | None, out: Path | None, device: str, **options: Any
 ) -> None:
     """Judge samples and print the metrics; see `sfd evaluate --help`."""
+    share = choose_share(options["part"])
     given = {name: value for name, value in options.items() if value is not None}
     if (run is None) == (reference is None):
         raise SFDError("give either --run RUN, or --reference REF with --extractor, to say what to compare with")
@@ -40,15 +42,17 @@ def evaluate_samples(
             raise SFDError(
                 f"--{next(iter(given)).replace('_', '-')} goes with --reference; a run has its own evaluator"
             )
+        processes.check_single("evaluate --run")
         result: Metrics | None = evaluate_folder(samples, run, choose_device(device))
     else:
         assert reference is not None
         if "extractor" not in given:
             raise SFDError("--reference needs --extractor too; give inception or dinov2")
         given.setdefault("features", (out or samples.absolute()).parent / "features")
-        result = evaluate_against(samples, reference, device=choose_device(device), **given)
+        where = choose_device(own_device(device))
+        result = evaluate_against(samples, reference, device=where, **given | {"part": share})
     if result is None:
-        click.echo(f"part {options['part']} is done; after all, the same command without --part gives the numbers")
+        click.echo(f"part {share} is done; after all, the same command without --part gives the numbers")
         return
     if out is not None:
         result.write(out)
@@ -87,25 +91,24 @@ def evaluate_against(
     *,
     weights: str | None = None,
     batch_size: int = 64,
-    part: str | None = None,
+    part: Share = WHOLE,
     device: torch.device,
 ) -> Metrics | None:
     """Judge samples with a published extractor against a reference: an `.npz`, or a folder of images.
 
-    Features are kept in the folder `features`, so that a stopped evaluation goes on where it was. With `part`, such as
-    "2/8", only that share of them is computed, and None is returned.
+    Features are kept in the folder `features`, so that a stopped evaluation goes on where it was. With a `part` of
+    several only that share of them is computed, and None is returned.
 
     Raises:
-        SFDError: samples, reference, extractor or part are not what they should be.
+        SFDError: samples, reference or extractor are not what they should be.
     """
-    share = WHOLE if part is None else parse_share(part)
     loaded = load_samples(samples)
     judge = pretrained(extractor, weights, device)
     real = open_reference(reference, loaded.images.image_size, extractor)
     sets = [Features(features, images, judge) for images in (loaded.images, real.images) if images is not None]
     for computed, name in zip(sets, ("samples", "reference"), strict=False):
-        computed.compute(batch_size, share, f"features of the {name}")
-    if part is not None:
+        computed.compute(batch_size, part, f"features of the {name}")
+    if part != WHOLE:
         return None
     against = measured(real, judge, sets[1].read() if len(sets) > 1 else None)
     labels = None if loaded.labels is None else np.asarray(loaded.labels, np.int64)

@@ -18,6 +18,8 @@ from sfd.errors import Interrupted, SFDError
 class Group(click.Group):
     """Turns what a user can mend into one sentence and exit code 2."""
 
+    _in_parts = False  # whether the processes that a launcher started know nothing of each other
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; Ctrl-C, wherever it comes, leaves with its own message and code."""
         try:
@@ -28,8 +30,10 @@ class Group(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Find a command; only a recipe's stages, and what can be done in parts, is for several processes."""
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None and not {p.name for p in command.params} & {"recipe", "part"}:
+        names = {parameter.name for parameter in command.params} if command is not None else set()
+        if command is not None and not names & {"recipe", "part"}:
             processes.check_single(command.name or "")
+        self._in_parts = "recipe" not in names
         return name, command, rest
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -37,16 +41,16 @@ class Group(click.Group):
         try:
             return super().main(*args, **extra)
         except SFDError as error:
-            _leave(str(error), 2)
+            self._leave(str(error), 2)
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise
             from sfd import files
 
-            _leave(str(files.explained(error, Path(error.filename or "."))), 2)
+            self._leave(str(files.explained(error, Path(error.filename or "."))), 2)
         except Interrupted as error:
             # An elastic launcher would answer any other code by starting the run again.
-            _leave(str(error), 0 if processes.elastic() else error.code)
+            self._leave(str(error), 0 if processes.elastic() else error.code)
         except Exception as error:
             company = processes.company()
             if company is None:
@@ -55,15 +59,14 @@ class Group(click.Group):
             if not processes.lost(error):
                 traceback.print_exc()
             code = company.failed()
-            _leave(f"{what} ended; run the same command to go on", 1 if code is None else code)
+            self._leave(f"{what} ended; run the same command to go on", 1 if code is None else code)
 
-
-def _leave(message: str, code: int) -> NoReturn:
-    """Say why and end, and all of the run's processes with this one; the first to end speaks for them."""
-    company = processes.company()
-    if company.fail(code) if company else processes.leads():
-        click.echo(f"sfd: {message}" if code != 2 else f"sfd: error: {message}", err=True)
-    if company:
-        sys.stderr.flush()
-        os._exit(code)  # without waiting for what other processes will not answer any more
-    sys.exit(code)
+    def _leave(self, message: str, code: int) -> NoReturn:
+        """Say why and end, and all of the run's processes with this one; the first to end speaks for them."""
+        company = processes.company()
+        if company.fail(code) if company else self._in_parts or processes.leads():
+            click.echo(f"sfd: {message}" if code != 2 else f"sfd: error: {message}", err=True)
+        if company:
+            sys.stderr.flush()
+            os._exit(code)  # without waiting for what other processes will not answer any more
+        sys.exit(code)

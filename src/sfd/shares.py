@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+from sfd import processes
 from sfd.errors import SFDError
 
 Item = TypeVar("Item")
@@ -40,6 +41,11 @@ def parse_share(text: str) -> Share:
     return Share(int(number), int(of))
 
 
+def place() -> Share:
+    """Give this process's share among those that a launcher started; the whole where it is alone."""
+    return Share(processes.rank() + 1, processes.count())
+
+
 def choose_share(part: str | None) -> Share:
     """Find this process's share: `part`, else its place among those that a launcher started, else the whole.
 
@@ -47,11 +53,11 @@ def choose_share(part: str | None) -> Share:
         SFDError: `part` is no part of a whole, or was given to several processes of a launcher, or a process of
             several does not know its number.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = processes.count()
     if part is None and count > 1:
         if "RANK" not in os.environ:
             raise SFDError(f"WORLD_SIZE says {count} processes, but RANK is not set; start them with torchrun")
-        return Share(int(os.environ["RANK"]) + 1, count)
+        return place()
     if part is None:
         return WHOLE
     if count > 1:
