@@ -211,6 +211,13 @@ def report(**arguments: Any) -> None:
 )
 @click.option("--part", metavar="I/N", help="make only this share of the images, beside other processes or machines")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option(
+    "--compile",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="the network, which takes a minute or two; auto: where that is less than it saves",
+)
 @device_option
 def sample(**arguments: Any) -> None:
     """Sample images from a MODEL directory (or a run's folder). Image k depends on seed k alone.

@@ -14,7 +14,8 @@ from sfd.data.images import to_uint8
 from sfd.errors import SFDError
 from sfd.guidance import Guided, Pair, VelocityField, guide
 from sfd.model import TEXTURE_STREAM, Model
-from sfd.models.transformer import Transformer
+from sfd.models.inference import Compile, Inference, Precision, compiling_pays
+from sfd.models.transformer import flops
 from sfd.sampling import Progress, check_plan, check_seeds, initial_noise, integrate
 from sfd.schedules import Schedule
 from sfd.settings import Settings
@@ -23,6 +24,7 @@ from sfd.streams import Composite
 
 DEFAULT_STEPS = 25
 DEFAULT_BATCH_SIZE = 64
+ADAPTIVE_EVALUATIONS = 100  # what an adaptive solver is taken to spend, to decide whether compiling pays
 DECODED_AT_ONCE = 32  # images: pixels take far more memory than latents
 
 
@@ -54,7 +56,10 @@ class SampleSettings(Settings):
         description="images at a time; changes them by rounding alone, but for adaptive solvers; null: as many as a "
         "GPU's memory holds, else 64",
     )
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Precision = Field("float32", description="bf16: matrix products and convolutions")
+    compile: Compile = Field(
+        "auto", description="the network, which takes a minute or two; auto: where that is less than it saves"
+    )
 
     @property
     def resolved_steps(self) -> int | None:
@@ -68,6 +73,17 @@ def without_guidance(settings: SampleSettings) -> SampleSettings:
     """Give the same settings with the strong model alone."""
     alone = {"guidance": 1.0, "interval": None, "weak_every": 1, "weak_between": "hold", "paired": False}
     return settings.model_copy(update=alone)
+
+
+def with_compile(settings: SampleSettings, model: Model, weak: Model | None, images: int) -> SampleSettings:
+    """Decide whether compiling pays for so many images, if that was left open."""
+    if settings.compile != "auto":
+        return settings
+    operations = flops(model.transformer.config)
+    if settings.guidance != 1.0:
+        operations += flops((weak or model).transformer.config) // settings.weak_every
+    operations *= images * (settings.resolved_steps or ADAPTIVE_EVALUATIONS)
+    return settings.model_copy(update={"compile": "on" if compiling_pays(operations, model.device) else "off"})
 
 
 class Generated(NamedTuple):
@@ -111,7 +127,7 @@ def generate(
         raise SFDError(
             "paired evaluates one network once with both labels, but the weak model is another; leave it out"
         )
-    return _batches(model, labels, seeds, settings, weak, callback)
+    return _batches(model, labels, seeds, with_compile(settings, model, weak, len(seeds)), weak, callback)
 
 
 def check_sampling(schedule: Schedule, composite: Composite, settings: SampleSettings, *, has_weak: bool) -> None:
@@ -166,36 +182,38 @@ def _batches(
             callback=callback,
         )
         weak_evaluations = velocity.weak_evaluations if isinstance(velocity, Guided) else 0
-        yield Generated(start, decode(model, result.x), result.x.cpu(), result.evaluations, weak_evaluations)
+        yield Generated(
+            start, decode(model, result.x, settings.precision), result.x.cpu(), result.evaluations, weak_evaluations
+        )
 
 
 @torch.no_grad()
-def decode(model: Model, packed: Tensor) -> np.ndarray:
+def decode(model: Model, packed: Tensor, precision: Precision = "float32") -> np.ndarray:
     """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3)."""
-    latents = model.composite.denormalize(model.composite.split(packed))[TEXTURE_STREAM]
-    return np.concatenate([to_uint8(model.texture.decode(z.to(model.device))) for z in latents.split(DECODED_AT_ONCE)])
+    latents = model.composite.denormalize(model.composite.split(packed))[TEXTURE_STREAM].to(model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, precision == "bf16"):
+        return np.concatenate([to_uint8(model.texture.decode(z).float()) for z in latents.split(DECODED_AT_ONCE)])
 
 
-def velocity_field(network: Transformer, labels: Tensor, precision: str = "float32") -> VelocityField:
-    """Make a velocity function of a network and one label an image, without gradients."""
-    device = labels.device
+def velocity_field(network: Inference, labels: Tensor) -> VelocityField:
+    """Make a velocity function of a network and one label an image."""
 
-    @torch.no_grad()
     def velocity(x: Tensor, times: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
-            return network(x, times.to(x).expand(len(x), -1), labels).velocity
+        return network(x, times, labels)
 
     return velocity
 
 
 def _guided(model: Model, weak: Model | None, labels: Tensor, settings: SampleSettings) -> VelocityField:
-    strong = velocity_field(model.transformer, labels, settings.precision)
+    how = settings.precision, settings.compile == "on"
+    network = model.inference(*how)
+    strong = velocity_field(network, labels)
     null = torch.full_like(labels, model.transformer.null_class)
     if weak is not None:
-        weaker: VelocityField | None = velocity_field(weak.transformer, labels, settings.precision)
+        weaker: VelocityField | None = velocity_field(weak.inference(*how), labels)
     else:
         # Without classes the null class is the model itself, and there is nothing to be guided away from.
-        weaker = velocity_field(model.transformer, null, settings.precision) if model.classes else None
+        weaker = velocity_field(network, null) if model.classes else None
     return guide(
         strong,
         weaker,
@@ -204,13 +222,13 @@ def _guided(model: Model, weak: Model | None, labels: Tensor, settings: SampleSe
         settings.interval,
         weak_every=settings.weak_every,
         weak_between=settings.weak_between,
-        pair=_pair(model.transformer, labels, null, settings.precision) if settings.paired else None,
+        pair=_pair(network, labels, null) if settings.paired else None,
     )
 
 
-def _pair(network: Transformer, labels: Tensor, null: Tensor, precision: str) -> Pair:
+def _pair(network: Inference, labels: Tensor, null: Tensor) -> Pair:
     """Evaluate a network with labels and with none in one call."""
-    both = velocity_field(network, torch.cat([labels, null]), precision)
+    both = velocity_field(network, torch.cat([labels, null]))
 
     def pair(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         doubled = times if times.dim() == 1 else times.repeat(2, 1)

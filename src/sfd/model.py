@@ -18,6 +18,7 @@ import torch
 from sfd import files
 from sfd.encoders import TextureEncoder, load_texture_encoder
 from sfd.errors import SFDError, unknown
+from sfd.models.inference import Inference, Precision
 from sfd.models.transformer import Transformer, TransformerConfig
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import Settings, parse
@@ -50,6 +51,7 @@ class Model:
     classes: tuple[str, ...]
     history: dict[str, Any] = field(default_factory=dict)
     """What it was trained on and for how long; for people, never read back."""
+    _inference: dict[tuple[Precision, bool], Inference] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def composite(self) -> Composite:
@@ -74,7 +76,15 @@ class Model:
         """Move all networks to a device."""
         self.transformer.to(device)
         self.texture.to(device)
+        self._inference.clear()
         return self
+
+    def inference(self, precision: Precision = "float32", compiled: bool = False) -> Inference:
+        """Prepare the transformer for sampling; once, whatever is done with its weights afterwards."""
+        key = (precision, compiled)
+        if key not in self._inference:
+            self._inference[key] = Inference(self.transformer, precision, compiled=compiled)
+        return self._inference[key]
 
     def class_indices(self, names: list[str]) -> list[int]:
         """Look classes up by name or by number.

@@ -285,7 +285,7 @@ class Pipeline:
     ) -> None:
         model = Model(cast(Transformer, network), schedule, self.texture, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
-        settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES})
+        settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES, "compile": "off"})
         if self.recipe.evaluation.weak is not None:
             settings = without_guidance(settings)
         images = np.concatenate([g.images for g in generate(model, labels, range(PREVIEW_IMAGES), settings)])

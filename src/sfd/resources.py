@@ -67,6 +67,17 @@ def measured(device: torch.device) -> Iterator[Usage]:
             usage.peak_device_memory_bytes = torch.cuda.max_memory_allocated(device)
 
 
+def slow_bf16(device: torch.device) -> str | None:
+    """Say why bf16 is slower than float32 on a device, though it gives the right numbers; None: it is not."""
+    if device.type == "cpu":
+        known = torch.cpu.get_capabilities()
+        if not any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return "this CPU has no bf16 instructions, so bf16 takes longer here than float32"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bf16 units, so bf16 takes longer here than float32"
+    return None
+
+
 def choose_device(name: str) -> torch.device:
     """Find the device of a name: "auto" is CUDA, else Apple's MPS, else the CPU.
 

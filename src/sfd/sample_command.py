@@ -16,7 +16,7 @@ from sfd.evaluation.figures import strip_picture
 from sfd.generate import SampleSettings
 from sfd.model import Model, load_model, model_folder
 from sfd.phases import class_labels, phase_strip
-from sfd.resources import choose_device
+from sfd.resources import choose_device, slow_bf16
 from sfd.sample_folder import write_grid, write_samples
 from sfd.settings import parse
 from sfd.shares import choose_share, own_device
@@ -41,6 +41,8 @@ def sample_images(
     settings = sample_settings(**options)
     chosen_seeds = parse_seeds(seeds)
     where = choose_device(own_device(device))
+    if settings.precision == "bf16" and (reason := slow_bf16(where)):
+        click.echo(f"note: {reason}", err=True)
     loaded = load_model(model_folder(model), where)
     weaker = load_model(model_folder(weak), where) if weak else None
     labels = asked_labels(loaded, classes)

@@ -23,7 +23,7 @@ from sfd import files
 from sfd.device_memory import Sampler, fitting_batch_size
 from sfd.errors import SFDError
 from sfd.evaluation.figures import image_grid
-from sfd.generate import SampleSettings, generate
+from sfd.generate import SampleSettings, generate, with_compile
 from sfd.model import TEXTURE_STREAM, Model
 from sfd.progress import bar
 from sfd.shares import WHOLE, Share
@@ -73,7 +73,8 @@ def write_samples(
     with _locked(folder, share):
         missing = _missing(folder, len(seeds))
         _check_space(folder, model, len(missing))
-        size = _claim(folder, record, lambda: fitting_batch_size(model, settings, weak))
+        chosen = _claim(folder, record, lambda: _left_open(model, weak, settings, len(seeds)))
+        settings, size = settings.model_copy(update=chosen), chosen["batch_size"]
         batches = share.take([range(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)])
         _remove_partials(folder, batches)
         sampler = Sampler(model, settings, weak)
@@ -177,24 +178,39 @@ def _check_space(folder: Path, model: Model, images: int) -> None:
     files.check_space(folder, images * (3 * side * side + 1024), "ask for fewer images")
 
 
-def _claim(folder: Path, record: dict[str, Any], fitting: Callable[[], int]) -> int:
-    """Write the record, or check that the one that is there says the same; give the folder's batch size."""
+def _left_open(model: Model, weak: Model | None, settings: SampleSettings, images: int) -> dict[str, Any]:
+    """Decide what the settings may leave open and a folder fixes."""
+    decided = with_compile(settings, model, weak, images)
+    size = settings.batch_size or fitting_batch_size(model, decided, weak)
+    return {"batch_size": size, "compile": decided.compile}
+
+
+def _claim(folder: Path, record: dict[str, Any], decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Write the record, or check that the one that is there says the same; give what was left open, as the folder is.
+
+    Args:
+        folder: of the samples.
+        record: what the command asks for.
+        decide: gives batch size and compilation, for a folder that is new.
+    """
     path, record = folder / RECORD, files.plain(record)
+    asked = record["sampling"]
     with _claiming(folder):
         if not path.exists():
             if any(folder.glob("*.png")):
                 raise SFDError(f"{folder} holds images, but no {RECORD} that says what they are; give an empty folder")
-            record["sampling"]["batch_size"] = record["sampling"]["batch_size"] or fitting()
+            asked.update(decide())
             files.write_json(path, record)
         before = files.read_json(path, "folder of samples")
-    recorded = before.get("sampling", {}).get("batch_size")
-    record["sampling"]["batch_size"] = record["sampling"]["batch_size"] or recorded
+    recorded = before.get("sampling", {})
+    asked["batch_size"] = asked["batch_size"] or recorded.get("batch_size")
+    asked["compile"] = recorded.get("compile") if asked["compile"] == "auto" else asked["compile"]
     different = first_difference({name: before.get(name) for name in record}, record)
     if different is not None:
         field, then, now = different
         values = f"other {field}" if isinstance(now, list) else f"{field} = {then!r}, but this command has {now!r}"
         raise SFDError(f"{folder} holds samples made with {values}; give another --out folder, or remove that one")
-    return int(recorded)
+    return {name: asked[name] for name in ("batch_size", "compile")}
 
 
 @contextmanager

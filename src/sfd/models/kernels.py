@@ -93,5 +93,9 @@ class _RotatedNorm(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # complex numbers would be left to kernels of their own
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cosine, sine = rotation.unbind(-1)
+        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)
     pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2)

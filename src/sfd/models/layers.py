@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from sfd.models import kernels
 
 TIME_FREQUENCIES = 256
-FEW_TOKENS = 128  # up to which plain products are faster than the fused attention kernel on CPUs
+# Up to which plain products are faster than the fused attention kernel on CPUs; compiled, they lose two passes.
+FEW_TOKENS, FEW_TOKENS_COMPILED = 128, 512
+
+
+class Linear(nn.Linear):
+    """A linear map that takes its input in the dtype of its weights, so that bf16 weights need no autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return super().forward(x if self.weight.dtype == torch.float32 else x.to(self.weight.dtype))
 
 
 class ModulatedNorm(nn.Module):
@@ -70,9 +79,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.qk_weight = nn.Parameter(torch.ones(2, 1, width // heads))
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         """(B, T, width) → (B, T, width); for `rotation` see `kernels.rotated_norm`."""
@@ -91,7 +100,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if v.device.type != "cpu":
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
     with torch.autocast("cpu", enabled=False):
-        if v.dtype == torch.float32 or v.shape[2] > FEW_TOKENS:
+        few = FEW_TOKENS_COMPILED if torch.compiler.is_compiling() else FEW_TOKENS
+        if v.dtype == torch.float32 or v.shape[2] > few:
             return F.scaled_dot_product_attention(q, k, v.float()).to(v.dtype)
         batch = v.shape[:2]
         q, k, v = (x.to(v.dtype).flatten(0, 1) for x in (q, k, v))
@@ -109,8 +119,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * swiglu_width(width))
-        self.w3 = nn.Linear(swiglu_width(width), width)
+        self.w12 = Linear(width, 2 * swiglu_width(width))
+        self.w3 = Linear(swiglu_width(width), width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width) → (…, width)."""
@@ -145,7 +155,7 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.mlp_norm = ModulatedNorm(width)
         self.mlp = SwiGLU(width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, rotation: Tensor) -> Tensor:
         """(B, T, width) → the same; `condition` is (B, width), already through its SiLU."""
