@@ -140,17 +140,15 @@ def _add_losses(io: dict[str, Tensor], network: Transformer, config: dict[str, A
 
 
 def _euler(io: dict[str, Tensor], velocity: Any, config: dict[str, Any], points: int, shift: float) -> Tensor:
-    """Step over [0, 1] with each stream's rate at the step's start, whatever lies between."""
-    delta = config["semfirst_delta_t"]
-    is_semantic = (torch.arange(config["in_channels"]) >= config["in_channels"] - config["semantic_chans"])[
-        :, None, None
-    ]
-    w = torch.linspace(0, 1, points, dtype=torch.float64)
-    grid = (shift * w / (1 + (shift - 1) * w) if shift else w).tolist()
+    """Step over [0, 1 + Δ] in float32: semantics while t ≤ 1, texture from t = Δ on, at each step's start."""
+    delta, texture = config["semfirst_delta_t"], config["in_channels"] - config["semantic_chans"]
+    t = torch.linspace(0, 1 + delta, points)
+    if shift:
+        t = (1 + delta) * (shift * (t / (1 + delta)) / (1 + (shift - 1) * (t / (1 + delta))))
     x = io["noise"]
-    for u, following in pairwise(grid):
-        texture, semantic = max(0.0, (1 + delta) * u - delta), min(1.0, (1 + delta) * u)
-        rates = torch.where(is_semantic, (1 + delta) * (semantic < 1), (1 + delta) * ((1 + delta) * u >= delta))
-        times = torch.tensor([[texture, semantic]]).expand(len(x), 2)
-        x = x + (following - u) * rates * velocity(x, times, io["y"])
+    for now, following in pairwise(t):
+        v = velocity(x, torch.stack([(now - delta).clamp(min=0), now.clamp(max=1)]).expand(len(x), 2), io["y"])
+        v[:, :texture] *= now >= delta
+        v[:, texture:] *= now <= 1
+        x = x + (following - now) * v
     return x

@@ -29,7 +29,7 @@ def findings():
 
 
 def test_all_published_numbers_come_out(findings):
-    assert findings.failed == ()
+    assert findings.failed == () and findings.errors == ()
 
 
 def test_every_published_number_is_looked_at(findings):
@@ -53,6 +53,8 @@ SIZES = {
     "texture alone": {"semantic_chans": 0, "semfirst_delta_t": 0.0},
     "one clock": {"semfirst_delta_t": 0.0},
     "one after the other": {"semfirst_delta_t": 1.0, "euler": (4, 0.0)},
+    "steps on both knots": {"semfirst_delta_t": 0.6, "euler": (9, 0.0)},
+    "steps on both knots, rounded off one": {"semfirst_delta_t": 0.3, "euler": (14, 0.0)},
     "no REPA": {"use_repa": False, "semfirst_delta_t": 0.55},
     "no guide, no samples": {"guide": False, "euler": None},
     "no null class": {"class_dropout_prob": 0, "num_classes": 3},
@@ -64,7 +66,7 @@ SIZES = {
 def test_other_sizes(changes, tmp_path):
     write_transformer(tmp_path, "other", **changes)
     found = verify(tmp_path, CPU, tolerance=1e-5)
-    assert found.failed == () and found.unchecked == ()
+    assert found.failed == () and found.unchecked == () and found.errors == ()
     expected = {name for name in load_file(tmp_path / "other.io.safetensors") if name not in INPUTS}
     assert expected <= {row.quantity for row in found.rows}
 
@@ -168,6 +170,27 @@ def refused(folder: Path, *words: str) -> None:
     assert result.exit_code == 2, result.output
     for word in words:
         assert word in result.output
+
+
+def test_one_bad_case_hides_no_other(folder):
+    write_transformer(folder, "another", depth=1, guide=False, euler=None)
+    (folder / "dit.io.safetensors").write_bytes(b"nothing")
+    result = command(folder, "--json", str(folder / "out" / "found.json"))
+    assert result.exit_code == 2
+    assert "case dit: " in result.output and "dit.io.safetensors is no intact" in result.output
+    record = json.loads((folder / "out" / "found.json").read_text())
+    assert {"another"} < {row["case"] for row in record["rows"]} and all(row["passed"] for row in record["rows"])
+    assert not record["passed"] and len(record["errors"]) == 1
+
+
+def test_autoguidance_has_the_published_scale_where_none_is_given(folder):
+    about = json.loads((folder / "dit.json").read_text())
+    assert about.pop("autoguidance_scale") == 1.25
+    (folder / "dit.json").write_text(json.dumps(about))
+    tensors = load_file(folder / "dit.io.safetensors")
+    strong = tensors["velocity"]
+    change(folder / "dit.io.safetensors", velocity_autoguided=strong + (tensors["velocity_autoguided"] - strong) * 2)
+    assert command(folder).exit_code == 0
 
 
 def test_a_missing_folder(tmp_path):

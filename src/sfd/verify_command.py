@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sfd import __version__, files
+from sfd.errors import SFDError
 from sfd.resources import choose_device
 from sfd.verification import Findings, Row, verify
 
@@ -18,19 +19,27 @@ PLAIN_WIDTH = 120  # of tables in pipes and logs, whose width nobody knows
 
 
 def verify_folder(folder: Path, tolerance: float, device: str, out: Path | None) -> bool:
-    """Check a folder, print what was found, and say whether everything is within its tolerance."""
+    """Check a folder, print what was found, and say whether everything is within its tolerance.
+
+    Raises:
+        SFDError: something could not be checked; what could is printed before.
+    """
     where = choose_device(device)
     findings = verify(folder, where, tolerance)
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
-    console.print(_table(findings.rows))
+    if findings.rows:
+        console.print(_table(findings.rows))
     for label, names in (("not checked", findings.unchecked), ("no reference for", findings.missing)):
         for name in names:
             console.print(f"{label}: {name}", markup=False, highlight=False, soft_wrap=True)
-    console.print(_summary(findings, where), markup=False, highlight=False, soft_wrap=True)
+    if findings.rows or not findings.errors:
+        console.print(_summary(findings, where), markup=False, highlight=False, soft_wrap=True)
     if out is not None:
         files.write_json(out, _record(findings, folder, where, tolerance))
+    if findings.errors:
+        raise SFDError("\n".join(findings.errors))
     return not findings.failed
 
 
@@ -60,7 +69,7 @@ def _record(findings: Findings, folder: Path, device: torch.device, tolerance: f
         "device": str(device),
         "versions": {"sfd": __version__, "torch": torch.__version__},
         "tolerance": tolerance,
-        "passed": not findings.failed,
+        "passed": not findings.failed and not findings.errors,
         "rows": [
             {
                 "case": row.case,
@@ -73,4 +82,5 @@ def _record(findings: Findings, folder: Path, device: torch.device, tolerance: f
         ],
         "not_checked": list(findings.unchecked),
         "without_reference": list(findings.missing),
+        "errors": list(findings.errors),
     }

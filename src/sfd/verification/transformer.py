@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sfd.interop import transformer as published
 from sfd.models.transformer import Transformer
 from sfd.sampling import integrate
 from sfd.schedules import Schedule, build_schedule
+from sfd.streams import Composite
 from sfd.verification._case import Case, References
 
 # What a case may hold without any quantity needing it.
@@ -24,6 +26,8 @@ INPUTS = {"x", "y", "t_texture", "t_semantic", "noise"}
 INPUTS |= {"loss_x1", "loss_x0", "loss_base_time", "loss_features"}
 # An adaptive solver is allowed its own error on top of rounding.
 DOPRI5_FACTOR = 10.0
+# Of `velocity_autoguided`, unless the case says otherwise.
+AUTOGUIDANCE_SCALE = 1.5
 _GUIDED = re.compile(r"velocity_(cfg|autoguided)(?:_sem(\d+(?:p\d+)?)_tex(\d+(?:p\d+)?))?")
 _SAMPLE = re.compile(r"sample_(euler|dopri5)_shift(\d+(?:\.\d+)?)")
 
@@ -88,7 +92,7 @@ def _check_velocities(case: Case, io: References, network: Transformer) -> None:
         if not present:
             case.missing.append(f"velocity_{kind}")
         for match in present:
-            scale = _scale(match, composite.names) if match[2] else case.number(scale_field)
+            scale = _scale(match, composite.names) if match[2] else _given_scale(case, scale_field)
             # Samples have times of their own here; a velocity function has one for its batch.
             guided = [
                 guide(_field(network, labels[i, None]), _field(weak_network, weak_labels[i, None]), scale, composite)(
@@ -97,6 +101,11 @@ def _check_velocities(case: Case, io: References, network: Transformer) -> None:
                 for i in range(len(x))
             ]
             case.compare(match[0], torch.cat(guided), io[match[0]])
+
+
+def _given_scale(case: Case, field: str) -> float:
+    defaulted = field == "autoguidance_scale" and field not in case.values
+    return AUTOGUIDANCE_SCALE if defaulted else case.number(field)
 
 
 def _scale(match: re.Match[str], streams: tuple[str, ...]) -> Scale:
@@ -169,20 +178,38 @@ def _check_samples(case: Case, io: References, network: Transformer) -> None:
     composite = network.config.composite
     noise = io.shaped("noise", None, sum(s.channels for s in composite.streams), *composite["texture"].shape[1:])
     velocity = _field(network, io.shaped("y", len(noise)))
-    schedule = _schedule(case, network)
+    start, delta = noise.flatten(1), case.value("config")["semfirst_delta_t"]
     for match in present:
-        how = _sampler(case, match[1], float(match[2]))
-        x = integrate(velocity, noise.flatten(1), schedule, composite, **how).x
-        case.compare(match[0], x, io[match[0]], DOPRI5_FACTOR if match[1] == "dopri5" else 1.0)
+        solver, settings = match[1], _sampler(case, match[1])
+        if solver == "euler":
+            x = _euler(velocity, start, delta, composite, settings, float(match[2]))
+        else:  # a shift moves steps, so it does not matter to a solver that chooses its own
+            x = integrate(velocity, start, _schedule(case, network), composite, solver=solver, options=settings).x
+        case.compare(match[0], x, io[match[0]], DOPRI5_FACTOR if solver == "dopri5" else 1.0)
 
 
-def _sampler(case: Case, solver: str, shift: float) -> dict[str, Any]:
-    """Say how to integrate; a shift moves steps, so it does not matter to a solver that chooses its own."""
+def _sampler(case: Case, solver: str) -> Any:
     settings = case.value("sampler")
     needed = {"euler": "euler_time_points", "dopri5": "dopri5"}[solver]
     if not isinstance(settings, dict) or needed not in settings:
         raise SFDError(f"{case.name}.json: 'sampler' should say {needed!r}, to compare samples with")
-    if solver == "dopri5":
-        return {"solver": solver, "options": settings[needed]}
-    # The published Euler sampler steps across knots, with each stream's rate taken at the step's start.
-    return {"solver": solver, "steps": settings[needed] - 1, "shift": shift or 1.0, "knots": False}
+    return settings[needed]
+
+
+def _euler(velocity: VelocityField, x: Tensor, delta: float, composite: Composite, points: int, shift: float) -> Tensor:
+    """Sample as the published Euler does: blind to knots, each stream at rest or not by the time of the step's start.
+
+    Its clock t = (1 + Δ)·u is float32, semantics move where t ≤ 1 and texture where t ≥ Δ. So both move in a step that
+    starts on a knot, and whether it does is a matter of rounding: `sfd.sampling.integrate` has the rates after a knot.
+    """
+    t = torch.linspace(0, 1 + delta, points)
+    if shift:
+        u = t / (1 + delta)
+        t = shift * u / (1 + (shift - 1) * u) * (1 + delta)
+    for now, following in pairwise(t):
+        times = {"texture": (now - delta).clamp(min=0), "semantic": now.clamp(max=1)}
+        moves = {"texture": now >= delta, "semantic": now <= 1}
+        rates = composite.expand(torch.stack([moves[name] for name in composite.names]).float())
+        v = velocity(x, torch.stack([times[name] for name in composite.names]))
+        x = x + (following - now).to(x.device) * rates.to(x.device) * v
+    return x
