@@ -123,6 +123,20 @@ class TestTransformer:
         back = torch.load(tmp_path / "back.pt", weights_only=True)["ema"]
         assert torch.equal(back["x_embedder.proj.bias"], state["x_embedder.proj.bias"] + 1)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype, needed, tmp_path):
+        state = {name: tensor.to(dtype) for name, tensor in state_of(SMALL).items()}
+        save_file(state, tmp_path / "half.safetensors")
+        done("convert", tmp_path / "half.safetensors", tmp_path / "model", *needed)
+        done("convert", tmp_path / "model", tmp_path / "back.safetensors")
+        back = load_file(tmp_path / "back.safetensors")
+        assert same({name: tensor.to(dtype) for name, tensor in back.items()}, state)
+
+    def test_statistics_that_are_not_there(self, checkpoint, texture, tmp_path):
+        missing = tmp_path / "latents_stats"
+        words = ("there is no such file or folder", str(missing))
+        refused("convert", checkpoint, tmp_path / "m", "--texture", texture, "--statistics", missing, words=words)
+
     def test_one_clock_and_safetensors(self, texture, tmp_path):
         config = SMALL | {"semfirst_delta_t": 0.0, "use_repa": False}
         save_file(state_of(config), tmp_path / "bare.safetensors")

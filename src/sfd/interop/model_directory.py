@@ -167,6 +167,8 @@ def _with_statistics(composite: Composite, sources: tuple[str, ...], texture: Te
 def _statistics(source: str, composite: Composite) -> dict[str, dict[str, Any]]:
     """Read from a folder of latents, of ours or published, or from a file: stream → mean, std, perhaps tokenizer."""
     path = Path(source)
+    if not path.exists():
+        raise SFDError(f"--statistics {source}: there is no such file or folder; 'none' means unnormalised latents")
     if (path / MANIFEST).exists() or any(path.glob("*.safetensors")):
         ours = (path / MANIFEST).exists()
         records = (read_manifest(path) if ours else describe_published(path)).streams
