@@ -132,7 +132,7 @@ def _absent(source: str, format: Format) -> SFDError:
     return SFDError(
         f"{source} is neither a folder nor a model in the hub's local cache; if it is a hub name, run "
         f"`hf download {source}` (https://huggingface.co/{source}), here or elsewhere and copy the files; "
-        f"then give that folder, with {CONFIG_FILE} and {format.weights}.safetensors in it, or the name again"
+        f"then give `pretrained: FOLDER`, with {CONFIG_FILE} and {format.weights}.safetensors in it, or the name again"
     )
 
 
