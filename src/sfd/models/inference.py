@@ -55,7 +55,9 @@ class Inference:
         arguments = [a.expand(max(len(x), 2), *a.shape[1:]).contiguous() for a in (x, times, labels)]
         for argument in arguments:
             torch._dynamo.mark_dynamic(argument, 0)
-        return self._forward(*arguments).velocity[: len(x)]
+        # Frozen, weights are constants that are packed once in the way that a CPU's matrix products read them.
+        with torch._inductor.config.patch(freezing=x.device.type == "cpu"):
+            return self._forward(*arguments).velocity[: len(x)]
 
 
 def in_bf16(network: Transformer) -> Transformer:

@@ -2,6 +2,7 @@
 
 They lie between all matrix products. Left to autograd they took as long as the products themselves in small networks:
 each step of a formula is one pass over memory forwards and two or three backwards. Written out, most of them merge.
+A compiler merges them by itself, and is given the formulas.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def modulated_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> T
     Returns:
         (B, T, width), float32.
     """
-    return _ModulatedNorm.apply(x.float(), weight * (1 + scale.float()), shift.float())
+    x, gain, shift = x.float(), weight * (1 + scale.float()), shift.float()
+    if torch.compiler.is_compiling():
+        return torch.addcmul(shift, _normalize(x)[0], gain)
+    return _ModulatedNorm.apply(x, gain, shift)
 
 
 def rotated_norm(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
@@ -38,8 +42,13 @@ def rotated_norm(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
         rotation: (T, 1, 1, D/2, 2): cosine and sine of the angle by which each pair turns.
 
     Returns:
-        (B, T, G, H, D), float32.
+        (B, T, G, H, D), float32; compiled, with the pairs' first channels before the second ones, which changes no
+        product of two of them and writes contiguous memory.
     """
+    if torch.compiler.is_compiling():
+        first, second = (_normalize(x.float())[0] * weight).unflatten(-1, (-1, 2)).unbind(-1)
+        cosine, sine = rotation.unbind(-1)
+        return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
     return _RotatedNorm.apply(x, weight, rotation)
 
 
@@ -93,9 +102,5 @@ class _RotatedNorm(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # complex numbers would be left to kernels of their own
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        cosine, sine = rotation.unbind(-1)
-        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)
     pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2)
