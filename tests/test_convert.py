@@ -132,6 +132,13 @@ class TestTransformer:
         back = load_file(tmp_path / "back.safetensors")
         assert same({name: tensor.to(dtype) for name, tensor in back.items()}, state)
 
+    def test_weights_that_are_not_finite(self, needed, tmp_path):
+        state = state_of(SMALL)
+        state["x_embedder.proj.bias"][0] = float("nan")
+        save_file(state, tmp_path / "diverged.safetensors")
+        words = ("x_embedder.proj.bias", "not finite")
+        refused("convert", tmp_path / "diverged.safetensors", tmp_path / "model", *needed, words=words)
+
     def test_statistics_that_are_not_there(self, checkpoint, texture, tmp_path):
         missing = tmp_path / "latents_stats"
         words = ("there is no such file or folder", str(missing))

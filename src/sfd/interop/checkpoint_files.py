@@ -42,7 +42,7 @@ def read_checkpoint(path: Path, state: str | None = None) -> Checkpoint:
         state: which of several state dictionaries ("ema", "model", …); None: the first of `STATES` that is there.
 
     Raises:
-        SFDError: the file is missing, damaged, carries code, or holds no such state dictionary.
+        SFDError: the file is missing, damaged, carries code, holds no such state dictionary, or one that is not finite.
     """
     values = _read(path)
     states = {name: values[name] for name in STATES if _is_state(values.get(name))}
@@ -98,13 +98,15 @@ def _is_state(value: Any) -> bool:
 
 
 def _plain_names(state: Mapping[Any, Tensor], path: Path) -> dict[str, Tensor]:
-    """Take wrappers' prefixes off the names, and refuse tensors that are larger than what the file holds of them."""
+    """Take wrappers' prefixes off the names; refuse numbers that are not finite, and more of them than the file holds."""
     tensors = {str(name): tensor for name, tensor in state.items()}
     for name, tensor in tensors.items():
         stored = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
         if stored < math.prod(tensor.shape) * tensor.element_size():
             shape = "×".join(map(str, tensor.shape))
             raise SFDError(f"{path}: tensor {name} says it is {shape}, but the file holds less; fetch it again")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SFDError(f"{path}: tensor {name} has numbers that are not finite; take a checkpoint from before that")
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
