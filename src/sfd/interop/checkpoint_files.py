@@ -98,7 +98,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _plain_names(state: Mapping[Any, Tensor], path: Path) -> dict[str, Tensor]:
-    """Take wrappers' prefixes off the names; refuse numbers that are not finite, and more of them than the file holds."""
+    """Take wrappers' prefixes off the names; refuse numbers that are not finite, or more than the file holds."""
     tensors = {str(name): tensor for name, tensor in state.items()}
     for name, tensor in tensors.items():
         stored = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
