@@ -261,7 +261,7 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none.
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506: derived from SafeLoader
+    return yaml.load(text, Loader=_Loader)  # derived from SafeLoader
 
 
 class _Loader(yaml.SafeLoader):
