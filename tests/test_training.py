@@ -68,7 +68,10 @@ def same_weights(a, b):
 
 def log(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "checkpoint_pause")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "checkpoint_pause", "waiting")}
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,28 @@ def test_a_resumed_run_ends_with_the_same_bytes(whole, tmp_path, stop_at):
     with pytest.raises(Interrupted):
         fit(Regression(stop_at=stop_at), SETTINGS, tmp_path, device=CPU)
     assert same_weights(whole[1], fit(Regression(), SETTINGS, tmp_path, device=CPU))
+
+
+def test_the_log_says_what_share_of_the_time_training_waited_for_batches(whole, tmp_path):
+    class Slow(Regression):
+        def batch(self, step, samples):
+            time.sleep(0.05)
+            return super().batch(step, samples)
+
+    def waiting(folder):
+        return [json.loads(line)["waiting"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+    fit(Slow(), changed(log_every=4, checkpoint_every=12), tmp_path, device=CPU)
+    assert min(waiting(tmp_path)[1:]) > 0.5
+    assert all(0 <= share <= 1 for share in waiting(whole[0]))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_as_the_plain_one_does(whole, tmp_path):
+    compiled = fit(Regression(), changed(compile=True), tmp_path, device=CPU)
+    for ours, theirs in zip(compiled.parameters(), whole[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert compiled.state_dict().keys() == whole[1].state_dict().keys()
 
 
 def test_a_resumed_run_has_the_same_log(whole, tmp_path):

@@ -37,9 +37,8 @@ class Inference:
             SFDError: compiled, but this machine cannot.
         """
         device = network.position.device
-        reason = cannot_compile(device) if compiled else None
-        if reason is not None:
-            raise SFDError(f"compile: on does not work here: {reason}; mend that, or give compile: off")
+        if compiled:
+            require_compiler(device)
         self.network = in_bf16(network) if precision == "bf16" else network
         self._compiled = compiled
         self._forward = torch.compile(self.network, fullgraph=True) if compiled else self.network
@@ -72,6 +71,17 @@ def in_bf16(network: Transformer) -> Transformer:
 def compiling_pays(operations: float, device: torch.device) -> bool:
     """Tell whether compiling takes less time than it saves over so many operations."""
     return operations >= COMPILING_PAYS.get(device.type, float("inf")) and cannot_compile(device) is None
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuse to compile where it is not possible.
+
+    Raises:
+        SFDError: says why.
+    """
+    reason = cannot_compile(device)
+    if reason is not None:
+        raise SFDError(f"networks cannot be compiled here: {reason}; mend that, or leave `compile` off")
 
 
 def cannot_compile(device: torch.device) -> str | None:

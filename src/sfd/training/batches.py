@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -36,11 +37,19 @@ def drawn_step(step: int, attempt: int) -> int:
 class Batches:
     """This process's batches in order, from any step and attempt on."""
 
-    def __init__(self, make: Callable[[int, range], Batch], settings: TrainSettings) -> None:
-        self._make, self._settings = make, settings
+    def __init__(self, make: Callable[[int, range], Batch], settings: TrainSettings, *, pinned: bool = False) -> None:
+        """Prepare nothing yet.
+
+        Args:
+            make: gives the slots of a step's global batch.
+            settings: number of steps, batch size, accumulation.
+            pinned: put batches into memory that a GPU copies from while it computes.
+        """
+        self._make, self._settings, self._pinned = make, settings, pinned
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._keys: Iterator[tuple[int, range]] = iter(())
         self._pending: Future[Batch] | None = None
+        self._waited, self._since = 0.0, time.monotonic()
 
     def start(self, step: int, attempt: int) -> None:
         """Go on with the batches of a step."""
@@ -58,11 +67,25 @@ class Batches:
         current = self._pending
         assert current is not None
         self._pending = self._ahead()
-        return current.result()
+        start = time.monotonic()
+        batch = current.result()
+        self._waited += time.monotonic() - start
+        return batch
+
+    def waiting(self) -> float:
+        """Give the share of the time since the last call that training waited for batches."""
+        now = time.monotonic()
+        share = self._waited / max(now - self._since, 1e-9)
+        self._waited, self._since = 0.0, now
+        return share
 
     def _ahead(self) -> Future[Batch] | None:
         key = next(self._keys, None)
-        return None if key is None else self._pool.submit(self._make, *key)
+        return None if key is None else self._pool.submit(self._prepare, *key)
+
+    def _prepare(self, step: int, samples: range) -> Batch:
+        batch = self._make(step, samples)
+        return {name: value.pin_memory() for name, value in batch.items()} if self._pinned else batch
 
     def close(self) -> None:
         """Stop preparing."""

@@ -105,12 +105,12 @@ class _Run:
                 f"{settings.accumulate} accumulation steps; make it a multiple of {parts(settings)}"
             )
         self.task, self.settings, self.folder, self.device = task, settings, folder, device
-        self.parallel = Parallel(task.model, settings.parallel, device)
+        self.parallel = Parallel(task.model, settings.parallel, device, compiled=settings.compile)
         self.network = self.parallel.network
         self.average = self.parallel.average() if settings.ema is not None else None
         self.optimizer = _optimizer(self.network, settings)
         self.guard, self.log = Guard(device), TrainingLog(folder, settings.batch_size)
-        self.batches = Batches(task.batch, settings)
+        self.batches = Batches(task.batch, settings, pinned=device.type == "cuda")
         self.writer = checkpoints.Writer(folder / "checkpoints", settings, sharded=self.parallel.sharded)
         self.step, self.attempt, self.pause = 0, 0, 0.0
         self._fresh = True
@@ -166,6 +166,7 @@ class _Run:
 
     def _write_line(self, rate: float) -> str:
         extra = {"learning_rate": rate, "skipped": int(self.guard.total), "rollbacks": self.attempt}
+        extra["waiting"] = self.batches.waiting()
         if self.average is not None:
             with torch.no_grad():
                 weights, average = local(self.network.parameters()), local(self.average.parameters())

@@ -10,35 +10,43 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sfd import processes
+from sfd.models.inference import require_compiler
 from sfd.models.layers import Block
 
 
 class Parallel:
     """A network in training, and how its processes share it."""
 
-    def __init__(self, network: nn.Module, kind: str, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, kind: str, device: torch.device, *, compiled: bool = False) -> None:
         """Place the network on the device, or its share; every process must hold the same weights.
 
         Args:
             network: its parameters become this process's share where `kind` is "fsdp".
             kind: "auto", "ddp" or "fsdp"; one process alone needs none of them.
             device: this process's own.
+            compiled: whether what is trained is a compiled form of the network.
+
+        Raises:
+            SFDError: compiled, but this machine cannot.
         """
+        if compiled:
+            require_compiler(device)
         self.device = device
         self.sharded = kind == "fsdp" and processes.count() > 1
         # What a gathered copy is made from; sharding changes the network itself.
         self._plain = copy.deepcopy(network).to("meta") if self.sharded else None
         self.network = network.to(device).train()
-        self.model: nn.Module = self.network
         if self.sharded:
             shard(self.network, device)
-        elif processes.count() > 1:
-            self.model = copied(self.network, device)
+        self.model: nn.Module = cast(nn.Module, torch.compile(self.network)) if compiled else self.network
+        if not self.sharded and processes.count() > 1:
+            self.model = copied(self.model, device)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -46,7 +54,7 @@ class Parallel:
         if self.sharded:
             self.network.set_requires_gradient_sync(last)  # type: ignore[operator]
             yield
-        elif self.model is self.network or last:
+        elif processes.count() == 1 or last:
             yield
         else:
             with self.model.no_sync():  # type: ignore[operator]

@@ -10,11 +10,12 @@ from pydantic import Field
 from sfd.settings import Settings
 
 # What may differ between a run and its continuation: none of it changes the arithmetic of a run that goes well, but
-# for the order of sums (`accumulate`, `parallel`).
+# for the order of sums (`accumulate`, `parallel`, `compile`).
 FREE_TO_CHANGE = {
     "steps",
     "accumulate",
     "parallel",
+    "compile",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
@@ -44,6 +45,7 @@ class TrainSettings(Settings):
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="several processes each hold the whole network (ddp) or a share of it (fsdp); auto: ddp"
     )
+    compile: bool = Field(False, description="compile the network, which takes minutes before the first step")
     checkpoint_every: int = Field(1000, gt=0)
     keep_checkpoints: int = Field(2, gt=0, description="the newest so many stay")
     keep_every: int | None = Field(None, gt=0, description="those at multiples of so many steps stay too; null: none")
