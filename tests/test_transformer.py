@@ -134,14 +134,24 @@ def test_patches_come_back(patch):
 
 def test_checkpointing_gives_the_same_gradients():
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
         config = configuration(checkpointing=checkpointing, repa_block=2, repa_width=8, repa_channels=7)
         model = awake(config)
         out = model(*inputs(config), project=True)
         (out.velocity.square().sum() + out.projection.square().sum()).backward()
         gradients.append([p.grad for p in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed)
+    for plain, *recomputed in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in recomputed)
+
+
+def test_selective_checkpointing_repeats_no_product():
+    def operations(checkpointing: bool | str) -> int:
+        config = configuration(checkpointing=checkpointing)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            awake(config)(*inputs(config)).velocity.square().sum().backward()
+        return counter.get_total_flops()
+
+    assert operations("selective") == operations(False) < operations(True)
 
 
 def test_projection():

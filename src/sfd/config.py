@@ -135,7 +135,9 @@ class TransformerSettings(Settings):
     clocks: Literal["streams", "one"] = Field("streams", description="a time embedder a stream, or one for all")
     repa_block: int | None = Field(2, ge=1, description="block (from 1) whose tokens REPA aligns; null: no projector")
     repa_width: int = Field(2048, gt=0)
-    checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    checkpointing: bool | Literal["selective"] = Field(
+        False, description="recompute activations in the backward pass to save memory; selective: only the cheap ones"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TransformerSettings:

@@ -156,9 +156,12 @@ def _state_bytes(recipe: Recipe, parameters: int) -> int:
 
 def _kept_bytes(config: TransformerConfig, precision: str) -> int:
     tokens, block = config.composite.token_grid**2, KEPT_BYTES[precision] * config.width
-    # Checkpointing keeps each block's float32 input, and one block whole while it is gone through again.
-    blocks = 4 * config.width * config.depth + block if config.checkpointing else block * config.depth
-    return round(tokens * blocks)
+    if not config.checkpointing:
+        return round(tokens * block * config.depth)
+    # Checkpointing keeps each block's float32 input, and one block whole while it is gone through again; the selective
+    # kind the products too: queries, keys and values 3, attention and its output 1 each, SwiGLU 16/3 and 1 widths.
+    products = (34 / 3 if config.checkpointing == "selective" else 0) * (2 if precision == "bf16" else 4)
+    return round(tokens * ((4 + products) * config.width * config.depth + block))
 
 
 def _number(value: float | None) -> str:
