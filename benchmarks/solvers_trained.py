@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ STEPS = (6, 9, 12, 18, 24, 36, 50)
 CONVERGED = SampleSettings(solver="dopri5", options={"rtol": 1e-4, "atol": 1e-6}, guidance=2.0)
 
 
-def settings() -> Iterator[tuple[str, SampleSettings]]:
-    """Name each way of sampling; `CONVERGED` is measured before them."""
+def settings(numbers: Sequence[int]) -> Iterator[tuple[str, SampleSettings]]:
+    """Name each way of sampling with these numbers of evaluations; `CONVERGED` is measured before them."""
     for knobs in ({}, {"rtol": 1e-2}, {"rtol": 1e-4}):
         yield "dopri5", SampleSettings(solver="dopri5", options=knobs, guidance=2.0)
-    for steps in STEPS:
+    for steps in numbers:
         yield "euler", SampleSettings(solver="euler", steps=steps, guidance=2.0)
         if steps % 2 == 0:
             yield "heun", SampleSettings(solver="heun", steps=steps // 2, guidance=2.0)
@@ -78,16 +78,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Error and sample quality over evaluations on models/shapes.")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--methods", help="only these, such as 'euler;multistep, order 3'  [default: all]")
+    parser.add_argument("--evaluations", default=",".join(map(str, STEPS)), help="of the fixed-step methods")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/solvers_trained"), help="folder to write to")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = choose_device("auto")
     model, reference = load_model(MODEL, device), judge(arguments.out / "evaluator", device)
     labels = [k % len(model.classes) for k in range(arguments.images)]
+    numbers = [int(text) for text in arguments.evaluations.split(",")]
     wanted = set((arguments.methods or "").split(";")) - {""}
     rows: list[dict[str, Any]] = []
     exact: Tensor | None = None
-    chosen_methods = [(name, chosen) for name, chosen in settings() if not wanted or name in wanted]
+    chosen_methods = [(name, chosen) for name, chosen in settings(numbers) if not wanted or name in wanted]
     for name, chosen in (("converged", CONVERGED), *chosen_methods):
         images, latents, evaluations, weak = sample(model, arguments.images, chosen)
         exact = latents if exact is None else exact
