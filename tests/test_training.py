@@ -19,6 +19,7 @@ from sfd.training import checkpoints
 from sfd.training.log import TrainingLog
 from sfd.training.loop import fit
 from sfd.training.order import EpochOrder
+from sfd.training.parallel import Parallel
 from sfd.training.settings import TrainSettings, learning_rate
 
 CPU = torch.device("cpu")
@@ -176,6 +177,12 @@ def test_a_compiled_network_learns_as_the_plain_one_does(whole, tmp_path):
     for ours, theirs in zip(compiled.parameters(), whole[1].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert compiled.state_dict().keys() == whole[1].state_dict().keys()
+
+
+def test_compiling_shared_weights_is_refused(monkeypatch):
+    monkeypatch.setattr("sfd.processes.count", lambda: 2)
+    with pytest.raises(SFDError, match="parallel: ddp or compile: false"):
+        Parallel(Regression().model, "fsdp", CPU, compiled=True)
 
 
 def test_a_resumed_run_has_the_same_log(whole, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sfd import processes
+from sfd.errors import SFDError
 from sfd.models.inference import require_compiler
 from sfd.models.layers import Block
 
@@ -33,12 +34,16 @@ class Parallel:
             compiled: whether what is trained is a compiled form of the network.
 
         Raises:
-            SFDError: compiled, but this machine cannot.
+            SFDError: compiled, but this machine cannot, or the weights are to be shared out.
         """
         if compiled:
             require_compiler(device)
         self.device = device
         self.sharded = kind == "fsdp" and processes.count() > 1
+        if compiled and self.sharded:
+            raise SFDError(
+                "a network whose weights are shared out is not compiled; give parallel: ddp or compile: false"
+            )
         # What a gathered copy is made from; sharding changes the network itself.
         self._plain = copy.deepcopy(network).to("meta") if self.sharded else None
         self.network = network.to(device).train()
