@@ -41,9 +41,7 @@ class Parallel:
         self.device = device
         self.sharded = kind == "fsdp" and processes.count() > 1
         if compiled and self.sharded:
-            raise SFDError(
-                "a network whose weights are shared out is not compiled; give parallel: ddp or compile: false"
-            )
+            raise SFDError("shared weights (fsdp) cannot be compiled; give parallel: ddp or compile: false")
         # What a gathered copy is made from; sharding changes the network itself.
         self._plain = copy.deepcopy(network).to("meta") if self.sharded else None
         self.network = network.to(device).train()
