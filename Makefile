@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/shapes-demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test faults lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -13,6 +13,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# At most 15 minutes on two cores; rewrites the table in docs/reliability.md.
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults --write
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfd import randomness, registry
+from sfd import files, randomness, registry
 from sfd.data.images import to_tensor
 from sfd.data.shapes import ShapesSource
 from sfd.encoders import autoencoder_kl, convnet, load_encoder, load_semantic_encoder, load_texture_encoder
@@ -217,7 +217,7 @@ class TestBadFolders:
         ],
     )
     def test_with_another_config(self, folder, change, message):
-        about = json.loads((folder / "config.json").read_text())
+        about = files.read_json(folder / "config.json", "part")
         change(about)
         (folder / "config.json").write_text(json.dumps(about))
         with pytest.raises(SFDError, match=message):

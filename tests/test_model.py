@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from random_model import random_model
+from sfd import files
 from sfd.errors import SFDError
 from sfd.model import load_model
 
@@ -22,7 +23,7 @@ def folder(tmp_path):
 
 def change(folder, **fields):
     path = folder / "model.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    path.write_text(json.dumps({**files.read_json(path, "model"), **fields}))
 
 
 def test_a_saved_model_is_the_same_again(folder):

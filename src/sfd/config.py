@@ -7,6 +7,7 @@ the run.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from sfd.training.settings import TrainSettings
 
 MAX_EXTENDS = 8
 RECIPE_BYTES = 1 << 20
+MAX_VALUES = 100_000
 OF_ONE_RUN = ("note", "published")  # fields that say something of one recipe, and of none that extends it
 
 
@@ -263,7 +265,29 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none.
     """
-    return yaml.load(text, Loader=_Loader)  # derived from SafeLoader
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        if _written_out(root, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES} values")
+        return yaml.load(text, Loader=_Loader)  # derived from SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # What the library meets in values that do not fit their tags, and in numbers of thousands of digits.
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _written_out(node: yaml.Node | None, sizes: dict[int, float]) -> float:
+    """Count the values that a node stands for if every alias is written out; infinite if it contains itself.
+
+    A few lines of aliases of aliases stand for more values than any memory holds.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+        inner = node.value if isinstance(node, yaml.SequenceNode) else inner
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in inner)
+    return sizes[id(node)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -294,12 +318,12 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
             raise SFDError(
                 f"{path} is {path.stat().st_size} bytes long, too much for a recipe (at most {RECIPE_BYTES})"
             )
-        values = read_yaml(path.read_text(encoding="utf-8"))
+        values = read_yaml(files.read_text(path))
     except FileNotFoundError:
         raise SFDError(f"there is no recipe {path}; give a YAML file such as recipes/shapes-demo.yaml") from None
     except OSError as error:
         raise files.explained(error, path) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SFDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SFDError(f"{path}: a recipe is a mapping of fields to values, but {type(values).__name__} was found")

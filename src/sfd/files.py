@@ -22,6 +22,8 @@ from torch import Tensor
 
 from sfd.errors import SFDError
 
+CHECKSUM = "checksum"
+
 # The mask is asked for once: that takes setting it, which threads that make files would notice.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -123,14 +125,20 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
+    """Write a JSON file, whole or not at all; an object that is `sealed` holds a checksum, which `read_json` checks."""
+    if sealed:
+        value = {**value, CHECKSUM: _checksum(value)}
     write_text(path, to_json(value))
 
 
 def to_json(value: Any) -> str:
     """Write a value as the text of a JSON file."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:
@@ -143,22 +151,43 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat()
 
 
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        SFDError: it is a device or a pipe, which may never end, or never begin.
+        OSError: it is missing or cannot be read.
+        ValueError: it is no text.
+    """
+    check_regular(path)
+    return path.read_text(encoding="utf-8")
+
+
+def check_regular(path: Path) -> None:
+    """Refuse devices, pipes and sockets; what is missing is for the reader to say."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise SFDError(f"{path} is no regular file, but a device or a pipe; give a file")
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object; the checksum of one that was sealed is taken off.
 
     Raises:
         SFDError: it is missing or damaged; `what` ("model directory", …) says what should have been there.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise SFDError(f"{path.parent} is no {what}: {path.name} is missing") from None
     except OSError as error:
         raise explained(error, path) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SFDError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise SFDError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
+    found = value.pop(CHECKSUM, None)
+    if found is not None and found != _checksum(value):
+        raise SFDError(f"{path} is damaged or was changed: it does not match the checksum in it")
     return value
 
 

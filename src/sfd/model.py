@@ -23,7 +23,7 @@ from sfd.models.transformer import Transformer, TransformerConfig
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import Settings, parse
 from sfd.streams import Composite
-from sfd.weights import Part, load_tensors
+from sfd.weights import Part, check_fit, load_tensors
 
 RECORD, WEIGHTS, TEXTURE_FOLDER = "model.json", "model.safetensors", "texture"
 TEXTURE_STREAM = "texture"
@@ -120,7 +120,7 @@ class Model:
                 "classes": list(self.classes),
                 "history": self.history,
             }
-            files.write_json(partial / RECORD, record)
+            files.write_json(partial / RECORD, record, sealed=True)
 
 
 def model_folder(path: Path) -> Path:
@@ -161,8 +161,10 @@ def load_model(folder: Path, device: torch.device) -> Model:
             "use the version of sfd that wrote the model"
         )
     record = parse(ModelRecord, values, str(folder / RECORD))
+    tensors, where = files.read_tensors(folder / WEIGHTS), str(folder / WEIGHTS)
+    check_fit(lambda: Transformer(record.transformer), tensors, where)
     transformer = Transformer(record.transformer)
-    load_tensors(transformer, files.read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    load_tensors(transformer, tensors, where)
     transformer.eval().requires_grad_(False)
     schedule = build_schedule(record.schedule, record.transformer.composite.names)
     texture = load_texture_encoder(folder / TEXTURE_FOLDER)

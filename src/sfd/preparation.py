@@ -141,7 +141,7 @@ def _adopt(pipeline: Pipeline) -> None:
     manifest = describe_published(
         Path(str(recipe.latents.published)), tokenizers=_known_tokenizers(pipeline), classes=recipe.data.classes
     )
-    files.write_json(pipeline.folder.latents / MANIFEST, manifest.model_dump(mode="json"))
+    files.write_json(pipeline.folder.latents / MANIFEST, manifest.model_dump(mode="json"), sealed=True)
 
 
 def _known_tokenizers(pipeline: Pipeline) -> dict[str, str]:

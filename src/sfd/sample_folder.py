@@ -200,7 +200,7 @@ def _claim(folder: Path, record: dict[str, Any], decide: Callable[[], dict[str, 
             if any(folder.glob("*.png")):
                 raise SFDError(f"{folder} holds images, but no {RECORD} that says what they are; give an empty folder")
             asked.update(decide())
-            files.write_json(path, record)
+            files.write_json(path, record, sealed=True)
         before = files.read_json(path, "folder of samples")
     recorded = before.get("sampling", {})
     asked["batch_size"] = asked["batch_size"] or recorded.get("batch_size")

@@ -123,7 +123,7 @@ class Stage:
         record: dict[str, Any] = {"stage": self.name, "finished": files.now(), **usage.record()}
         record["seconds"] += earlier
         record |= {"made_from": files.plain(self.made_from), "extent": files.plain(self.extent)}
-        files.write_json(self.folder / RECORD, record)
+        files.write_json(self.folder / RECORD, record, sealed=True)
         (self.folder / SPENT).unlink(missing_ok=True)
 
     def spend(self, seconds: float) -> None:

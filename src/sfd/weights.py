@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,7 +48,7 @@ class Part(nn.Module):
             "config": self.config.model_dump(mode="json"),
         }
         files.write_tensors(folder / WEIGHTS_FILE, {name: t.to(dtype) for name, t in self.state_dict().items()})
-        files.write_json(folder / CONFIG_FILE, about)
+        files.write_json(folder / CONFIG_FILE, about, sealed=True)
 
     def fill(self, saved: Saved) -> None:
         """Take the weights of a saved part, as float32.
@@ -101,16 +101,40 @@ def _read_config(path: Path, wanted: str) -> dict[str, Any]:
     return about
 
 
+def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that a network does not fit, before it is built: a configuration can ask for any memory.
+
+    Args:
+        build: makes the network; called on the meta device, which allocates nothing.
+        tensors: its weights.
+        where: they come from.
+
+    Raises:
+        SFDError: they do not fit, or there is no such network.
+    """
+    try:
+        with torch.device("meta"):
+            expected = shapes(build())
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise SFDError(f"{where}: the configuration describes no network ({reason}); use the model's own") from None
+    _check(tensors, expected, where)
+
+
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Fill all of a module's weights and buffers by name, converted to their own types.
 
     Raises:
         SFDError: some tensors are missing, left over, or of another shape; they are named.
     """
-    differences = misfit(tensors, shapes(module))
-    if differences:
-        raise SFDError(f"{where}: the weights do not fit the configuration ({differences}); use the files of one model")
+    _check(tensors, shapes(module), where)
     module.load_state_dict(dict(tensors))
+
+
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    problems = misfit(tensors, expected)
+    if problems:
+        raise SFDError(f"{where}: the weights do not fit the configuration ({problems}); use the files of one model")
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

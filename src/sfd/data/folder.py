@@ -18,13 +18,15 @@ from PIL import Image
 from sfd.data.cache import BUDGET, nbytes
 from sfd.data.images import ImageSource, Indices, decode, stable_hash
 from sfd.errors import SFDError
-from sfd.files import explained, write_text
+from sfd.files import check_regular, explained, write_text
 from sfd.progress import bar
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-# A larger file is no picture that training could want, but it could fill the memory.
-_MAX_BYTES = 2**30
+# A larger file is no picture that training could want, but several at once could fill the memory.
+_MAX_BYTES = 2**28
+# Links to folders on the way to a file: among folders that link to one another there are ways without number.
+_MAX_LINKS = 2
 _CHUNK = 256
 _NAMED = 5  # broken files named in a message; all are in `skipped`
 
@@ -223,6 +225,7 @@ def _recalled(memory: Path, seen: dict[str, Any], count: int) -> list[int | str]
 def _open_files(path: Path) -> _Files:
     if path.is_dir():
         return _Directory(path)
+    check_regular(path)
     if zipfile.is_zipfile(path):
         return _Archive(path)
     if path.exists():
@@ -231,7 +234,7 @@ def _open_files(path: Path) -> _Files:
 
 
 class _Directory:
-    """Files below a folder; links are followed, but never in a circle."""
+    """Files below a folder; links are followed, but never in a circle, nor more than a few on one way."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -245,23 +248,25 @@ class _Directory:
                 f"{error.filename or path} cannot be listed ({error.strerror}); give a readable one"
             ) from None
 
-    def _scan(self, folder: str, prefix: str, above: tuple[str, ...]) -> None:
+    def _scan(self, folder: str, prefix: str, above: tuple[str, ...], links: int = 0) -> None:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _hidden(entry.name):
                     continue
                 if entry.is_dir():
                     real = os.path.realpath(entry.path)
-                    if real not in above:
-                        self._scan(entry.path, f"{prefix}{entry.name}/", (*above, real))
+                    further = links + entry.is_symlink()
+                    if real not in above and further <= _MAX_LINKS:
+                        self._scan(entry.path, f"{prefix}{entry.name}/", (*above, real), further)
                 elif entry.is_file():
                     status = entry.stat()
                     self.sizes[prefix + entry.name] = status.st_size
                     self._changed[prefix + entry.name] = status.st_mtime_ns
-                elif entry.is_symlink():  # to nothing: reading it will say so
+                elif entry.is_symlink():  # to nothing, or to no file: reading it will say so
                     self.sizes[prefix + entry.name] = 0
 
     def read(self, name: str) -> bytes:
+        check_regular(self.path / name)
         return (self.path / name).read_bytes()
 
     def fingerprint(self) -> str:

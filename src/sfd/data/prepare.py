@@ -171,7 +171,7 @@ class Preparation:
             "shapes": {name: list(tensors[name].shape[1:]) for name in kept},
             "statistics": {name: gathered.record().model_dump() for name, gathered in statistics.items()},
         }
-        files.write_json(path.with_suffix(".json"), receipt)
+        files.write_json(path.with_suffix(".json"), receipt, sealed=True)
 
     def finish(self) -> Manifest:
         """Write the manifest, of what the receipts say alone: the same however the shards were shared out.
@@ -201,7 +201,7 @@ class Preparation:
             else None,
             shards=tuple(receipt.shard for receipt in made),
         )
-        files.write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))
+        files.write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"), sealed=True)
         return manifest
 
     def _stream(self, name: str, receipts: list[Receipt]) -> StreamRecord:

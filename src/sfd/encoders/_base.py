@@ -58,7 +58,9 @@ def load_encoder(folder: Path) -> Part:
     """
     saved = weights.read(folder, (TEXTURE, SEMANTIC))
     module = registry.find(PACKAGE, saved.name, "encoder")
-    encoder = cast(Part, module.build(parse(module.Config, saved.config, str(folder / weights.CONFIG_FILE))))
+    config = parse(module.Config, saved.config, str(folder / weights.CONFIG_FILE))
+    weights.check_fit(lambda: module.build(config), saved.tensors, str(folder))
+    encoder = cast(Part, module.build(config))
     encoder.fill(saved)
     return encoder.eval().requires_grad_(False)
 

@@ -26,7 +26,7 @@ class Config(Settings):
     """Shape of the encoder; it shrinks images by stem_stride · 2^(len(widths) − 1)."""
 
     widths: tuple[int, ...] = Field((16, 32, 96), min_length=1, description="channels of each stage; multiples of 8")
-    blocks: int = Field(1, ge=1, description="residual blocks a stage")
+    blocks: int = Field(1, ge=1, le=1000, description="residual blocks a stage")
     stem_stride: int = Field(2, ge=1, description="by which the first convolution shrinks the image")
     channels: int = Field(64, ge=1, description="of the features")
 

@@ -18,7 +18,7 @@ from sfd.encoders import _published
 from sfd.encoders._base import TEXTURE, check_divisible, without_torchvision
 from sfd.errors import SFDError
 from sfd.settings import Settings
-from sfd.weights import Part, load_tensors
+from sfd.weights import Part, check_fit, load_tensors
 
 DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
 UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
@@ -32,7 +32,7 @@ class Config(Settings):
 
     latent_channels: int = Field(32, ge=1)
     block_out_channels: tuple[int, ...] = Field((128, 128, 256, 256, 512), min_length=1, description="of each level")
-    layers_per_block: int = Field(2, ge=1, description="residual blocks a level; the decoder has one more")
+    layers_per_block: int = Field(2, ge=1, le=1000, description="residual blocks a level; the decoder has one more")
     down_block_types: tuple[DownBlock, ...] = (*("DownEncoderBlock2D",) * 4, "AttnDownEncoderBlock2D")
     up_block_types: tuple[UpBlock, ...] = ("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 4)
     mid_block_add_attention: bool = True
@@ -148,9 +148,12 @@ def pretrained(source: str, given: Mapping[str, Any]) -> PublishedAutoencoder:
         SFDError: it cannot be had, is another than expected, or its files are damaged.
     """
     folder = _published.fetched(source, FORMAT)
-    encoder = build(planned(str(folder), given))
-    tensors = files.read_tensors(folder / f"{FORMAT.weights}.safetensors")
-    load_tensors(encoder.net, {_present_name(name): tensor for name, tensor in tensors.items()}, source)
+    config = planned(str(folder), given)
+    read = files.read_tensors(folder / f"{FORMAT.weights}.safetensors")
+    tensors = {_present_name(name): tensor for name, tensor in read.items()}
+    check_fit(lambda: build(config).net, tensors, source)
+    encoder = build(config)
+    load_tensors(encoder.net, tensors, source)
     return encoder.eval().requires_grad_(False)
 
 

@@ -74,7 +74,7 @@ class Config(Settings):
         "dinov2_with_registers"
     )
     hidden_size: int = Field(768, ge=1)
-    num_hidden_layers: int = Field(12, ge=1)
+    num_hidden_layers: int = Field(12, ge=1, le=1000)
     num_attention_heads: int = Field(12, ge=1)
     intermediate_size: int = Field(3072, ge=1, description="of the MLP; of DINOv2 a multiple of hidden_size")
     patch_size: int = Field(14, ge=1)

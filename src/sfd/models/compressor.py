@@ -53,6 +53,7 @@ def load_compressor(folder: Path) -> Compressor:
     module_name, config_name = COMPRESSORS[saved.name]
     module = importlib.import_module(module_name)
     config = parse(getattr(module, config_name), saved.config, str(folder / weights.CONFIG_FILE))
+    weights.check_fit(lambda: module.build(config), saved.tensors, str(folder))
     part = cast(Part, module.build(config))
     part.fill(saved)
     return cast(Compressor, part.eval().requires_grad_(False))

@@ -24,7 +24,7 @@ class ConvNetConfig(Settings):
     """Shape of a `ConvNet`."""
 
     widths: tuple[int, ...] = Field((32, 64, 128), min_length=1, description="channels of each stage")
-    blocks: int = Field(1, ge=1, description="residual blocks in each stage")
+    blocks: int = Field(1, ge=1, le=1000, description="residual blocks in each stage")
     stem_stride: int = Field(2, ge=1, description="by which the first convolution shrinks the image")
     image_channels: int = Field(3, ge=1)
 

@@ -29,7 +29,7 @@ class SemVAEConfig(Settings):
     latent_channels: int = Field(16, ge=1)
     width: int = Field(768, ge=1, description="of the hidden tokens")
     heads: int = Field(6, ge=1)
-    blocks: int = Field(4, ge=1, description="transformer blocks in the encoder, and as many in the decoder")
+    blocks: int = Field(4, ge=1, le=1000, description="transformer blocks in the encoder, and as many in the decoder")
 
     @model_validator(mode="after")
     def _check(self) -> SemVAEConfig:

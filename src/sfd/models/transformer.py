@@ -54,7 +54,7 @@ SIZES = {
 class TransformerConfig(Settings):
     """All that determines the network's architecture."""
 
-    depth: int = Field(gt=0)
+    depth: int = Field(gt=0, le=1000)
     width: int = Field(gt=0)
     heads: int = Field(gt=0)
     composite: Composite

@@ -189,6 +189,7 @@ class Writer:
         path = _path(self.folder, record["step"])
         try:
             if not self.sharded:
+                record["good"] = record["good"] and _finite(state)
                 with files.written(path) as partial:
                     partial.mkdir()
                     files.write_tensors(partial / STATE, state)
@@ -214,9 +215,14 @@ class Writer:
         dcp.save(dict(state), storage_writer=storage, process_group=self._group)
 
 
+def _finite(state: Mapping[str, Tensor]) -> bool:
+    """Whether training can go on from a state: a number too large for its type would stay in it for good."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in state.values() if tensor.is_floating_point())
+
+
 def _seal(partial: Path, record: Mapping[str, Any]) -> None:
     sums = {path.name: files.checksum(path) for path in sorted(partial.glob("*.safetensors"))}
-    files.write_json(partial / RECORD, {**record, "sha256": sums})
+    files.write_json(partial / RECORD, {**record, "sha256": sums}, sealed=True)
 
 
 def _thin(folder: Path, settings: TrainSettings) -> None:

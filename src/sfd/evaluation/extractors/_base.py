@@ -60,7 +60,7 @@ def save(folder: Path, name: str, record: Mapping[str, Any], tensors: Mapping[st
     """Write an extractor's directory: `extractor.json` and `weights.safetensors`."""
     with files.written(folder) as partial:
         files.write_tensors(partial / "weights.safetensors", tensors)
-        files.write_json(partial / "extractor.json", {"format": FORMAT, "extractor": name, **record})
+        files.write_json(partial / "extractor.json", {"format": FORMAT, "extractor": name, **record}, sealed=True)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,135 @@
+"""Files that are cut short, have one bit turned over, or are gone: noticed, and made again or named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from faults.commands import Failure
+from faults.runs import Place
+from faults.scenarios import Scenario
+
+KINDS = ("cut short", "one bit turned over", "missing")
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file of a run that is damaged before a stage which reads it."""
+
+    name: str
+    path: str  # a pattern; the last match is damaged
+    stage: str  # the one that reads it
+    cure: str = ""  # what is removed when the stage refuses, as its message says
+    again: tuple[str, ...] = ()  # the stages that then make it again
+    interrupted: bool = False  # the stage had nearly ended before
+
+
+ARTEFACTS = (
+    Artefact("checkpoint's tensors", "training/checkpoints/step-*/state.safetensors", "train", interrupted=True),
+    Artefact("checkpoint's record", "training/checkpoints/step-*/checkpoint.json", "train", interrupted=True),
+    Artefact("shard of latents", "latents/shard-*.safetensors", "train", "latents/shard-*.safetensors", ("prepare",)),
+    Artefact("shard's receipt", "latents/shard-*.json", "prepare", "latents/shard-*.json", interrupted=True),
+    Artefact("manifest of latents", "latents/manifest.json", "train", "latents/manifest.json", ("prepare",)),
+    Artefact("stage's record", "latents/stage.json", "train", "latents/stage.json", ("prepare",)),
+    Artefact(
+        "trained encoder", "texture/model.safetensors", "prepare", "texture/model.safetensors", ("train-texture",)
+    ),
+    Artefact("encoder's configuration", "texture/config.json", "prepare", "texture/config.json", ("train-texture",)),
+    Artefact("model's weights", "model/model.safetensors", "report", "model", ("train",)),
+    Artefact("model's record", "model/model.json", "report", "model", ("train",)),
+    Artefact("record of samples", "samples/guided/samples.json", "report", "samples", interrupted=True),
+)
+
+
+def harm(path: Path, kind: str, random: Random) -> None:
+    """Damage a file."""
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if kind == "cut short":
+        path.write_bytes(data[: random.randrange(len(data))])
+    elif kind == "one bit turned over":
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        path.write_bytes(data)
+
+
+def damaged(artefact: Artefact) -> Callable[[Place], str]:
+    """Damage a file in each way in turn; do what the message says, if there is one."""
+
+    def attempt(place: Place) -> str:
+        out = place.before(artefact.stage)
+        if artefact.interrupted:
+            _nearly_done(artefact.stage, place)
+        path = sorted(out.glob(artefact.path))[-1]
+        harm(path, KINDS[place.number % len(KINDS)], place.random)
+        work = place.run(artefact.stage)
+        ended = place.do(work).ended(0, 2)
+        message = next((line for line in ended.output.splitlines() if "passed over" in line), "")
+        if ended.code == 2:
+            message = ended.message
+            ended.refused()
+            named = [str(part.relative_to(place.folder)) for part in (path, path.parent)]
+            if not any(word in message for word in (*named, *(f"`sfd {stage}`" for stage in artefact.again))):
+                raise Failure(f"{path} was damaged, but the message does not name it: {message}")
+            _remove(out, artefact.cure)
+            for stage in (*artefact.again, artefact.stage):
+                place.do(place.run(stage)).succeeded()
+        for stage in (*artefact.again, artefact.stage):
+            place.check(stage)
+        return f"{KINDS[place.number % len(KINDS)]}: {message or 'made again'}"
+
+    return attempt
+
+
+def _nearly_done(stage: str, place: Place) -> None:
+    """Make the run look as if it had been killed before the stage's end."""
+    for name in {"train": ("training",), "prepare": ("latents",), "report": ("samples",)}[stage]:
+        shutil.copytree(place.reference / name, place.out / name)
+    for last in ("training/stage.json", "latents/stage.json", "latents/manifest.json", "samples/guided/stage.json"):
+        if last.split("/")[0] in {"train": "training", "prepare": "latents", "report": "samples"}[stage]:
+            (place.out / last).unlink()
+
+
+def _remove(out: Path, pattern: str) -> None:
+    for path in out.glob(pattern):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def no_checkpoint_left(place: Place) -> str:
+    """Damage all checkpoints."""
+    out = place.before("train")
+    _nearly_done("train", place)
+    for path in out.glob("training/checkpoints/*/state.safetensors"):
+        harm(path, "one bit turned over", place.random)
+    ended = place.do(place.run("train")).refused("no intact checkpoint")
+    shutil.rmtree(out / "training" / "checkpoints")
+    place.do(place.run("train")).succeeded()
+    place.check("train")
+    return ended.message
+
+
+def images(place: Place) -> str:
+    """Lose, or cut short, some samples."""
+    out = place.before("report")
+    shutil.copytree(place.reference / "samples", out / "samples")
+    chosen = place.random.choice(sorted(out.glob("samples/guided/0*.png")))
+    harm(chosen, ("missing", "cut short")[place.number % 2], place.random)
+    ended = place.do(place.run("report")).ended(0, 2)
+    if ended.code == 2:
+        ended.refused(chosen.name)
+        chosen.unlink()
+        place.do(place.run("report")).succeeded()
+    place.check("report")
+    return ended.message or "made again"
+
+
+SCENARIOS = [
+    *(
+        Scenario(f"a damaged {a.name}: cut short, a bit turned over, missing", damaged(a), 6, quick=i in (0, 4))
+        for i, a in enumerate(ARTEFACTS)
+    ),
+    Scenario("all checkpoints damaged", no_checkpoint_left),
+    Scenario("a sample missing or cut short", images, 4),
+]

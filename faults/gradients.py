@@ -1,0 +1,75 @@
+"""Numbers that are not finite: in the data, in the weights, in the gradient."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faults.commands import Failure
+from faults.runs import Place
+from faults.scenarios import Scenario
+from sfd import files
+
+
+def poison(latents: Path, images: int) -> None:
+    """Turn the first images of each shard into NaN, as if they had been encoded so."""
+    manifest = files.read_json(latents / "manifest.json", "latents")
+    for shard in manifest["shards"]:
+        path = latents / shard["file"]
+        tensors = files.read_tensors(path)
+        for name in ("texture", "texture_flip"):
+            tensors[name][:images] = torch.nan
+        files.write_tensors(path, tensors)
+        shard["sha256"] = files.checksum(path)
+    files.write_json(latents / "manifest.json", manifest, sealed=True)
+
+
+def some_images(place: Place) -> str:
+    """Train on latents of which one in twenty-five is NaN: those steps change nothing and are counted."""
+    out = place.before("train")
+    poison(out / "latents", 1)
+    manifest = files.read_json(out / "latents" / "manifest.json", "latents")
+    for shard in manifest["shards"][1::2]:  # every second shard is left whole
+        whole = place.reference / "latents" / shard["file"]
+        (out / "latents" / shard["file"]).write_bytes(whole.read_bytes())
+        shard["sha256"] = files.checksum(whole)
+    files.write_json(out / "latents" / "manifest.json", manifest, sealed=True)
+    place.do(place.run("train", "train.max_rollbacks=0")).succeeded()
+    last = json.loads((out / "training" / "log.jsonl").read_text().splitlines()[-1])
+    tensors = files.read_tensors(out / "model" / "model.safetensors")
+    if not last["skipped"] or not all(bool(t.isfinite().all()) for t in tensors.values()):
+        raise Failure(f"{last['skipped']} steps were skipped; the weights should be finite")
+    return f"`skipped`: {last['skipped']} in the log, of 20 steps; the weights are finite"
+
+
+def every_step(*overrides: str, all_images: bool = False) -> Callable[[Place], str]:
+    """Make every step fail: training goes back, then stops with a report, and leaves the model of before alone."""
+
+    def attempt(place: Place) -> str:
+        out = place.before("train")
+        if all_images:
+            poison(out / "latents", 10)
+        work = place.run("train", "train.steps=200", "train.max_skipped=10", *overrides)
+        ended = place.do(work)
+        if ended.output.count("back to step") != 3:
+            raise Failure(f"expected three rollbacks: {ended.output[-800:]}")
+        ended.refused("rollbacks did not help")
+        report: dict[str, Any] = files.read_json(out / "training" / "failure-report.json", "report")
+        if not report["images"] or not report["norms"] or (out / "model").exists():
+            raise Failure("the report should name images and norms, and no model should be written")
+        again = place.do(work).refused("rollbacks did not help")  # and not a hang, or a model of NaN
+        return again.message or ended.message
+
+    return attempt
+
+
+SCENARIOS = [
+    Scenario("NaN in some of the batches", some_images, 2),
+    Scenario("NaN in every batch", every_step(all_images=True), 1),
+    Scenario("weights that become infinite", every_step("train.learning_rate=1.0e+38"), 1),
+    Scenario("gradients that overflow", every_step("streams.texture.weight=1.0e+38"), 1),
+]

@@ -1,0 +1,154 @@
+"""A tiny run, done once without any fault, and what its pieces must be equal to after one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import torch
+
+from faults.commands import Command, Condition, Ended, Failure, plain
+from sfd.cli import main
+
+RECIPE = """
+name: faults
+data: {source: shapes, count: 240, holdout: 0.5}
+texture:
+  name: autoencoder_kl
+  config: {widths: [16, 16]}
+  train: {steps: 6, batch_size: 8, learning_rate: 2.0e-3, checkpoint_every: 2, log_every: 1}
+semantic:
+  name: convnet
+  train: {steps: 3, batch_size: 8, learning_rate: 2.0e-3}
+compressor:
+  name: semvae
+  channels: 4
+  width: 32
+  blocks: 1
+  train: {steps: 6, batch_size: 8, learning_rate: 1.0e-3, checkpoint_every: 2, log_every: 1}
+latents: {shard_size: 10, batch_size: 5}
+transformer: {size: tiny, depth: 2, width: 32, heads: 2, repa_width: 32}
+train: {steps: 20, batch_size: 8, learning_rate: 1.0e-3, ema: 0.9, preview_every: 10, log_every: 2, checkpoint_every: 3}
+sample: {steps: 4, guidance: 1.5, batch_size: 4}
+evaluation:
+  samples_per_class: 3
+  classifier: {training: {steps: 3, batch_size: 8, learning_rate: 2.0e-3}}
+"""
+TIMING = {
+    *("images_per_second", "checkpoint_pause", "waiting"),
+    *("finished", "seconds", "peak_memory_bytes", "peak_device_memory_bytes", "checksum"),
+}
+# What says when something happened, or how long it took, and so differs from run to run.
+PASSED_OVER = ("tensorboard", "report.html", "recipe.yaml", "previews")
+# What each stage makes in a run's folder, in the order of the stages.
+MADE = {
+    "train-texture": ("texture",),
+    "train-semantic": ("semantic",),
+    "train-semvae": ("compressor",),
+    "prepare": ("latents",),
+    "train": ("training", "model"),
+    "train-evaluator": ("evaluator",),
+    "report": ("samples", "metrics", "report.html"),
+}
+
+
+class Lost(Failure):
+    """What a run ended with is not what it ends with when nothing happens to it."""
+
+
+@dataclass
+class Place:
+    """Where one try happens: a folder of its own, and the run that nothing happened to."""
+
+    folder: Path
+    reference: Path
+    random: Random
+    number: int = 0  # of the try
+    _numbers: count[int] = field(default_factory=count)
+
+    @property
+    def out(self) -> Path:
+        """The folder of the run that suffers."""
+        return self.folder / "out"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe's file."""
+        return self.reference.parent / "faults.yaml"
+
+    def before(self, command: str) -> Path:
+        """Copy the run as it is before a command: without what that and, but for the evaluator, later ones make."""
+        later = list(MADE)[list(MADE).index(command) :]
+        gone = {name for stage in later if stage != "train-evaluator" for name in MADE[stage]}
+        shutil.copytree(self.reference, self.out, ignore=lambda at, names: gone if Path(at) == self.reference else ())
+        return self.out
+
+    def run(self, command: str, *more: object) -> list[object]:
+        """Give the arguments of a stage's command."""
+        return [command, self.recipe, "--out", self.out, "--device", "cpu", *more]
+
+    def start(self, arguments: Sequence[object], *conditions: Condition) -> Command:
+        """Start a command."""
+        return Command(arguments, self.folder / f"output-{next(self._numbers)}.txt", conditions)
+
+    def do(self, arguments: Sequence[object], *conditions: Condition) -> Ended:
+        """Run a command to its end."""
+        return self.start(arguments, *conditions).wait()
+
+    def check(self, command: str) -> None:
+        """Insist that what a command makes is what it makes when nothing happens."""
+        for name in MADE[command]:
+            check_same(self.out / name, self.reference / name)
+
+    def say(self, message: str) -> str:
+        """Give a message as the table shows it."""
+        return plain(message, self.folder).replace(str(self.reference), "REFERENCE")
+
+
+def check_same(found: Path, expected: Path) -> None:
+    """Insist that two folders hold the same, byte for byte, but for times.
+
+    Raises:
+        Lost: names what differs.
+    """
+    a, b = contents(found), contents(expected)
+    different = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    if different:
+        missing, more = sorted(b.keys() - a.keys()), sorted(a.keys() - b.keys())
+        raise Lost(f"{found.name}: {different[:5]} differ (missing: {missing[:5]}, too many: {more[:5]})")
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Give the bytes of all files below a folder, by name; of logs and records, what is not a time."""
+    files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+    found = {path.relative_to(folder.parent).as_posix(): path for path in files if path.is_file()}
+    kept = {name: path for name, path in found.items() if not any(part in name for part in PASSED_OVER)}
+    return {name: _content(path) for name, path in kept.items() if not name.endswith(".lock")}
+
+
+def _content(path: Path) -> object:
+    if path.name == "log.jsonl":
+        return [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+    return _timeless(json.loads(path.read_text())) if path.name == "stage.json" else path.read_bytes()
+
+
+def _timeless(record: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in record.items() if name not in TIMING}
+
+
+def make_reference(folder: Path) -> Path:
+    """Do the tiny run without any fault: in this process, so that those forked from it need not import anything."""
+    folder.mkdir(parents=True)
+    (folder / "faults.yaml").write_text(RECIPE)
+    torch.set_num_threads(1)
+    out = folder / "run"
+    main(["run", str(folder / "faults.yaml"), "--out", str(out), "--device", "cpu"], standalone_mode=False)
+    if threading.active_count() > 1:
+        raise RuntimeError("threads are left over, with which this process must not be forked")
+    return out
