@@ -154,7 +154,7 @@ class TestBadSources:
             open_texture(str(source))
 
     def test_unknown_name(self):
-        self.refused("someone/some-vae", r"neither a folder nor .*`hf download someone/some-vae`.*pretrained: FOLDER")
+        self.refused("someone/some-vae", r"neither a folder nor .*`hf download someone/some-vae`.*with config.json")
 
     def test_known_name_offline(self):
         self.refused(

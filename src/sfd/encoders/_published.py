@@ -129,10 +129,13 @@ def _what(format: Format) -> str:
 
 
 def _absent(source: str, format: Format) -> SFDError:
+    needed = f"a folder with {CONFIG_FILE} and {format.weights}.safetensors in it"
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        return SFDError(f"{source} is neither a folder nor a model's name on the hub (OWNER/NAME); give {needed}")
     return SFDError(
         f"{source} is neither a folder nor a model in the hub's local cache; if it is a hub name, run "
         f"`hf download {source}` (https://huggingface.co/{source}), here or elsewhere and copy the files; "
-        f"then give `pretrained: FOLDER`, with {CONFIG_FILE} and {format.weights}.safetensors in it, or the name again"
+        f"then give the name again, or {needed}"
     )
 
 
