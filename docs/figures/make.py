@@ -1,6 +1,6 @@
-"""Draws the figures of docs/method.md, from the project's own code and from docs/results/offset-sweep.json.
+"""Draws the figures of docs/method.md and docs/sampling.md, from the project's own code and from docs/results/*.json.
 
-    python docs/figures/make.py [schedules times knots offset]
+    python docs/figures/make.py [schedules times knots offset solvers_trained]
 
 All of them take about half a minute. The phases of a sample are drawn by `sfd strip models/shapes`.
 """
@@ -26,6 +26,7 @@ from sfd.streams import Composite, Stream
 
 HERE = Path(__file__).parent
 SWEEP = HERE.parent / "results" / "offset-sweep.json"
+SOLVERS = HERE.parent / "results" / "solvers-trained.json"
 STREAMS = ("texture", "semantic")
 OFFSET = {"name": "offset", "delta": 0.3}
 PIXELS = {"dpi": 130, "facecolor": "white"}
@@ -167,7 +168,31 @@ def offset() -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {"schedules": schedules, "times": times, "knots": knots, "offset": offset}
+def solvers_trained() -> Figure:
+    """Error and Fréchet distance over evaluations, on models/shapes; dashed: the converged samples' distance."""
+    rows = json.loads(SOLVERS.read_text(encoding="utf-8"))
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    error, distance = figure.subplots(1, 2)
+    for index, method in enumerate(sorted({row["method"] for row in rows[1:]})):
+        chosen = [row for row in rows if row["method"] == method]
+        for axis, key in ((error, "error"), (distance, "frechet_distance")):
+            x, y = [row["evaluations"] for row in chosen], [row[key] for row in chosen]
+            axis.plot(x, y, marker="o", color=COLOURS[index], label=method)
+    error.set_yscale("log")
+    distance.axhline(rows[0]["frechet_distance"], color="#666666", linestyle="--", linewidth=1)
+    plain(error, "median relative error of the texture", "evaluations")
+    plain(distance, "Fréchet distance (dashed: converged)", "evaluations")
+    distance.legend(frameon=False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "schedules": schedules,
+    "times": times,
+    "knots": knots,
+    "offset": offset,
+    "solvers_trained": solvers_trained,
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or FIGURES:
