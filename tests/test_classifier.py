@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfd import randomness
+from sfd import files, randomness
 from sfd.data.shapes import ShapesSource
 from sfd.data.split import split
 from sfd.errors import SFDError
@@ -173,15 +173,16 @@ def test_a_folder_without_an_extractor_is_refused(tmp_path):
 
 def test_an_extractor_that_does_not_exist_is_named(trained, tmp_path):
     (tmp_path / "weights.safetensors").write_bytes((trained[1] / "weights.safetensors").read_bytes())
-    text = (trained[1] / "extractor.json").read_text().replace('"extractor": "classifier"', '"extractor": "clasifier"')
-    (tmp_path / "extractor.json").write_text(text)
+    record = files.read_json(trained[1] / "extractor.json", "extractor")
+    files.write_json(tmp_path / "extractor.json", record | {"extractor": "clasifier"})
     with pytest.raises(SFDError, match="did you mean 'classifier'"):
         load_extractor(tmp_path, CPU)
 
 
 def test_weights_of_another_configuration_are_refused(trained, tmp_path):
     (tmp_path / "weights.safetensors").write_bytes((trained[1] / "weights.safetensors").read_bytes())
-    text = (trained[1] / "extractor.json").read_text().replace('"star",', "")
-    (tmp_path / "extractor.json").write_text(text)
+    record = files.read_json(trained[1] / "extractor.json", "extractor")
+    record["config"]["classes"].remove("star")
+    files.write_json(tmp_path / "extractor.json", record)
     with pytest.raises(SFDError, match="do not fit"):
         load_extractor(tmp_path, CPU)

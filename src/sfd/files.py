@@ -187,7 +187,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise SFDError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
     found = value.pop(CHECKSUM, None)
     if found is not None and found != _checksum(value):
-        raise SFDError(f"{path} is damaged or was changed: it does not match the checksum in it")
+        raise SFDError(
+            f"{path} is damaged or was changed: it does not match the checksum in it; restore it, or take its "
+            f"{CHECKSUM!r} out if the change is yours"
+        )
     return value
 
 
