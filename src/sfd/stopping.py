@@ -17,6 +17,8 @@ TIME = getattr(signal, "SIGUSR1", None)
 # To be heard between steps: Ctrl-C, what queues and launchers send, and that.
 SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, TIME) if number is not None)
 
+AGAIN = 5.0  # seconds after which a block that has not ended is told again that its time is over
+
 
 @contextmanager
 def limit(hours: float | None) -> Iterator[None]:
@@ -32,26 +34,31 @@ def limit(hours: float | None) -> Iterator[None]:
         yield
         return
     over = False
+    timers: list[threading.Timer] = []
+
+    def ring(seconds: float) -> None:
+        timers.append(threading.Timer(seconds, os.kill, (os.getpid(), TIME)))
+        timers[-1].daemon = True
+        timers[-1].start()
 
     def handle(number: int, frame: object) -> None:
         nonlocal over
         over = True
+        # Python passes over what is raised while it clears an object away, so it is said again.
+        ring(AGAIN)
         raise KeyboardInterrupt  # which, unlike `Interrupted`, nobody takes for an error of what it came into
 
     before = signal.signal(TIME, handle)
-    timer = None
     try:
         if hours is not None:
-            timer = threading.Timer(max(hours * 3600 - _spent(), 0.0), os.kill, (os.getpid(), TIME))
-            timer.daemon = True
-            timer.start()
+            ring(max(hours * 3600 - _spent(), 0.0))
         yield
     except KeyboardInterrupt:
         if over:
             raise Interrupted(TIME) from None
         raise
     finally:
-        if timer is not None:
+        for timer in timers:
             timer.cancel()
         signal.signal(TIME, before)
 
