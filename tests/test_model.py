@@ -63,3 +63,13 @@ def test_a_schedule_changed_by_hand_is_noticed(folder):
     change(folder, schedule={"name": "synchronous"})
     with pytest.raises(SFDError, match=r"or model\.json was changed"):
         load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("part", [".", "texture"])
+def test_one_bit_of_weights_below_half_precision_is_noticed(folder, part):
+    path = folder / part / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1  # the lowest bit of the last float32
+    path.write_bytes(data)
+    with pytest.raises(SFDError, match="damaged or was changed: it has not the checksum"):
+        load_model(folder, CPU)

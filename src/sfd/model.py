@@ -23,7 +23,7 @@ from sfd.models.transformer import Transformer, TransformerConfig
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import Settings, parse
 from sfd.streams import Composite
-from sfd.weights import Part, check_fit, load_tensors
+from sfd.weights import Part, check_fit, check_sum, load_tensors
 
 RECORD, WEIGHTS, TEXTURE_FOLDER = "model.json", "model.safetensors", "texture"
 TEXTURE_STREAM = "texture"
@@ -35,6 +35,7 @@ class ModelRecord(Settings):
 
     format: int
     identity: str
+    sha256: str | None = None  # of the file of weights; None of models from before it was kept
     transformer: TransformerConfig
     schedule: dict[str, Any]
     classes: tuple[str, ...]
@@ -115,6 +116,7 @@ class Model:
             record = {
                 "format": FORMAT,
                 "identity": self.identity,
+                "sha256": files.checksum(partial / WEIGHTS),
                 "transformer": self.transformer.config.model_dump(mode="json"),
                 "schedule": self.schedule.spec,
                 "classes": list(self.classes),
@@ -175,6 +177,7 @@ def load_model(folder: Path, device: torch.device) -> Model:
             f"{folder / WEIGHTS} is not the file that {RECORD} was written with, or {RECORD} was changed; "
             "restore both from one source"
         )
+    check_sum(folder / WEIGHTS, record.sha256)
     return model.to(device)
 
 

@@ -41,13 +41,14 @@ class Part(nn.Module):
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write this part to `folder`, weights as `dtype`. The configuration goes last: where it is, the rest is."""
+        files.write_tensors(folder / WEIGHTS_FILE, {name: t.to(dtype) for name, t in self.state_dict().items()})
         about = {
             "kind": self.kind,
             "name": self.name,
             "identity": self.identity,
+            "sha256": files.checksum(folder / WEIGHTS_FILE),
             "config": self.config.model_dump(mode="json"),
         }
-        files.write_tensors(folder / WEIGHTS_FILE, {name: t.to(dtype) for name, t in self.state_dict().items()})
         files.write_json(folder / CONFIG_FILE, about, sealed=True)
 
     def fill(self, saved: Saved) -> None:
@@ -62,6 +63,7 @@ class Part(nn.Module):
                 f"{saved.folder}: {CONFIG_FILE} was saved with weights of identity {saved.identity}, but "
                 f"{WEIGHTS_FILE} beside it has {self.identity}; restore both files from one source"
             )
+        check_sum(saved.folder / WEIGHTS_FILE, saved.sha256)
 
 
 class Saved(NamedTuple):
@@ -71,6 +73,8 @@ class Saved(NamedTuple):
     kind: str
     name: str
     identity: str
+    sha256: str | None
+    """Of the file of weights; None of folders from before it was kept."""
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
@@ -90,7 +94,17 @@ def read(folder: Path, kinds: tuple[str, ...]) -> Saved:
     if about["kind"] not in kinds:
         raise SFDError(f"{folder} holds a {about['kind']} ({about['name']}), but a {wanted} was expected")
     tensors = files.read_tensors(folder / WEIGHTS_FILE)
-    return Saved(folder, about["kind"], about["name"], about["identity"], about["config"], tensors)
+    return Saved(folder, about["kind"], about["name"], about["identity"], about.get("sha256"), about["config"], tensors)
+
+
+def check_sum(path: Path, expected: str | None) -> None:
+    """Notice bits of a file of weights that its identity, at half precision, passes over.
+
+    Raises:
+        SFDError: the file has another SHA-256 than `expected`, if that is known.
+    """
+    if expected is not None and files.checksum(path) != expected:
+        raise SFDError(f"{path} is damaged or was changed: it has not the checksum that was kept; restore it")
 
 
 def _read_config(path: Path, wanted: str) -> dict[str, Any]:
