@@ -6,7 +6,7 @@ Ways that are compared run in turn (A B A B …) in one process on the same inpu
 that a busy machine does not favour one. Prints Markdown tables and writes speed.json and speed.png. Networks have
 random weights, as times do not depend on them; velocity errors are those of the demo model, which is trained.
 On a GPU the larger sizes run, and guided sampling beside the published settings. docs/performance.md explains; with
---publish its tables are written anew.
+--publish the tables of the sections that ran are written anew.
 """
 
 from __future__ import annotations
@@ -326,8 +326,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def measure(quick: bool, only: set[str], device: torch.device, out: Path) -> dict[str, Any]:
-    cuda, repeats = device.type == "cuda", 2 if quick else 6
+def measure(quick: bool, only: set[str], repeats: int, device: torch.device, out: Path) -> dict[str, Any]:
+    cuda = device.type == "cuda"
     results: dict[str, Any] = {"machine": machine(device)}
     rates = results["machine"]["matrix_rate"]
     large = [("B", 64), ("XL", 64), ("XXL", 64)]
@@ -358,18 +358,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of sampling, training, loading and starting.")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: some minutes on a laptop")
     parser.add_argument("--only", default="", help="sections, comma-separated: sampling, errors, training, …")
+    parser.add_argument("--repeats", type=int, help="turns of which the best counts  [default: 6, quick: 2]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/speed"), help="folder to write to")
     parser.add_argument("--publish", action="store_true", help="keep the results for docs/performance.md")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     only = {name for name in arguments.only.split(",") if name}
-    results = measure(arguments.quick, only, choose_device(arguments.device), arguments.out)
+    repeats = arguments.repeats or (2 if arguments.quick else 6)
+    results = measure(arguments.quick, only, repeats, choose_device(arguments.device), arguments.out)
     text = json.dumps(results, indent=1) + "\n"
     (arguments.out / "speed.json").write_text(text, encoding="utf-8")
     draw(results, arguments.out / "speed.png")
     if arguments.publish:
-        RESULTS.write_text(text, encoding="utf-8")
+        before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(before | results, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
