@@ -326,19 +326,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def measure(quick: bool, only: set[str], repeats: int, device: torch.device, out: Path) -> dict[str, Any]:
+def measure(
+    quick: bool, only: set[str], sizes: list[tuple[str, int]], repeats: int, device: torch.device, out: Path
+) -> dict[str, Any]:
     cuda = device.type == "cuda"
     results: dict[str, Any] = {"machine": machine(device)}
     rates = results["machine"]["matrix_rate"]
-    large = [("B", 64), ("XL", 64), ("XXL", 64)]
+    sizes = sizes or ([("B", 64), ("XL", 64), ("XXL", 64)] if cuda else [("S", 4)] if quick else [("S", 8), ("B", 8)])
     sections: dict[str, Callable[[], list[Row]]] = {
-        "sampling": lambda: sampling(
-            large if cuda else ([("S", 4)] if quick else [("S", 8), ("B", 8)]), repeats, device
-        ),
+        "sampling": lambda: sampling(sizes, repeats, device),
         "errors": lambda: errors(device),
-        "training": lambda: training(
-            large if cuda else ([("S", 4)] if quick else [("S", 8), ("B", 8)]), repeats, device, rates
-        ),
+        "training": lambda: training(sizes, repeats, device, rates),
         "start_up": lambda: start_up(out),
         "loop": lambda: loop(out, 40 if quick else 200),
     }
@@ -358,6 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of sampling, training, loading and starting.")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: some minutes on a laptop")
     parser.add_argument("--only", default="", help="sections, comma-separated: sampling, errors, training, …")
+    parser.add_argument("--sizes", default="", help="of networks, and batch: S:8,B:8  [default: by device]")
     parser.add_argument("--repeats", type=int, help="turns of which the best counts  [default: 6, quick: 2]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/speed"), help="folder to write to")
@@ -366,7 +365,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     only = {name for name in arguments.only.split(",") if name}
     repeats = arguments.repeats or (2 if arguments.quick else 6)
-    results = measure(arguments.quick, only, repeats, choose_device(arguments.device), arguments.out)
+    pairs = [text.split(":") for text in arguments.sizes.split(",") if text]
+    sizes = [(size, int(batch)) for size, batch in pairs]
+    results = measure(arguments.quick, only, sizes, repeats, choose_device(arguments.device), arguments.out)
     text = json.dumps(results, indent=1) + "\n"
     (arguments.out / "speed.json").write_text(text, encoding="utf-8")
     draw(results, arguments.out / "speed.png")
