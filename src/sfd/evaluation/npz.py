@@ -22,7 +22,8 @@ from sfd.data.images import Indices, stable_hash
 from sfd.errors import SFDError
 
 IMAGES, LABELS, RECORD = "arr_0", "arr_1", "samples.json"
-DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+# What reading a damaged archive raises; RuntimeError is that of one with a password or an unknown compression.
+DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 class _Header(NamedTuple):
