@@ -1,0 +1,50 @@
+"""Whole commands: how long they take to start, and how fast the demo trains."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.speed.measuring import ROOT, Row
+
+
+def start_up(out: Path) -> list[Row]:
+    """Seconds of commands, from a cold start of Python."""
+    image = ["sample", str(ROOT / "models" / "shapes"), "--classes", "ring", "--seeds", "0", "--out"]
+    rows = []
+    for what, command in (("sfd --help", ["--help"]), ("sfd sample, one image", image)):
+        times = []
+        for turn in range(3):
+            extra = [str(out / f"image-{time.time_ns()}-{turn}")] if command is image else []
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "sfd", *command, *extra], check=True, capture_output=True)
+            times.append(time.perf_counter() - start)
+        rows.append({"what": what, "seconds": min(times)})
+    return rows
+
+
+def loop(out: Path, steps: int) -> list[Row]:
+    """The demo's training through `sfd train`: its speed, and the share of the time that it waited for batches."""
+    folder = out / f"demo-{time.time_ns()}"
+    few = [f"{part}.train.steps=2" for part in ("texture", "semantic", "compressor")]
+    rest = ["data.count=2000", f"train.steps={steps}", f"train.log_every={steps // 4}", "train.preview_every=0"]
+    recipe = str(ROOT / "recipes" / "shapes-demo.yaml")
+    for command in ("train-texture", "train-semantic", "train-semvae", "prepare", "train"):
+        arguments = [command, recipe, *few, *rest, "--out", str(folder), "--device", "cpu"]
+        subprocess.run([sys.executable, "-m", "sfd", *arguments], check=True, capture_output=True)
+    lines = [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
+    fastest = max(lines[1:], key=lambda line: line["images_per_second"])
+    return [{name: fastest[name] for name in ("images_per_second", "waiting")}]
+
+
+def solvers(out: Path) -> list[Row]:
+    """Evaluations of each solver at equal error, on the exact velocity field of benchmarks/solvers.py."""
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "solvers.py"), "--out", str(out)], check=True)
+    equal = json.loads((out / "solvers.json").read_text())["evaluations_at_equal_error"]
+    return [
+        {"method": name} | {error: None if n is None else round(n) for error, n in row.items()}
+        for name, row in equal.items()
+    ]

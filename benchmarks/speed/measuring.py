@@ -1,0 +1,79 @@
+"""What every section measures with: networks, turns, memory, and the machine's own rates."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfd.models.transformer import SIZES, Transformer, TransformerConfig
+from sfd.schedules import build_schedule
+from sfd.streams import Composite, Stream
+
+ROOT = Path(__file__).parent.parent.parent
+COMPOSITE = Composite(
+    streams=(Stream(name="texture", channels=32, grid=16), Stream(name="semantic", channels=16, grid=16, weight=2.0))
+)
+SCHEDULE = build_schedule({"name": "offset", "delta": 0.3}, COMPOSITE.names)
+Row = dict[str, Any]
+
+
+def network(size: str) -> Transformer:
+    """A network as published, none of its weights zero."""
+    depth, width, heads = SIZES[size]
+    config = TransformerConfig(
+        depth=depth, width=width, heads=heads, composite=COMPOSITE, num_classes=1000, clocks=("semantic", "texture")
+    )
+    made = Transformer(config)
+    for parameter in made.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return made
+
+
+def best_times(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each way, the best of several turns; a first turn, not counted, compiles and warms up."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: min(each) for name, each in times.items()}
+
+
+def machine(device: torch.device) -> Row:
+    """What the figures were measured on, with the rates of its matrix products."""
+    side = 8192 if device.type == "cuda" else 2048
+    rates = {}
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = best_times({"product": lambda a=a, b=b: a @ b.T}, 5, device)["product"]
+        rates[name] = 2 * side**3 / seconds
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "matrix_rate": rates,
+    }
+
+
+def memory(way: Callable[[], Any], device: torch.device) -> Row:
+    """Peak memory of one call, where the device can tell."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.reset_peak_memory_stats(device)
+    way()
+    return {"peak_bytes": torch.cuda.max_memory_allocated(device)}

@@ -1,0 +1,59 @@
+"""Results as tables, as a page, and as a picture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.measuring import ROOT, Row
+
+RESULTS, PAGE = ROOT / "docs" / "results" / "performance.json", ROOT / "docs" / "performance.md"
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
+    lines += ["| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "—"
+    if name.startswith("share") or name == "waiting":
+        return f"{value:.0%}"
+    if name in ("ratio", "seconds"):
+        return f"{value:.2f}"
+    if name == "flops_per_second":
+        return f"{value / 1e9:,.0f} G"
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.1f} GiB"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def page(text: str, results: dict[str, Any]) -> str:
+    """Put the tables of the results into the page, between its markers."""
+    for name, rows in results.items():
+        if isinstance(rows, list):
+            marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+            pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
+            text = re.sub(pattern, "\n".join([marks[0], table(rows), marks[1]]).replace("\\", r"\\"), text, flags=re.S)
+    return text
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, section in zip(axes, ("sampling", "training"), strict=True):
+        rows = results.get(section, [])
+        axis.barh([f"{r['size']}, batch {r['batch']}, {r['way']}" for r in rows], [r["ratio"] for r in rows])
+        axis.axvline(1, color="k", linewidth=0.8)
+        axis.set(title=f"{section}: times the plain float32 path")
+        axis.tick_params(labelsize=7)
+    figure.savefig(path, dpi=90)

@@ -1,0 +1,103 @@
+"""Sampling: images a second, velocity errors, and guided sampling beside the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.measuring import COMPOSITE, ROOT, SCHEDULE, Row, best_times, memory, network
+from sfd.guidance import VelocityField, guide
+from sfd.model import load_model
+from sfd.models.inference import Inference, cannot_compile
+from sfd.models.transformer import Transformer, flops
+from sfd.sampling import initial_noise, integrate
+
+STEPS = 3  # of Euler's method in a timed sampling: what is timed is divided by it
+
+
+def inferences(made: Transformer, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    plain = Inference(made)
+
+    def autocast(*arguments: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return plain(*arguments)
+
+    ways: dict[str, Callable[..., Tensor]] = {"float32": plain, "autocast": autocast, "bf16": Inference(made, "bf16")}
+    if cannot_compile(device) is None:
+        ways["float32 compiled"] = Inference(made, compiled=True)
+        ways["bf16 compiled"] = Inference(made, "bf16", compiled=True)
+    return ways
+
+
+def sampling(sizes: Iterable[tuple[str, int]], repeats: int, device: torch.device) -> list[Row]:
+    """Images a second through one evaluation and a step of Euler's method, for each size and batch."""
+    rows = []
+    for size, batch in sizes:
+        made = network(size).eval().requires_grad_(False).to(device)
+        noise, labels = initial_noise(range(batch), COMPOSITE).to(device), torch.arange(batch, device=device)
+        how = {"solver": "euler", "steps": STEPS}
+        ways = {n: partial(sampled, labelled(w, labels), noise, how) for n, w in inferences(made, device).items()}
+        times = best_times(ways, repeats, device)
+        for name, seconds in times.items():
+            rate = batch * STEPS / seconds
+            row = {"size": size, "batch": batch, "way": name, "evaluated_images_per_second": rate}
+            row |= {"ratio": times["float32"] / seconds, "flops_per_second": rate * flops(made.config)}
+            rows.append(row | memory(ways[name], device))
+    return rows
+
+
+def labelled(way: Callable[..., Tensor], labels: Tensor) -> VelocityField:
+    """Give a network's velocity for these labels."""
+    return lambda x, times: way(x, times, labels)
+
+
+def sampled(velocity: VelocityField, noise: Tensor, how: dict[str, Any]) -> int:
+    """Sample; give the evaluations spent."""
+    return integrate(velocity, noise, SCHEDULE, COMPOSITE, **how).evaluations
+
+
+def errors(device: torch.device) -> list[Row]:
+    """Relative error of the demo model's velocity along a trajectory, against float32."""
+    model = load_model(ROOT / "models" / "shapes", device)
+    ways = inferences(model.transformer, device)
+    labels = torch.arange(64, device=device) % len(model.classes)
+    visited: list[tuple[Tensor, Tensor]] = []
+
+    def velocity(x: Tensor, times: Tensor) -> Tensor:
+        visited.append((x, times))
+        return ways["float32"](x, times, labels)
+
+    noise = initial_noise(range(64), model.composite).to(device)
+    integrate(velocity, noise, model.schedule, model.composite, solver="euler", steps=12)
+    rows = []
+    for name, way in ways.items():
+        pairs = [(way(x, t, labels), ways["float32"](x, t, labels)) for x, t in visited]
+        rows.append({"way": name, "error": max(((a - b).norm() / b.norm()).item() for a, b in pairs)})
+    return rows
+
+
+def guided(sizes: Iterable[tuple[str, int]], device: torch.device) -> list[Row]:
+    """Guided sampling beside the published settings: dopri5 over the whole interval in TF32, four images at a time."""
+    rows = []
+    weak = network("B").eval().requires_grad_(False).to(device)
+    torch.set_float32_matmul_precision("high")
+    for size, batch in sizes:
+        made = network(size).eval().requires_grad_(False).to(device)
+        published = {"solver": "dopri5", "options": {"rtol": 1e-3, "atol": 1e-6}, "knots": False}
+        ours = {"solver": "multistep", "steps": 25, "options": {}}
+        for name, count, precision, how in (("published", 4, "float32", published), ("ours", batch, "bf16", ours)):
+            compiled = name == "ours" and cannot_compile(device) is None
+            nets = [Inference(n, precision, compiled=compiled) for n in (made, weak)]
+            labels, noise = torch.arange(count, device=device), initial_noise(range(count), COMPOSITE).to(device)
+            field = guide(*(labelled(n, labels) for n in nets), 1.5, COMPOSITE)
+            way = partial(sampled, field, noise, how)
+            seconds = best_times({name: way}, 2, device)[name]
+            row = {"size": size, "way": name, "batch": count, "evaluations": way()}
+            rows.append(row | {"images_per_second": count / seconds} | memory(way, device))
+        rows[-1]["ratio"] = rows[-1]["images_per_second"] / rows[-2]["images_per_second"]
+    torch.set_float32_matmul_precision("highest")
+    return rows

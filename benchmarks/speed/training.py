@@ -1,0 +1,65 @@
+"""Training: images a second of whole steps, and their share of what bare matrix products reach."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+
+from benchmarks.speed.measuring import COMPOSITE, Row, best_times, memory, network
+from sfd import flow
+from sfd.models.inference import cannot_compile
+from sfd.models.transformer import Transformer, flops
+
+
+class Training:
+    """A training step on random latents, the plain way or the project's."""
+
+    def __init__(self, made: Transformer, batch: int, device: torch.device, way: str) -> None:
+        self.device, self.plain, self.bf16 = device, way == "float32", way.startswith("bf16")
+        self.network = copy.deepcopy(made).train()
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.model = torch.compile(self.network) if way.endswith("compiled") else self.network
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=not self.plain)
+        self.x, self.target = torch.randn(2, batch, COMPOSITE.size, device=device)
+        self.times = torch.rand(batch, 2, device=device)
+        self.labels = torch.arange(batch, device=device)
+        self.weights = COMPOSITE.expand(torch.tensor([s.weight for s in COMPOSITE.streams], device=device))
+
+    def __call__(self) -> None:
+        """Take a step."""
+        with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
+            velocity = self.model(self.x, self.times, self.labels).velocity
+            loss = flow.velocity_loss(velocity, self.target, self.weights).mean()
+            loss = loss + flow.cosine_loss(COMPOSITE.positions(velocity), COMPOSITE.positions(self.target)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            pair = list(self.average.parameters()), list(self.network.parameters())
+            if self.plain:
+                for average, weight in zip(*pair, strict=True):
+                    average.lerp_(weight, 1e-4)
+            else:
+                torch._foreach_lerp_(*pair, 1e-4)
+
+
+def training(
+    sizes: Iterable[tuple[str, int]], repeats: int, device: torch.device, matrix_rate: dict[str, float]
+) -> list[Row]:
+    """Images a second of whole steps; the share of what a bare matrix product in the same precision reaches."""
+    names = ["float32", "bf16"] + (["bf16 compiled"] if cannot_compile(device) is None else [])
+    rows = []
+    for size, batch in sizes:
+        made = network(size).to(device)
+        ways = {name: Training(made, batch, device, name) for name in names}
+        times = best_times(ways, repeats, device)
+        for name, seconds in times.items():
+            rate = 3 * flops(made.config) * batch / seconds
+            row = {"size": size, "batch": batch, "way": name, "images_per_second": batch / seconds}
+            row |= {"ratio": times["float32"] / seconds, "flops_per_second": rate}
+            row["share_of_matrix_rate"] = rate / matrix_rate[name.split()[0]]
+            rows.append(row | memory(ways[name], device))
+    return rows
