@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from benchmarks.speed.demo import prepared, stage
 from benchmarks.speed.measuring import ROOT, Row
 
 
@@ -28,13 +30,10 @@ def start_up(out: Path) -> list[Row]:
 
 def loop(out: Path, steps: int) -> list[Row]:
     """The demo's training through `sfd train`: its speed, and the share of the time that it waited for batches."""
-    folder = out / f"demo-{time.time_ns()}"
-    few = [f"{part}.train.steps=2" for part in ("texture", "semantic", "compressor")]
-    rest = ["data.count=2000", f"train.steps={steps}", f"train.log_every={steps // 4}", "train.preview_every=0"]
-    recipe = str(ROOT / "recipes" / "shapes-demo.yaml")
-    for command in ("train-texture", "train-semantic", "train-semvae", "prepare", "train"):
-        arguments = [command, recipe, *few, *rest, "--out", str(folder), "--device", "cpu"]
-        subprocess.run([sys.executable, "-m", "sfd", *arguments], check=True, capture_output=True)
+    folder = prepared(out / "demo")
+    for made in ("training", "model"):
+        shutil.rmtree(folder / made, ignore_errors=True)
+    stage("train", folder, f"train.steps={steps}", f"train.log_every={steps // 4}", "train.preview_every=0")
     lines = [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
     fastest = max(lines[1:], key=lambda line: line["images_per_second"])
     return [{name: fastest[name] for name in ("images_per_second", "waiting")}]
