@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from benchmarks.speed import measuring, report
+from benchmarks.speed.__main__ import SECTIONS, chosen
+from benchmarks.speed.measuring import Setting
 from benchmarks.speed.training import Training
+from sfd.errors import SFDError
 
 CPU = torch.device("cpu")
 
 
 def test_the_tables_are_those_of_the_results():
-    results = json.loads(report.RESULTS.read_text()) if report.RESULTS.exists() else {}
+    results = json.loads(report.RESULTS.read_text())
     text = report.PAGE.read_text()
     assert report.page(text, results) == text
-    for name in ("sampling", "errors", "training", "loop", "start_up", "solvers"):
+    assert sorted(row["section"] for row in results["machine"]) == sorted(name for name in results if name != "machine")
+    for name in (name for name, section in SECTIONS.items() if not section.cuda):
         shown = text.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
         assert ("|" in shown) == (name in results), f"{name}: figures without a source, or not shown"
+
+
+def test_a_section_that_the_device_does_not_have_is_refused_with_those_it_has(tmp_path):
+    with pytest.raises(SFDError, match="no section guided on cpu; choose of sampling, errors"):
+        chosen("errors,guided", Setting(CPU, quick=True, repeats=1, out=tmp_path))
 
 
 def test_tables_show_each_kind_of_figure():

@@ -15,41 +15,59 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.speed.commands import loop, solvers, start_up
-from benchmarks.speed.measuring import Row, machine
-from benchmarks.speed.report import PAGE, RESULTS, draw, page, table
-from benchmarks.speed.sampling import errors, guided, sampling
-from benchmarks.speed.training import training
+from benchmarks.speed import commands, sampling, training
+from benchmarks.speed.measuring import Row, Setting, machine
+from benchmarks.speed.report import draw, publish, table
+from sfd.errors import SFDError
 from sfd.resources import choose_device
 
 
-def measure(
-    quick: bool, only: set[str], sizes: list[tuple[str, int]], repeats: int, device: torch.device, out: Path
-) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    results: dict[str, Any] = {"machine": machine(device)}
-    rates = results["machine"]["matrix_rate"]
-    sizes = sizes or ([("B", 64), ("XL", 64), ("XXL", 64)] if cuda else [("S", 4)] if quick else [("S", 8), ("B", 8)])
-    sections: dict[str, Callable[[], list[Row]]] = {
-        "sampling": lambda: sampling(sizes, repeats, device),
-        "errors": lambda: errors(device),
-        "training": lambda: training(sizes, repeats, device, rates),
-        "start_up": lambda: start_up(out),
-        "loop": lambda: loop(out, 40 if quick else 200),
-    }
-    if not quick:
-        sections["solvers"] = lambda: solvers(out)
-    if cuda:
-        sections["guided"] = lambda: guided([("XL", 128), ("XXL", 128)], device)
-    for name, section in sections.items():
-        if not only or name in only:
-            results[name] = section()
-            torch._dynamo.reset()
-            print(f"\n## {name}\n\n{table(results[name])}", flush=True)
+class Section(NamedTuple):
+    """What measures one table, and when it is left out."""
+
+    rows: Callable[[Setting], list[Row]]
+    long: bool = False  # not with --quick
+    cuda: bool = False  # only on a GPU
+
+
+SECTIONS = {
+    "sampling": Section(sampling.sampling),
+    "errors": Section(sampling.errors),
+    "training": Section(training.training),
+    "start_up": Section(commands.start_up),
+    "loop": Section(commands.loop),
+    "solvers": Section(commands.solvers, long=True),
+    "guided": Section(sampling.guided, cuda=True),
+}
+
+
+def chosen(only: str, setting: Setting) -> list[str]:
+    """Give the sections that were asked for by name, or those that this setting runs.
+
+    Raises:
+        SFDError: there is no section of that name, or not on this device.
+    """
+    cuda = setting.device.type == "cuda"
+    able = [name for name, section in SECTIONS.items() if cuda or not section.cuda]
+    wanted = [name for name in only.split(",") if name]
+    unable = [name for name in wanted if name not in able]
+    if unable:
+        raise SFDError(f"there is no section {', '.join(unable)} on {setting.device}; choose of {', '.join(able)}")
+    return wanted or [name for name in able if not (setting.quick and SECTIONS[name].long)]
+
+
+def measure(names: list[str], setting: Setting) -> dict[str, Any]:
+    """Measure sections, one after the other, and print each table; `machine` says where, for each."""
+    results: dict[str, Any] = {"machine": []}
+    for name in names:
+        results[name] = SECTIONS[name].rows(setting)
+        results["machine"].append({"section": name} | machine(setting.device))
+        torch._dynamo.reset()
+        print(f"\n## {name}\n\n{table(results[name])}", flush=True)
     return results
 
 
@@ -58,7 +76,7 @@ def main() -> None:
         "python -m benchmarks.speed", description="Speed of sampling, training, loading and starting."
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: some minutes on a laptop")
-    parser.add_argument("--only", default="", help="sections, comma-separated: sampling, errors, training, …")
+    parser.add_argument("--only", default="", help=f"sections, comma-separated, of {', '.join(SECTIONS)}")
     parser.add_argument("--sizes", default="", help="of networks, and batch: S:8,B:8  [default: by device]")
     parser.add_argument("--repeats", type=int, help="turns of which the best counts  [default: 6, quick: 2]")
     parser.add_argument("--device", default="auto")
@@ -66,18 +84,21 @@ def main() -> None:
     parser.add_argument("--publish", action="store_true", help="keep the results for docs/performance.md")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    only = {name for name in arguments.only.split(",") if name}
-    repeats = arguments.repeats or (2 if arguments.quick else 6)
-    pairs = [text.split(":") for text in arguments.sizes.split(",") if text]
-    sizes = [(size, int(batch)) for size, batch in pairs]
-    results = measure(arguments.quick, only, sizes, repeats, choose_device(arguments.device), arguments.out)
-    text = json.dumps(results, indent=1) + "\n"
-    (arguments.out / "speed.json").write_text(text, encoding="utf-8")
+    try:
+        setting = Setting(
+            device=choose_device(arguments.device),
+            quick=arguments.quick,
+            repeats=arguments.repeats or (2 if arguments.quick else 6),
+            out=arguments.out,
+            asked=tuple((size, int(batch)) for size, batch in (s.split(":") for s in arguments.sizes.split(",") if s)),
+        )
+        results = measure(chosen(arguments.only, setting), setting)
+    except SFDError as error:
+        parser.error(str(error))
+    (arguments.out / "speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(results, arguments.out / "speed.png")
     if arguments.publish:
-        before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(before | results, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+        publish(results)
 
 
 if __name__ == "__main__":

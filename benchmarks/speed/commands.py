@@ -7,20 +7,19 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from benchmarks.speed.demo import prepared, stage
-from benchmarks.speed.measuring import ROOT, Row
+from benchmarks.speed.measuring import ROOT, Row, Setting
 
 
-def start_up(out: Path) -> list[Row]:
+def start_up(setting: Setting) -> list[Row]:
     """Seconds of commands, from a cold start of Python."""
     image = ["sample", str(ROOT / "models" / "shapes"), "--classes", "ring", "--seeds", "0", "--out"]
     rows = []
     for what, command in (("sfd --help", ["--help"]), ("sfd sample, one image", image)):
         times = []
         for turn in range(3):
-            extra = [str(out / f"image-{time.time_ns()}-{turn}")] if command is image else []
+            extra = [str(setting.out / f"image-{time.time_ns()}-{turn}")] if command is image else []
             start = time.perf_counter()
             subprocess.run([sys.executable, "-m", "sfd", *command, *extra], check=True, capture_output=True)
             times.append(time.perf_counter() - start)
@@ -28,9 +27,10 @@ def start_up(out: Path) -> list[Row]:
     return rows
 
 
-def loop(out: Path, steps: int) -> list[Row]:
+def loop(setting: Setting) -> list[Row]:
     """The demo's training through `sfd train`: its speed, and the share of the time that it waited for batches."""
-    folder = prepared(out / "demo")
+    steps = 40 if setting.quick else 200
+    folder = prepared(setting.out / "demo")
     for made in ("training", "model"):
         shutil.rmtree(folder / made, ignore_errors=True)
     stage("train", folder, f"train.steps={steps}", f"train.log_every={steps // 4}", "train.preview_every=0")
@@ -39,10 +39,11 @@ def loop(out: Path, steps: int) -> list[Row]:
     return [{name: fastest[name] for name in ("images_per_second", "waiting")}]
 
 
-def solvers(out: Path) -> list[Row]:
+def solvers(setting: Setting) -> list[Row]:
     """Evaluations of each solver at equal error, on the exact velocity field of benchmarks/solvers.py."""
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "solvers.py"), "--out", str(out)], check=True)
-    equal = json.loads((out / "solvers.json").read_text())["evaluations_at_equal_error"]
+    script = str(ROOT / "benchmarks" / "solvers.py")
+    subprocess.run([sys.executable, script, "--out", str(setting.out)], check=True)
+    equal = json.loads((setting.out / "solvers.json").read_text())["evaluations_at_equal_error"]
     return [
         {"method": name} | {error: None if n is None else round(n) for error, n in row.items()}
         for name, row in equal.items()

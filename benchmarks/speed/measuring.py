@@ -6,6 +6,8 @@ import datetime
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,36 @@ COMPOSITE = Composite(
 )
 SCHEDULE = build_schedule({"name": "offset", "delta": 0.3}, COMPOSITE.names)
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command was asked for; every section is a function of it."""
+
+    device: torch.device
+    quick: bool
+    repeats: int  # turns, of which the best counts
+    out: Path  # a folder for what sections write
+    asked: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """Networks' sizes and batches: those asked for, or the device's."""
+        if self.asked:
+            return self.asked
+        if self.device.type == "cuda":
+            return ("B", 64), ("XL", 64), ("XXL", 64)
+        return (("S", 4),) if self.quick else (("S", 8), ("B", 8))
+
+    @cached_property
+    def matrix_rates(self) -> dict[str, float]:
+        """Operations a second of bare matrix products, by precision."""
+        side = 8192 if self.device.type == "cuda" else 2048
+        ways: dict[str, Callable[[], Any]] = {}
+        for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+            a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
+            ways[name] = partial(torch.matmul, a, b.T)
+        return {name: 2 * side**3 / seconds for name, seconds in best_times(ways, 10, self.device).items()}
 
 
 def network(size: str) -> Transformer:
@@ -52,13 +84,7 @@ def best_times(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.d
 
 
 def machine(device: torch.device) -> Row:
-    """What the figures were measured on, with the rates of its matrix products."""
-    side = 8192 if device.type == "cuda" else 2048
-    rates = {}
-    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = best_times({"product": lambda a=a, b=b: a @ b.T}, 5, device)["product"]
-        rates[name] = 2 * side**3 / seconds
+    """What figures were measured on."""
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
@@ -66,7 +92,6 @@ def machine(device: torch.device) -> Row:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "matrix_rate": rates,
     }
 
 

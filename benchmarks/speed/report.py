@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from benchmarks.speed.measuring import ROOT, Row
 
 RESULTS, PAGE = ROOT / "docs" / "results" / "performance.json", ROOT / "docs" / "performance.md"
+FIGURE = ROOT / "docs" / "figures" / "speed.png"
 
 
 def table(rows: list[Row]) -> str:
@@ -33,6 +35,17 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def publish(results: dict[str, Any]) -> None:
+    """Keep the sections that ran, in place of what was kept of them, and write the page's tables anew."""
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"machine": []}
+    ran = [row["section"] for row in results["machine"]]
+    where = [row for row in kept["machine"] if row["section"] not in ran] + results["machine"]
+    kept = kept | results | {"machine": where}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    draw(kept, FIGURE)
+
+
 def page(text: str, results: dict[str, Any]) -> str:
     """Put the tables of the results into the page, between its markers."""
     for name, rows in results.items():
@@ -44,6 +57,7 @@ def page(text: str, results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw how many times as fast as the plain path each way of sampling and training is."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,6 +68,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         rows = results.get(section, [])
         axis.barh([f"{r['size']}, batch {r['batch']}, {r['way']}" for r in rows], [r["ratio"] for r in rows])
         axis.axvline(1, color="k", linewidth=0.8)
-        axis.set(title=f"{section}: times the plain float32 path")
+        axis.set_title(f"{section}: times the plain float32 path", fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.invert_yaxis()
     figure.savefig(path, dpi=90)

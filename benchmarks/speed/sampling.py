@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measuring import COMPOSITE, ROOT, SCHEDULE, Row, best_times, memory, network
+from benchmarks.speed.measuring import COMPOSITE, ROOT, SCHEDULE, Row, Setting, best_times, memory, network
 from sfd.guidance import VelocityField, guide
 from sfd.model import load_model
 from sfd.models.inference import Inference, cannot_compile
@@ -33,15 +33,15 @@ def inferences(made: Transformer, device: torch.device) -> dict[str, Callable[..
     return ways
 
 
-def sampling(sizes: Iterable[tuple[str, int]], repeats: int, device: torch.device) -> list[Row]:
+def sampling(setting: Setting) -> list[Row]:
     """Images a second through one evaluation and a step of Euler's method, for each size and batch."""
-    rows = []
-    for size, batch in sizes:
+    device, rows = setting.device, []
+    for size, batch in setting.sizes:
         made = network(size).eval().requires_grad_(False).to(device)
         noise, labels = initial_noise(range(batch), COMPOSITE).to(device), torch.arange(batch, device=device)
         how = {"solver": "euler", "steps": STEPS}
         ways = {n: partial(sampled, labelled(w, labels), noise, how) for n, w in inferences(made, device).items()}
-        times = best_times(ways, repeats, device)
+        times = best_times(ways, setting.repeats, device)
         for name, seconds in times.items():
             rate = batch * STEPS / seconds
             row = {"size": size, "batch": batch, "way": name, "evaluated_images_per_second": rate}
@@ -60,8 +60,9 @@ def sampled(velocity: VelocityField, noise: Tensor, how: dict[str, Any]) -> int:
     return integrate(velocity, noise, SCHEDULE, COMPOSITE, **how).evaluations
 
 
-def errors(device: torch.device) -> list[Row]:
+def errors(setting: Setting) -> list[Row]:
     """Relative error of the demo model's velocity along a trajectory, against float32."""
+    device = setting.device
     model = load_model(ROOT / "models" / "shapes", device)
     ways = inferences(model.transformer, device)
     labels = torch.arange(64, device=device) % len(model.classes)
@@ -80,12 +81,12 @@ def errors(device: torch.device) -> list[Row]:
     return rows
 
 
-def guided(sizes: Iterable[tuple[str, int]], device: torch.device) -> list[Row]:
+def guided(setting: Setting) -> list[Row]:
     """Guided sampling beside the published settings: dopri5 over the whole interval in TF32, four images at a time."""
-    rows = []
+    device, rows = setting.device, []
     weak = network("B").eval().requires_grad_(False).to(device)
     torch.set_float32_matmul_precision("high")
-    for size, batch in sizes:
+    for size, batch in setting.asked or (("XL", 128), ("XXL", 128)):
         made = network(size).eval().requires_grad_(False).to(device)
         published = {"solver": "dopri5", "options": {"rtol": 1e-3, "atol": 1e-6}, "knots": False}
         ours = {"solver": "multistep", "steps": 25, "options": {}}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 
 import torch
 
-from benchmarks.speed.measuring import COMPOSITE, Row, best_times, memory, network
+from benchmarks.speed.measuring import COMPOSITE, Row, Setting, best_times, memory, network
 from sfd import flow
 from sfd.models.inference import cannot_compile
 from sfd.models.transformer import Transformer, flops
@@ -46,20 +45,19 @@ class Training:
                 torch._foreach_lerp_(*pair, 1e-4)
 
 
-def training(
-    sizes: Iterable[tuple[str, int]], repeats: int, device: torch.device, matrix_rate: dict[str, float]
-) -> list[Row]:
+def training(setting: Setting) -> list[Row]:
     """Images a second of whole steps; the share of what a bare matrix product in the same precision reaches."""
+    device = setting.device
     names = ["float32", "bf16"] + (["bf16 compiled"] if cannot_compile(device) is None else [])
     rows = []
-    for size, batch in sizes:
+    for size, batch in setting.sizes:
         made = network(size).to(device)
         ways = {name: Training(made, batch, device, name) for name in names}
-        times = best_times(ways, repeats, device)
+        times = best_times(ways, setting.repeats, device)
         for name, seconds in times.items():
             rate = 3 * flops(made.config) * batch / seconds
             row = {"size": size, "batch": batch, "way": name, "images_per_second": batch / seconds}
             row |= {"ratio": times["float32"] / seconds, "flops_per_second": rate}
-            row["share_of_matrix_rate"] = rate / matrix_rate[name.split()[0]]
+            row["share_of_matrix_rate"] = rate / setting.matrix_rates[name.split()[0]]
             rows.append(row | memory(ways[name], device))
     return rows
