@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
-from benchmarks.speed import measuring, report
+from benchmarks.speed import measuring, overhead, report
 from benchmarks.speed.__main__ import SECTIONS, chosen
 from benchmarks.speed.measuring import Setting
 from benchmarks.speed.training import Training
 from sfd.errors import SFDError
+from sfd.sampling import initial_noise
 
 CPU = torch.device("cpu")
 
@@ -47,3 +49,14 @@ def test_the_fast_step_of_the_benchmark_does_what_the_plain_one_does(monkeypatch
         steps[-1]()
     for plain, fast in zip(*(step.average.parameters() for step in steps), strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_the_plain_sampler_solves_the_same_equation():
+    noise = initial_noise(range(2), measuring.COMPOSITE).double()
+
+    def velocity(x, times):
+        return (1 - x) * (1 + measuring.COMPOSITE.expand(times))
+
+    plain = overhead.published_sampling(velocity, noise, rtol=1e-6)
+    exact = 1 + (noise - 1) * math.exp(-1.5)  # each stream's time runs from 0 to 1, whatever its clock
+    torch.testing.assert_close(plain, exact, rtol=0, atol=3e-3)  # it steps across the knots

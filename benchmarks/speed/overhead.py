@@ -1,0 +1,207 @@
+"""Time outside of the network: what a loop takes beyond losses, gradients and AdamW, or a sampler beyond velocities.
+
+The plain path is what one writes first, and what the published code does: images looked up one by one and stacked,
+noise and times drawn when the step needs them, an average updated weight by weight, each loss read back at each step;
+dopri5 with times as tensors. Networks, losses and optimizer are the same on both sides, float32 and not compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from benchmarks.speed.demo import RECIPE, prepared
+from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, Row, network
+from sfd import flow
+from sfd.config import load_recipe
+from sfd.data.latents import FEATURES, LatentSet
+from sfd.generate import DEFAULT_STEPS
+from sfd.models.inference import Inference
+from sfd.models.transformer import Transformer
+from sfd.pipeline import transformer_config
+from sfd.preparation import find_latents
+from sfd.sampling import initial_noise, integrate
+from sfd.schedules import build_schedule
+from sfd.training.diffusion import DiffusionTask, LossSettings
+from sfd.training.loop import fit
+from sfd.training.settings import TrainSettings
+
+NETWORKS = {"tiny": 256, "S": 32}  # size and batch of the trainings that are timed
+DELTA = 0.3
+
+
+class Bare:
+    """Steps on a batch that is there: losses, gradients, clipping and AdamW."""
+
+    def __init__(self, task: DiffusionTask, settings: TrainSettings, device: torch.device) -> None:
+        self.task, self.network, self.device = task, task.model.to(device).train(), device
+        self.batch = {k: v.to(device) for k, v in task.batch(0, range(settings.batch_size)).items()}
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+
+    def prepare(self, step: int) -> dict[str, Tensor]:
+        """Give a batch."""
+        return self.batch
+
+    def finish(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Do what follows an update."""
+
+    def __call__(self, steps: int) -> float:
+        """Take steps; give the seconds of one."""
+        start = time.perf_counter()
+        for step in range(steps):
+            losses = self.task.loss(self.network, self.prepare(step))
+            losses["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.finish(step, losses)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - start) / steps
+
+
+class Plain(Bare):
+    """The same steps with everything around them done when it is needed, one thing after another."""
+
+    def __init__(self, task: DiffusionTask, settings: TrainSettings, device: torch.device) -> None:
+        super().__init__(task, settings, device)
+        self.size = settings.batch_size
+        self.average = {name: p.detach().clone() for name, p in self.network.named_parameters()}
+        self.log: list[dict[str, float]] = []
+        self.order = torch.randperm(len(task.latents)).tolist()
+
+    def item(self, index: int) -> dict[str, Tensor]:
+        """Read one image's latents."""
+        latents, composite = self.task.latents, self.task.composite
+        (numbers, flips) = torch.tensor([index]).numpy(), (torch.rand(1) < 0.5).numpy()
+        read = {name: latents.read(name, numbers, flips) for name in composite.names}
+        item = {"x1": composite.join(composite.normalize(read))[0], "label": latents.labels[index]}
+        if self.task.settings.repa:
+            item["features"] = latents.read(FEATURES, numbers, flips)[0]
+        return item
+
+    def prepare(self, step: int) -> dict[str, Tensor]:
+        """Give a batch."""
+        chosen = [self.order[(step * self.size + i) % len(self.order)] for i in range(self.size)]
+        items = [self.item(index) for index in chosen]
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        u = flow.sample_base_time(torch.randn(self.size), "logit_normal")[:, None]
+        batch["x0"] = torch.randn_like(batch["x1"])
+        batch["times"] = torch.cat([(1 + DELTA) * u - DELTA, (1 + DELTA) * u], 1).clamp(0, 1)
+        batch["labels"] = torch.where(torch.rand(self.size) < 0.1, self.task.null_class, batch.pop("label"))
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    @torch.no_grad()
+    def finish(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Do what follows an update."""
+        for name, parameter in self.network.named_parameters():
+            self.average[name].mul_(0.9999).add_(parameter, alpha=1e-4)
+        self.log.append({name: value.item() for name, value in losses.items() if value.ndim == 0})
+
+
+def trained(task: DiffusionTask, settings: TrainSettings, folder: Path, device: torch.device) -> float:
+    """Train through the project's own loop; give the seconds of a step, the best between two lines of its log."""
+    shutil.rmtree(folder, ignore_errors=True)
+    fit(task, settings, folder, device=device)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return settings.batch_size / max(line["images_per_second"] for line in lines)
+
+
+def training(latents: LatentSet, size: str, batch: int, repeats: int, folder: Path, device: torch.device) -> list[Row]:
+    """Milliseconds of a training step outside of network and optimizer, plain and the project's."""
+    recipe = load_recipe(RECIPE, [f"transformer.size={size}"])
+    config = transformer_config(recipe, latents)
+    schedule = build_schedule(recipe.schedule, config.composite.names)
+    task = DiffusionTask(Transformer(config), latents, schedule, LossSettings(), seed=0, batch_size=batch)
+    steps = 12 if size == "tiny" else 4
+    settings = TrainSettings(steps=3 * steps, batch_size=batch, learning_rate=1e-5, ema=0.9999, log_every=steps)
+    bare, plain = Bare(task, settings, device), Plain(task, settings, device)
+    ways: dict[str, Callable[[], float]] = {
+        "network": lambda: bare(steps),
+        "plain": lambda: plain(steps),
+        "project": lambda: trained(task, settings, folder, device),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            times[name].append(way())
+    best = {name: min(each) for name, each in times.items()}
+    outside = {name: best[name] - best["network"] for name in ("plain", "project")}
+    what = f"training {size}, batch {batch}"
+    return [_row(what, name, best[name], seconds, outside["plain"]) for name, seconds in outside.items()]
+
+
+class Watched:
+    """A velocity function that knows how long it took."""
+
+    def __init__(self, velocity: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.velocity, self.seconds, self.calls = velocity, 0.0, 0
+
+    def __call__(self, x: Tensor, times: Tensor) -> Tensor:
+        """Evaluate."""
+        start = time.perf_counter()
+        out = self.velocity(x, times)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        self.seconds += time.perf_counter() - start
+        self.calls += 1
+        return out
+
+
+def published_sampling(
+    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, rtol: float = 1e-3, atol: float = 1e-6
+) -> Tensor:
+    """Sample as the published code does: dopri5 over [0, 1], all times as tensors of the batch."""
+
+    def derivative(u: Tensor, x: Tensor) -> Tensor:
+        us = torch.ones(len(x), device=x.device) * u
+        semantic, texture = (1 + DELTA) * us, (1 + DELTA) * us - DELTA
+        rates = [torch.where((t >= 0) & (t < 1), 1 + DELTA, 0.0) for t in (texture, semantic)]
+        times = torch.stack([texture.clamp(0, 1), semantic.clamp(0, 1)], 1)
+        parts = COMPOSITE.split(velocity(x, times)).values()
+        return torch.cat([rate[:, None] * part.flatten(1) for rate, part in zip(rates, parts, strict=True)], 1)
+
+    ends = torch.tensor([0.0, 1.0]).to(noise)
+    return odeint(derivative, noise, ends, rtol=rtol, atol=atol, method="dopri5")[-1]
+
+
+def sampling(size: str, batch: int, repeats: int, device: torch.device) -> list[Row]:
+    """Milliseconds of an evaluation outside of the network: dopri5 as published, and the default of `sfd sample`."""
+    net = Inference(network(size).eval().requires_grad_(False).to(device))
+    noise, labels = initial_noise(range(batch), COMPOSITE).to(device), torch.arange(batch, device=device)
+    ways: dict[str, Callable[[Watched], object]] = {
+        "plain": lambda field: published_sampling(field, noise),
+        "project": lambda field: integrate(field, noise, SCHEDULE, COMPOSITE, steps=DEFAULT_STEPS),
+    }
+    outside, whole = dict.fromkeys(ways, float("inf")), dict.fromkeys(ways, 0.0)
+    for _ in range(repeats):
+        for name, way in ways.items():
+            field = Watched(lambda x, times: net(x, times, labels))
+            start = time.perf_counter()
+            way(field)
+            seconds = time.perf_counter() - start
+            if seconds - field.seconds < outside[name] * field.calls:
+                outside[name], whole[name] = (seconds - field.seconds) / field.calls, seconds / field.calls
+    what = f"sampling {size}, batch {batch}"
+    return [_row(what, name, whole[name], seconds, outside["plain"]) for name, seconds in outside.items()]
+
+
+def _row(what: str, way: str, whole: float, outside: float, plain: float) -> Row:
+    row = {"what": what, "way": way, "milliseconds": 1e3 * whole, "outside_milliseconds": 1e3 * outside}
+    return row | {"share_outside": outside / whole, "of_the_plain_paths": outside / plain}
+
+
+def overhead(out: Path, repeats: int, device: torch.device) -> list[Row]:
+    """Time a step and an evaluation of each path, and what of it is spent outside of the network."""
+    latents = find_latents(prepared(out / "demo"))
+    rows = sampling("S", 8, max(repeats // 3, 1), device)
+    for size, batch in NETWORKS.items():
+        rows += training(latents, size, batch, repeats, out / "overhead", device)
+    return rows
