@@ -73,6 +73,27 @@ def test_a_run_that_went_back_resumes_exactly(tmp_path, stop_at):
     assert log(tmp_path / "parts") == log(tmp_path / "whole")
 
 
+def test_bad_steps_that_ended_before_they_were_noticed_are_gone_back_for_once(tmp_path):
+    settings = changed(steps=24, max_skipped=3, checkpoint_every=3, log_every=24)
+    fit(Poisoned({11, 12, 13}), settings, tmp_path, device=CPU)  # noticed at step 20, after a good checkpoint at 18
+    assert log(tmp_path)[-1]["rollbacks"] == 1
+
+
+def test_a_run_killed_right_after_a_rollback_goes_back_again(tmp_path):
+    class Killed(Poisoned):
+        def loss(self, model, batch):
+            if batch["step"].item() == 18 + ATTEMPT_STEPS:
+                raise ZeroDivisionError
+            return super().loss(model, batch)
+
+    bad = set(range(16, 20))
+    whole = fit(Poisoned(bad), SETTINGS, tmp_path / "whole", device=CPU)
+    with pytest.raises(ZeroDivisionError):
+        fit(Killed(bad), SETTINGS, tmp_path / "parts", device=CPU)
+    assert same_weights(whole, fit(Poisoned(bad), SETTINGS, tmp_path / "parts", device=CPU))
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+
+
 class Diverging(Poisoned):
     """Every batch is poisoned."""
 

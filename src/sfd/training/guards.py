@@ -38,6 +38,10 @@ class Guard:
         """Give the counters; waits for the device."""
         return {"in_a_row": int(self._in_a_row), "most": int(self._most), "total": int(self._total)}
 
+    def forgive(self) -> None:
+        """Forget the most in a row: what training went back for does not count once more."""
+        self._most = torch.zeros_like(self._most)
+
     def restore(self, state: Mapping[str, int]) -> None:
         """Take the counters of a checkpoint."""
         device = self._total.device

@@ -22,7 +22,7 @@ from sfd.training.log import TrainingLog
 from sfd.training.parallel import Parallel, local, whole
 from sfd.training.settings import FREE_TO_CHANGE, TrainSettings, average_weight, learning_rate
 
-REPORT, ATTEMPT = "failure-report.json", "attempt.json"
+REPORT = "failure-report.json"
 
 
 class Task(Protocol):
@@ -113,15 +113,14 @@ class _Run:
         self.batches = Batches(task.batch, settings, pinned=device.type == "cuda")
         self.writer = checkpoints.Writer(folder / "checkpoints", settings, sharded=self.parallel.sharded)
         self.step, self.attempt, self.pause = 0, 0, 0.0
-        self._fresh = True
+        self._saved: int | None = None  # the step of the checkpoint that this state was saved to or came from
         self._log_state: dict[str, Any] = {}
         self._resume()
 
     def begin(self) -> None:
         """Open the log and start on the batches; a new run shows at once that its checkpoints can be written."""
         self.log.start(self.step, self._log_state)
-        if self._fresh:
-            self.save()
+        self.save()
         self.batches.start(self.step, self.attempt)
 
     def advance(self) -> str:
@@ -182,6 +181,8 @@ class _Run:
     def _roll_back(self) -> None:
         """Go back to the last good checkpoint, with another order of the data from there.
 
+        A run that is killed before its next checkpoint fails once more in the same way and comes back here.
+
         Raises:
             SFDError: it was done often enough; a report is written.
         """
@@ -190,9 +191,10 @@ class _Run:
         good = checkpoints.newest(self.folder / "checkpoints", good=True)
         if self.attempt >= self.settings.max_rollbacks or good is None:
             raise self._give_up()
-        self._restore(good, self.attempt + 1)
+        self.attempt += 1
+        self._restore(good)
+        self.guard.forgive()
         if processes.leads():
-            files.write_json(self.folder / ATTEMPT, {"step": self.step, "attempt": self.attempt})
             checkpoints.remove_after(self.folder / "checkpoints", self.step)
         processes.tell(None)
         self.log.start(self.step, self._log_state)
@@ -263,7 +265,9 @@ class _Run:
         return state
 
     def save(self) -> None:
-        """Begin to write a checkpoint."""
+        """Begin to write a checkpoint, unless there is one of this step."""
+        if self._saved == self.step:
+            return
         guard = self.guard.state()
         record = {
             "task": self.task.name,
@@ -277,6 +281,7 @@ class _Run:
         self.log.settle()
         if processes.leads() or self.parallel.sharded:
             self.pause = self.writer.save(self.step, self.state(), record)
+        self._saved = self.step
 
     def _resume(self) -> None:
         if processes.leads():
@@ -290,16 +295,13 @@ class _Run:
                 f"{self.folder} holds a run of {checkpoint.step} steps, but {self.settings.steps} were asked for; "
                 f"ask for {checkpoint.step} or more, or use another folder to train for fewer"
             )
-        attempt = int(checkpoint.record["attempt"])
-        if (self.folder / ATTEMPT).exists():
-            begun = files.read_json(self.folder / ATTEMPT, "training folder")
-            attempt = max(attempt, begun["attempt"] if begun["step"] == checkpoint.step else 0)
-        self._restore(checkpoint, attempt)
+        self.attempt = int(checkpoint.record["attempt"])
+        self._restore(checkpoint)
 
-    def _restore(self, checkpoint: checkpoints.Checkpoint, attempt: int) -> None:
+    def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         checkpoint.fill(self.state())
         self.guard.restore(checkpoint.record["guard"])
-        self.step, self.attempt, self._fresh = checkpoint.step, attempt, False
+        self.step = self._saved = checkpoint.step
         self._log_state = checkpoint.record["log"]
 
 
