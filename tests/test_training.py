@@ -198,12 +198,16 @@ def test_a_finished_run_is_not_trained_again(whole):
     assert (whole[0] / "log.jsonl").read_text() == before
 
 
+def damage(folder, step):
+    state = folder / "checkpoints" / f"step-{step:09d}" / checkpoints.STATE
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(data)
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole):
     fit(Regression(), SETTINGS, tmp_path, device=CPU)
-    newest = tmp_path / "checkpoints" / "step-000000012" / checkpoints.STATE
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data)
+    damage(tmp_path, 12)
     assert checkpoints.newest(tmp_path / "checkpoints").step == 8
     assert same_weights(whole[1], fit(Regression(), SETTINGS, tmp_path, device=CPU))
 
@@ -222,6 +226,22 @@ def test_a_stop_s_checkpoint_takes_no_other_s_place(tmp_path):
         with pytest.raises(Interrupted):
             fit(Regression(stop_at=step), SETTINGS, tmp_path, device=CPU)
     assert saved_steps(tmp_path) == [4, 8, 11]
+
+
+def test_a_damaged_checkpoint_takes_no_other_s_place(tmp_path):
+    fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    damage(tmp_path, 12)
+    with pytest.raises(Interrupted):
+        fit(Regression(stop_at=9), changed(keep_checkpoints=1), tmp_path, device=CPU)
+    assert checkpoints.newest(tmp_path / "checkpoints").step == 10
+
+
+def test_a_copy_of_a_checkpoint_is_let_be(tmp_path):
+    fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    kept = tmp_path / "checkpoints" / "step-000000012-kept"
+    (tmp_path / "checkpoints" / "step-000000012").rename(kept)
+    fit(Regression(), changed(keep_every=4), tmp_path, device=CPU)
+    assert kept.is_dir()
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(whole, tmp_path, monkeypatch):

@@ -202,7 +202,7 @@ class Writer:
             else:
                 self._write_shares(files.partial_of(path), state)
             if processes.leads():
-                _thin(self.folder, self.settings)
+                _thin(path, self.settings)
         except BaseException as error:
             self._error = error
 
@@ -225,9 +225,12 @@ def _seal(partial: Path, record: Mapping[str, Any]) -> None:
     files.write_json(partial / RECORD, {**record, "sha256": sums}, sealed=True)
 
 
-def _thin(folder: Path, settings: TrainSettings) -> None:
-    """Keep the newest, the newest `keep_checkpoints` good ones, and all at multiples of `keep_every`."""
-    paths = _folders(folder)
+def _thin(newest: Path, settings: TrainSettings) -> None:
+    """Keep the newest, the newest `keep_checkpoints` good ones, and all at multiples of `keep_every`.
+
+    What lies beyond the newest was found damaged and takes no other's place; training will write it again.
+    """
+    paths = [path for path in _folders(newest.parent) if path.name <= newest.name]
     good = [path for path in paths if _is_good(path)]
     every = settings.keep_every
     lasting = [path for path in paths if every and _step(path) and _step(path) % every == 0]
@@ -256,8 +259,8 @@ def _step(path: Path) -> int:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """List checkpoint folders, newest first."""
-    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+    """List checkpoint folders, newest first; not copies that somebody gave names of their own."""
+    return sorted((p for p in folder.glob(f"step-{9 * '[0-9]'}") if p.is_dir()), reverse=True)
 
 
 def _verified(path: Path) -> dict[str, Any]:
