@@ -169,7 +169,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(finished, tmp_pat
 
 def test_an_error_of_one_process_ends_all(finished, tmp_path):
     out = copied(finished, tmp_path / "out")
-    (out / "training" / "checkpoints" / "step-000000002").mkdir(parents=True)  # damaged, which only the leading process finds out
+    damaged = out / "training" / "checkpoints" / "step-000000002"  # which only the leading process finds out
+    damaged.mkdir(parents=True)
     processes = pair("train", write_recipe(tmp_path), "--out", out, "--device", "cpu")
     messages = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], messages

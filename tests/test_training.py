@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -278,6 +279,34 @@ def test_a_checkpoint_on_a_full_disk_is_explained(tmp_path, monkeypatch):
     with pytest.raises(SFDError, match="no space left on the disk"):
         fit(Regression(), SETTINGS, tmp_path, device=CPU)
     assert saved_steps(tmp_path) == [0, 4] and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.fixture
+def shares(tmp_path):
+    """A writer of shared-out state, of which this one process has all."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield checkpoints.Writer(tmp_path, SETTINGS, sharded=True)
+    torch.distributed.destroy_process_group()
+
+
+def test_shares_that_cannot_be_written_are_explained(shares, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        shares.save(4, {"weight": torch.zeros(1000)}, {"good": True})
+        with pytest.raises(SFDError, match="File too large"):
+            shares.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [1.0, float("inf")])
+def test_shares_are_good_where_all_numbers_are_finite(shares, tmp_path, number):
+    shares.save(4, {"weight": torch.full((10,), number)}, {"good": True})
+    shares.wait()
+    record = files.read_json(tmp_path / "step-000000004" / checkpoints.RECORD, "checkpoint")
+    assert record["good"] is (number == 1.0)
 
 
 def test_accumulation_gives_the_same_training(whole, tmp_path):

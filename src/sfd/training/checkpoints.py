@@ -11,7 +11,8 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from sfd import files, processes
 from sfd.errors import SFDError
 from sfd.progress import console
+from sfd.training.parallel import local
 from sfd.training.settings import TrainSettings
 from sfd.weights import misfit
 
@@ -62,7 +64,7 @@ class Checkpoint:
         saved = reader.read_metadata().state_dict_metadata
         sizes = {name: m.size for name, m in saved.items() if isinstance(m, TensorStorageMetadata)}
         self._check({name: torch.empty(size, device="meta") for name, size in sizes.items()}, expected)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _explained(self.path):
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load({name: t.detach() for name, t in state.items()}, storage_reader=reader)
 
@@ -188,36 +190,50 @@ class Writer:
     def _write(self, state: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         path = _path(self.folder, record["step"])
         try:
-            if not self.sharded:
-                record["good"] = record["good"] and _finite(state)
-                with files.written(path) as partial:
-                    partial.mkdir()
-                    files.write_tensors(partial / STATE, state)
-                    _seal(partial, record)
-            elif processes.leads():
-                with files.written(path) as partial:
-                    partial.mkdir()
-                    self._write_shares(partial, state)
-                    _seal(partial, record)
-            else:
-                self._write_shares(files.partial_of(path), state)
+            record["good"] = self._finite(state) and record["good"]
             if processes.leads():
+                with files.written(path) as partial:
+                    partial.mkdir()
+                    self._write_state(partial, state)
+                    _seal(partial, record)
                 _thin(path, self.settings)
+            else:
+                self._write_state(files.partial_of(path), state)
         except BaseException as error:
             self._error = error
 
-    def _write_shares(self, partial: Path, state: Mapping[str, Tensor]) -> None:
+    def _finite(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether training can go on from a state: a number too large for its type would stay in it for good."""
+        finite = all(bool(torch.isfinite(t).all()) for t in local(state.values()) if t.is_floating_point())
+        if self.sharded:
+            shared = torch.tensor(int(finite))
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN, group=self._group)
+            finite = bool(shared)
+        return finite
+
+    def _write_state(self, partial: Path, state: Mapping[str, Tensor]) -> None:
+        if not self.sharded:
+            files.write_tensors(partial / STATE, state)
+            return
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
         torch.distributed.barrier(self._group)  # the folder is there
         storage = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(dict(state), storage_writer=storage, process_group=self._group)
+        with _explained(partial):
+            dcp.save(dict(state), storage_writer=storage, process_group=self._group)
 
 
-def _finite(state: Mapping[str, Tensor]) -> bool:
-    """Whether training can go on from a state: a number too large for its type would stay in it for good."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in state.values() if tensor.is_floating_point())
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Give all processes the error that one of them met; as PyTorch tells of it, nobody would take it for one."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # no `Exception`
+        met = next(iter(error.failures.values()))[0]
+        raise (files.explained(met, path) if isinstance(met, OSError) else met) from error
 
 
 def _seal(partial: Path, record: Mapping[str, Any]) -> None:
