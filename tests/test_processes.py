@@ -27,6 +27,7 @@ PAGE = TESTS.parent / "docs" / "training-at-scale.md"
 STEPS = {"steps": 50, "batch_size": 8, "learning_rate": 1e-3, "ema": 0.9, "log_every": 10, "checkpoint_every": 20}
 FEW = STEPS | {"steps": 16, "log_every": 4}
 SHARED = FEW | {"parallel": "fsdp"}
+LATE = FEW | {"log_every": 16}  # a line that gathers all steps
 
 
 def free_port():
@@ -80,12 +81,15 @@ def jobs(tmp_path_factory):
         ("changing", SHARED, (6, 1)),
         ("changing", FEW | {"accumulate": 2}, (9, 0)),
         ("changing", SHARED, (12, 1)),
+        ("uninterrupted", LATE, None),
+        ("interrupted", LATE, (5, 1)),
+        ("interrupted", LATE, None),
     ]
     (folder / "jobs.json").write_text(json.dumps(together))
     ended = torchrun(TESTS / "worker.py", folder)
     assert ended.returncode == 0, ended.stderr
     results["changing"] = worker.train(folder, "changing", FEW).state_dict()
-    for name in ("two", "shared"):
+    for name in ("two", "shared", "uninterrupted", "interrupted"):
         first, second = (files.read_tensors(folder / f"{name}-{rank}.safetensors") for rank in range(2))
         assert distance(first, second) == 0
         results[name] = first
@@ -110,6 +114,14 @@ def test_however_a_batch_is_divided_the_log_is_the_same(jobs, name, reference):
         assert a.keys() - timing == b.keys() - timing
         for key in a.keys() - timing:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
+
+
+def test_an_interruption_changes_no_bit_of_weights_and_log(jobs):
+    folder, results = jobs
+    assert distance(results["interrupted"], results["uninterrupted"]) == 0
+    timing = {"images_per_second": 0, "checkpoint_pause": 0, "waiting": 0}
+    a, b = ([line | timing for line in lines(folder / name)] for name in ("interrupted", "uninterrupted"))
+    assert a == b
 
 
 def test_shares_are_saved_by_the_processes_that_hold_them(jobs):

@@ -193,6 +193,14 @@ def test_a_resumed_run_has_the_same_log(whole, tmp_path):
     assert log(tmp_path) == log(whole[0])
 
 
+def test_a_damaged_log_is_named(tmp_path):
+    fit(Regression(), SETTINGS, tmp_path, device=CPU)
+    path = tmp_path / "log.jsonl"
+    path.write_text(path.read_text().replace("step", "stop", 1))
+    with pytest.raises(SFDError, match=r"log\.jsonl is damaged \('step'\)"):
+        fit(Regression(), changed(steps=14), tmp_path, device=CPU)
+
+
 def test_a_finished_run_is_not_trained_again(whole):
     before = (whole[0] / "log.jsonl").read_text()
     fit(Regression(stop_at=0), SETTINGS, whole[0], device=CPU)

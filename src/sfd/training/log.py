@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sfd import files, processes
+from sfd.errors import SFDError
 
 
 class TrainingLog:
@@ -37,12 +38,10 @@ class TrainingLog:
         """Go on after a step, with what a checkpoint's `state` had collected.
 
         Raises:
-            SFDError: the folder cannot be written to.
+            SFDError: the log is damaged, or the folder cannot be written to.
         """
         self.close()
-        self._sums = {
-            tuple(names.split()): torch.tensor(sums) * float(processes.leads()) for names, sums in state.items()
-        }
+        self._sums = {tuple(names.split()): _own(torch.tensor(sums)) for names, sums in state.items()}
         if processes.leads():
             from torch.utils.tensorboard import SummaryWriter
 
@@ -53,7 +52,10 @@ class TrainingLog:
 
     def _cut(self, step: int) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError) as error:
+            raise SFDError(f"{self.path} is damaged ({error}); restore it, or remove it to go on without it") from None
         files.write_text(self.path, "".join(line + "\n" for line in kept))
 
     def collect(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
@@ -78,8 +80,8 @@ class TrainingLog:
             SFDError: the disk is full, or the folder cannot be written to.
         """
         line: dict[str, float] = {"step": step}
-        for names, sums in self.state().items():
-            line |= {name: total / n for name, (total, n) in zip(names.split(), sums, strict=True) if n}
+        for names, sums in self._gathered():
+            line |= {name: total / n for name, (total, n) in zip(names, sums.sum(0).tolist(), strict=True) if n}
         now = time.monotonic()
         speed = self._steps_here * self.batch_size / max(now - self._start, 1e-9)
         line |= {**extra, "images_per_second": speed}
@@ -94,13 +96,17 @@ class TrainingLog:
         self._sums, self._steps_here, self._start = {}, 0, now
         return self.note
 
-    def state(self) -> dict[str, list[list[float]]]:
-        """Give what all processes have collected since the last line, for a checkpoint; waits for the device."""
-        shared = {names: sums.clone() for names, sums in self._sums.items()}
-        if processes.count() > 1:
-            for sums in shared.values():
-                torch.distributed.all_reduce(sums)
-        return {" ".join(names): sums.tolist() for names, sums in shared.items()}
+    def state(self) -> dict[str, list[list[list[float]]]]:
+        """Give what each process has collected since the last line, for a checkpoint; waits for the device."""
+        return {" ".join(names): sums.tolist() for names, sums in self._gathered()}
+
+    def _gathered(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Give the sums of all processes, (processes, names, 2), by the names that are collected together."""
+        for names, sums in self._sums.items():
+            each = sums.repeat(processes.count(), 1, 1)
+            if processes.count() > 1:
+                torch.distributed.all_gather(list(each), sums)
+            yield names, each
 
     def settle(self) -> None:
         """Bring the lines to the disk, so that a checkpoint never outlives the lines before it."""
@@ -128,6 +134,11 @@ class TrainingLog:
             yield
         except OSError as error:
             raise files.explained(error, self.path) from error
+
+
+def _own(sums: Tensor) -> Tensor:
+    """Give this process the sums that it saved; of another number of processes, the leading one gets all."""
+    return sums[processes.rank()] if len(sums) == processes.count() else sums.sum(0) * float(processes.leads())
 
 
 def _stacked(values: Mapping[str, Tensor]) -> list[Tensor]:
