@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.speed import commands, sampling, training
+from benchmarks.speed import commands, optimizer, overhead, sampling, training
 from benchmarks.speed.measuring import Row, Setting, machine
 from benchmarks.speed.report import draw, publish, table
 from sfd.errors import SFDError
@@ -38,6 +38,8 @@ SECTIONS = {
     "sampling": Section(sampling.sampling),
     "errors": Section(sampling.errors),
     "training": Section(training.training),
+    "optimizer": Section(optimizer.optimizer),
+    "overhead": Section(overhead.overhead),
     "start_up": Section(commands.start_up),
     "loop": Section(commands.loop),
     "solvers": Section(commands.solvers, long=True),

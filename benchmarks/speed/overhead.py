@@ -18,7 +18,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from benchmarks.speed.demo import RECIPE, prepared
-from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, Row, network
+from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, Row, Setting, network
 from sfd import flow
 from sfd.config import load_recipe
 from sfd.data.latents import FEATURES, LatentSet
@@ -33,7 +33,7 @@ from sfd.training.diffusion import DiffusionTask, LossSettings
 from sfd.training.loop import fit
 from sfd.training.settings import TrainSettings
 
-NETWORKS = {"tiny": 256, "S": 32}  # size and batch of the trainings that are timed
+NETWORKS = (("tiny", 256), ("S", 32))  # size and batch of the trainings that are timed
 DELTA = 0.3
 
 
@@ -198,10 +198,10 @@ def _row(what: str, way: str, whole: float, outside: float, plain: float) -> Row
     return row | {"share_outside": outside / whole, "of_the_plain_paths": outside / plain}
 
 
-def overhead(out: Path, repeats: int, device: torch.device) -> list[Row]:
+def overhead(setting: Setting) -> list[Row]:
     """Time a step and an evaluation of each path, and what of it is spent outside of the network."""
-    latents = find_latents(prepared(out / "demo"))
-    rows = sampling("S", 8, max(repeats // 3, 1), device)
-    for size, batch in NETWORKS.items():
-        rows += training(latents, size, batch, repeats, out / "overhead", device)
+    latents = find_latents(prepared(setting.out / "demo"))
+    rows = sampling("S", 8, max(setting.repeats // 3, 1), setting.device)
+    for size, batch in NETWORKS[:1] if setting.quick else NETWORKS:
+        rows += training(latents, size, batch, setting.repeats, setting.out / "overhead", setting.device)
     return rows
