@@ -35,17 +35,26 @@ def latents(model: Model, weak: Model | None = None, labels=LABELS, seeds=SEEDS,
 
 
 def by_hand(model: Model, other: Model, other_labels: list[int], scales: list[float], intervals=None) -> Tensor:
-    """Euler by the paper's formulas, one step in each of the three phases, v = v_w + g·(v_c − v_w) for each stream."""
+    """Euler by the paper's formulas, one step from each knot or end of an interval to the next.
+
+    v = v_w + g·(v_c − v_w) for each stream that is inside its interval halfway through the step.
+    """
     x, end = initial_noise(SEEDS, COMPOSITE), 1 + DELTA
+    texture, semantic = intervals or [(0, 1)] * 2
     knots = [0.0, DELTA / end, 1 / end, 1.0]
-    for u, after in itertools.pairwise(knots):
-        times = torch.tensor([max(0.0, end * u - DELTA), min(1.0, end * u)])
+    stops = {*knots, *((t + DELTA) / end for t in texture), *(t / end for t in semantic)}
+
+    def times_at(u: float) -> list[float]:
+        return [max(0.0, end * u - DELTA), min(1.0, end * u)]
+
+    for u, after in itertools.pairwise(sorted(stops)):
+        times = torch.tensor(times_at(u))
         rates = torch.tensor([0.0 if u < knots[1] else end, end if u < knots[2] else 0.0])
         with torch.no_grad():
             v_c = model.transformer(x, times.expand(3, 2), torch.tensor(LABELS)).velocity
             v_w = other.transformer(x, times.expand(3, 2), torch.tensor(other_labels)).velocity
-        inside = [low <= t <= high for t, (low, high) in zip(times.tolist(), intervals or [(0, 1)] * 2, strict=True)]
-        g = torch.tensor([s if i else 1.0 for s, i in zip(scales, inside, strict=True)])
+        halfway = zip(times_at((u + after) / 2), (texture, semantic), scales, strict=True)
+        g = torch.tensor([s if low <= t <= high else 1.0 for t, (low, high), s in halfway])
         x = x + (after - u) * COMPOSITE.expand(rates) * (v_w + COMPOSITE.expand(g) * (v_c - v_w))
     return x
 
@@ -104,22 +113,21 @@ def test_scale_one_never_asks_the_weak_model(model, weak):
 
 
 def test_guidance_holds_inside_the_interval_only(model, weak):
-    # Euler evaluates at texture times 0, 0 and 0.7, and at semantic times 0, 0.3 and 1.
-    intervals = [(0.5, 1.0), (0.2, 0.4)]
+    # Of six steps one is in the semantic interval, and two are in the texture's.
+    intervals = [(0.5, 1.0), (0.2, 0.35)]
     expected = by_hand(model, weak, LABELS, [2.0, 2.0], intervals)
     given = {"texture": intervals[0], "semantic": intervals[1]}
     with Calls(weak) as calls:
-        result = latents(model, weak, guidance=2.0, interval=given)
+        result = latents(model, weak, guidance=2.0, interval=given, steps=6)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
-    assert calls.count == 2
-    assert (result - latents(model, weak, guidance=2.0)).abs().max() > 0.01
+    assert calls.count == 4
+    assert (result - latents(model, weak, guidance=2.0, steps=6)).abs().max() > 0.01
 
 
-def test_an_interval_that_no_step_falls_in_leaves_the_model_alone(model, weak):
-    with Calls(weak) as calls:
-        result = latents(model, weak, guidance=2.0, interval=(0.45, 0.55))
+def test_steps_too_few_for_an_interval_are_refused_at_once(model, weak):
+    with Calls(model) as calls, pytest.raises(SFDError, match=r"semantic at 0.2 and 0.8.* give at least 5"):
+        latents(model, weak, guidance={"semantic": 2.0}, interval=(0.2, 0.8), steps=4)
     assert calls.count == 0
-    assert torch.equal(result, latents(model))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])

@@ -137,6 +137,32 @@ def test_a_stream_at_rest_needs_no_guidance(x, strong, weak):
     assert weak.calls == 1
 
 
+def test_a_piece_decides_who_is_guided_whatever_the_times(x, strong, weak):
+    """Within it both ends see the limit from inside."""
+    guided = guide(strong, weak, 2.0, COMPOSITE, {"texture": (0.2, 0.5), "semantic": (0.5, 1.0)})
+    guided.begin([True, True], [0.4, 0.45])
+    for times in (HALF, HALF + 0.1, torch.tensor([[0.1, 0.9]] * 4)):
+        v = COMPOSITE.split(guided(x, times))
+        assert torch.equal(v["semantic"], COMPOSITE.split(strong(x, times))["semantic"])
+        expected = torch.lerp(weak(x, times), strong(x, times), 2.0)
+        assert torch.equal(v["texture"], COMPOSITE.split(expected)["texture"])
+    calls = weak.calls
+    guided.begin([True, True], [0.7, 0.2])
+    assert torch.equal(guided(x, HALF), strong(x, HALF))
+    guided.begin([False, True], [0.4, 0.2])
+    assert torch.equal(guided(x, HALF), strong(x, HALF))
+    assert weak.calls == calls
+
+
+def test_it_jumps_where_intervals_of_guided_streams_end(strong, weak):
+    def jumps(scale, interval) -> list[tuple[float, ...]]:
+        return guide(strong, weak, scale, COMPOSITE, interval).jumps
+
+    assert jumps(2.0, None) == jumps(2.0, (0.0, 1.0)) == jumps(2.0, (0.5, 0.5)) == [(), ()]
+    assert jumps(2.0, {"texture": (0.0, 0.3), "semantic": (0.1, 0.7)}) == [(0.3,), (0.1, 0.7)]
+    assert jumps({"semantic": 2.0}, (0.1, 1.0)) == [(), (0.1,)]
+
+
 def test_each_image_may_have_its_own_times(x):
     times = torch.tensor([[0.1, 0.6], [0.1, 0.2], [0.9, 0.9], [0.5, 0.4]])
     guided = guide(lambda x, times: 2.0 * x, lambda x, times: -0.7 * x, 2.0, COMPOSITE, (0.5, 1.0))

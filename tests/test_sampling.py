@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import functools
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfd.analytic import GaussianMixture
+from exact_flow import COMPOSITE, ORDERS, SCHEDULES, STREAMS, check_order, mixture, order
 from sfd.errors import SFDError
 from sfd.guidance import VelocityField
 from sfd.interop import transformer as interop
 from sfd.models.transformer import Transformer
-from sfd.sampling import Progress, initial_noise, integrate, split_steps
+from sfd.sampling import Progress, initial_noise, integrate
 from sfd.schedules import Schedule, StreamTimes, build_schedule
-from sfd.streams import Composite, Stream
+from sfd.streams import Composite
 
 GOLDEN = Path(__file__).parent / "golden"
-STREAMS = ("texture", "semantic")
-COMPOSITE = Composite(
-    streams=(Stream(name="texture", channels=1, grid=2, patch_size=2), Stream(name="semantic", channels=2, grid=1))
-)
-SCHEDULES = {
-    "offset": {"name": "offset", "delta": 0.3},
-    "beyond one": {"name": "offset", "delta": 1.5},
-    "synchronous": {"name": "synchronous"},
-    "sequential": {"name": "sequential"},
-    "table": {
-        "name": "table",
-        "points": {"texture": [[0, 0], [0.37, 0.1], [0.8, 0.5], [1, 1]], "semantic": [[0, 0], [0.21, 0.5], [1, 1]]},
-    },
-}
-ORDERS = {  # solver and options, as `integrate` takes them, and the order of the error in the step
-    "euler": ({"solver": "euler"}, 1),
-    "heun": ({"solver": "heun"}, 2),
-    "multistep 2": ({"solver": "multistep", "options": {"order": 2}}, 2),
-    "sde": ({"solver": "sde", "options": {"noise": 0.0}}, 2),
-    "multistep 3": ({"solver": "multistep", "options": {"order": 3}}, 3),
-}
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
 
@@ -60,33 +36,12 @@ def noise() -> Tensor:
     return initial_noise(range(8), COMPOSITE).double()
 
 
-def mixture(components: int) -> GaussianMixture:
-    draw = torch.Generator().manual_seed(0)
-    means = 1.5 * torch.randn(components, COMPOSITE.size, generator=draw, dtype=torch.float64)
-    stds = 0.4 + 0.8 * torch.rand(components, COMPOSITE.size, generator=draw, dtype=torch.float64)
-    return GaussianMixture(COMPOSITE, torch.ones(components, dtype=torch.float64), means, stds)
-
-
 @functools.cache
 def reference(spec: str) -> Tensor:
     """Where the mixture of three carries the noise by a schedule, to twelve digits."""
     noise = initial_noise(range(8), COMPOSITE).double()
     schedule = build_schedule(json.loads(spec), STREAMS)
     return integrate(mixture(3).velocity, noise, schedule, COMPOSITE, solver="dopri5", options=TIGHT).x
-
-
-def order(error: Callable[[int], float], steps: int) -> float:
-    """Fit the slope of log(error) against log(step) over three doublings of the number of steps."""
-    counts = [steps * 2**k for k in range(4)]
-    x, y = [math.log(1 / n) for n in counts], [math.log(error(n)) for n in counts]
-    mean_x, mean_y = sum(x) / 4, sum(y) / 4
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-
-
-def check_order(error: Callable[[int], float], name: str) -> None:
-    """The slope is the solver's order; above it while a multistep method's terms of higher order still weigh."""
-    slack = (0.4, 0.6) if name.startswith("multistep") else (0.12, 0.12)
-    assert -slack[0] < order(error, 60) - ORDERS[name][1] < slack[1]
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -274,31 +229,6 @@ def test_evaluations_a_step(solver, each, noise):
     assert result.evaluations == each * 17
 
 
-def test_shift_places_steps_as_its_formula_says(noise):
-    seen: list[float] = []
-    schedule = build_schedule({"name": "synchronous"}, STREAMS)
-    integrate(
-        mixture(1).velocity, noise, schedule, COMPOSITE, solver="euler", steps=4, shift=0.3,
-        callback=lambda p: seen.append(p.u),
-    )  # fmt: skip
-    assert seen == pytest.approx([0.3 * w / (1 - 0.7 * w) for w in (0.25, 0.5, 0.75, 1.0)], abs=1e-15)
-
-
-@pytest.mark.parametrize(
-    ("budget", "counts"),
-    [("length", [3, 7, 3]), ("equal", [5, 4, 4]), ("time", [2, 9, 2]), ((1.0, 2.0, 10.0), [1, 2, 10])],
-)
-def test_a_budget_divides_the_steps(budget, counts, noise):
-    """The offset schedule's segments have lengths 3, 7, 3 of 13, and streams travel 0.3, 1.4, 0.3 in them."""
-    seen: list[float] = []
-    schedule = build_schedule(SCHEDULES["offset"], STREAMS)
-    integrate(
-        mixture(1).velocity, noise, schedule, COMPOSITE, solver="euler", steps=13, budget=budget,
-        callback=lambda p: seen.append(p.u),
-    )  # fmt: skip
-    assert [sum(low < u <= high for u in seen) for low, high in schedule.segments] == counts
-
-
 def test_steps_of_each_images_own_are_counted_by_image(noise):
     schedule = build_schedule(SCHEDULES["offset"], STREAMS)
     options = {"rtol": 1e-6, "control": "image"}
@@ -313,17 +243,6 @@ def test_steps_of_each_images_own_reach_the_samples(noise, schedule):
     options = {"rtol": 1e-7, "atol": 1e-8, "control": "image"}
     x = integrate(mixture(3).velocity, noise, schedule, COMPOSITE, solver="dopri5", options=options).x
     torch.testing.assert_close(x, reference(json.dumps(schedule.spec)), rtol=0, atol=1e-5)
-
-
-@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=8), st.integers(0, 300))
-def test_steps_are_split_by_length(lengths, extra):
-    steps = len(lengths) + extra
-    counts = split_steps(steps, lengths)
-    assert sum(counts) == steps
-    assert min(counts) >= 1
-    quotas = [steps * length / sum(lengths) for length in lengths]
-    if min(quotas) >= 1:
-        assert all(abs(c - q) < 1 + 1e-9 for c, q in zip(counts, quotas, strict=True))
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
@@ -400,7 +319,7 @@ def published() -> tuple[VelocityField, Composite, dict[str, Tensor], dict[str, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 2}, "3 segments between knots and each needs a step, but 2"),
+        ({"steps": 2}, r"knots \(u = 0.2308, 0.7692\), and each of the 3 pieces between needs one, but 2"),
         ({"steps": 0}, "at least 1, got 0"),
         ({}, "needs a number of steps, at least 3"),
         ({"solver": "dopri5", "steps": 50}, "chooses its own steps, but 50"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -102,6 +103,27 @@ def test_some_rate_jumps_at_every_knot(spec):
         torch.testing.assert_close(before.time, after.time, rtol=0, atol=1e-15)
         assert not torch.equal(before.rate, after.rate)
         assert torch.equal(schedule.at(u).rate, after.rate)
+
+
+@given(SPECS, st.integers(0, 1), st.floats(0, 1))
+def test_inverse_is_where_a_time_is_first_reached(spec, stream, time):
+    schedule = build_schedule(spec, STREAMS)
+    for j, (low, high) in enumerate(schedule.segments):
+        u = schedule.inverse(stream, time, j)
+        before = max(low, math.nextafter(u, -1))
+        ends = schedule.at(torch.tensor([low, before, u, high], dtype=torch.float64), j).time[:, stream]
+        if ends[0] >= time:
+            assert u == low
+        elif ends[3] < time:
+            assert u == high
+        else:
+            assert ends[1] < time <= ends[2]
+
+
+def test_inverse_of_a_smooth_schedule():
+    schedule = Smooth({"texture": 2.0, "semantic": 1.0})
+    assert schedule.inverse(0, 0.3, 0) == pytest.approx(0.3**0.5, abs=1e-15)
+    assert schedule.inverse(1, 0.3, 0) == 0.3
 
 
 @given(SPECS)

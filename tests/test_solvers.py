@@ -224,9 +224,9 @@ def test_wrong_names_are_explained(name, options, message):
         ("dopri5", 50, "chooses its own steps, but 50"),
         ("heun", None, "needs a number of steps, at least 3"),
         ("heun", 0, "at least 1, got 0"),
-        ("heun", 2, "3 segments between knots and each needs a step, but 2"),
+        ("heun", 2, "steps end at the knots, and each of the 3 pieces between needs one, but 2"),
     ],
 )
 def test_a_step_count_must_fit(name, steps, message):
     with pytest.raises(SFDError, match=message):
-        check_steps(load_solver(name)[0], name, steps, least=3)
+        check_steps(load_solver(name)[0], name, steps, least=3, stops="the knots")

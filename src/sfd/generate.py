@@ -136,7 +136,6 @@ def check_sampling(schedule: Schedule, composite: Composite, settings: SampleSet
     Raises:
         SFDError: they do not; also guidance without anything to be guided away from (`has_weak`).
     """
-    check_plan(schedule, settings.solver, settings.resolved_steps, settings.options, settings.shift, settings.budget)
 
     def still(x: Tensor, times: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -153,6 +152,15 @@ def check_sampling(schedule: Schedule, composite: Composite, settings: SampleSet
             f"solver {settings.solver!r} chooses its steps by how smooth the velocity is, and a weak velocity that is "
             "reused makes it jump; leave weak_every out, or take a solver with fixed steps"
         )
+    check_plan(
+        schedule,
+        settings.solver,
+        settings.resolved_steps,
+        settings.options,
+        settings.shift,
+        settings.budget,
+        guided.jumps if isinstance(guided, Guided) else None,
+    )
 
 
 def _batches(

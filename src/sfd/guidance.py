@@ -35,8 +35,9 @@ Between = Literal["hold", "extrapolate"]
 class Guided:
     """A guided velocity, which asks for the weak one only where it counts; made by `guide`.
 
-    It counts where a stream moves, with a scale other than 1, inside its interval. The difference v_c − v_w may also be
-    reused: evaluated every so many calls, and in between held, or extrapolated along a line through the last two.
+    It counts where a stream moves, with a scale other than 1, inside its interval. Which streams do is fixed by the
+    piece that was begun, or decided by the times of each call. The difference v_c − v_w may also be reused: evaluated
+    every so many calls, and in between held, or extrapolated along a line through the last two.
     """
 
     def __init__(
@@ -56,12 +57,27 @@ class Guided:
         self._low, self._high = torch.tensor(intervals, dtype=torch.float64).unbind(dim=1)
         self._composite = composite
         self._every, self._between = weak_every, weak_between
+        self._fixed: Tensor | None = None  # scales of the piece
         self.weak_evaluations = 0
         self.begin([True] * len(scales))
 
-    def begin(self, moving: Sequence[bool]) -> None:
-        """Enter a segment in which these streams move; nothing is reused across the knot before it."""
-        self._moving = torch.tensor(moving)
+    @property
+    def jumps(self) -> list[tuple[float, ...]]:
+        """Ends of the intervals, for each stream that they matter to; see `PiecewiseVelocity`."""
+        ends = zip(self._scales.tolist(), self._low.tolist(), self._high.tolist(), strict=True)
+        return [tuple(t for t in (a, b) if g != 1 and a < b and 0 < t < 1) for g, a, b in ends]
+
+    def begin(self, moving: Sequence[bool], middle: Sequence[float] | None = None) -> None:
+        """Enter a piece, see `PiecewiseVelocity`; no weak velocity is carried over from the one before.
+
+        Without `middle` the times of each call are compared with the intervals, as before the first `begin`.
+        """
+        self._moving, self._fixed = torch.tensor(moving), None
+        if middle is not None:
+            halfway = torch.tensor(middle, dtype=torch.float64)
+            # Off both ends, so an interval of a single time guides nothing.
+            inside = (self._low < halfway) & (halfway < self._high) & self._moving
+            self._fixed = torch.where(inside, self._scales, 1.0)  # (K,)
         self._forget()
 
     def _forget(self) -> None:
@@ -70,8 +86,10 @@ class Guided:
 
     def __call__(self, x: Tensor, times: Tensor) -> Tensor:
         """Evaluate v; see `VelocityField`. Times may also be (B, K), each image's own."""
-        inside = (self._low <= times) & (times <= self._high) & self._moving
-        now = torch.where(inside, self._scales, 1.0)  # (…, K)
+        now = self._fixed
+        if now is None:
+            inside = (self._low <= times) & (times <= self._high) & self._moving
+            now = torch.where(inside, self._scales, 1.0)  # (…, K)
         if bool((now == 1).all()):
             self._forget()
             return self._strong(x, times)

@@ -1,30 +1,26 @@
-"""Sampling: noise by image seed, then dx_k/du = τ_k′(u)·v_k from u = 0 to u = 1, one segment after another.
+"""Sampling: noise by image seed, then dx_k/du = τ_k′(u)·v_k from u = 0 to u = 1, one piece after another.
 
-The rates τ_k′ jump at the schedule's knots. A step across a jump costs any solver its order, so each segment between
-knots is integrated by itself, with one-sided rates at its ends, over the streams that move in it; the others are not
-part of its state. The sampler knows nothing of classes, networks or autoencoders: it gets a velocity function.
+A piece ends where a rate τ_k′ or the velocity jumps (`sfd.pieces`). It is integrated with the one-sided limits at its
+ends, over the streams that move in it; the others are not part of its state. The sampler knows nothing of classes,
+networks, guidance or autoencoders: it gets a velocity function.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sfd import randomness
-from sfd.errors import SFDError, unknown
-from sfd.guidance import Guided, VelocityField
+from sfd.errors import SFDError
+from sfd.guidance import VelocityField
+from sfd.pieces import Budget, Jumps, Piece, PiecewiseVelocity, grids, pieces, whole
 from sfd.schedules import Schedule
-from sfd.solvers import Solver, check_steps, load_solver
+from sfd.solvers import load_solver
 from sfd.streams import Composite
-
-BUDGETS = ("length", "equal", "time")
-Budget = str | Sequence[float]
-"""How steps are divided over segments: one of `BUDGETS`, or a weight a segment."""
 
 
 class Progress(NamedTuple):
@@ -72,14 +68,15 @@ def check_plan(
     options: Mapping[str, Any] | None,
     shift: float,
     budget: Budget = "length",
+    jumps: Jumps | None = None,
 ) -> None:
-    """Check what `integrate` would check, before there is anything to integrate.
+    """Check what `integrate` would check of a velocity with these jumps, before there is anything to integrate.
 
     Raises:
-        SFDError: solver, options, steps, shift and budget do not fit the schedule or each other.
+        SFDError: solver, options, steps, shift and budget do not fit the schedule, the jumps or each other.
     """
     method, _ = load_solver(solver, options)
-    _grids(method, solver, schedule, _moving_segments(schedule), steps, shift, budget)
+    grids(method, solver, schedule, pieces(schedule, jumps), steps, shift, budget, jumps)
 
 
 def integrate(
@@ -100,21 +97,23 @@ def integrate(
     """Carry noise to data.
 
     Args:
-        velocity: v(x, times) with x (B, N) packed and times (K,) on the CPU in x's dtype; returns (B, N).
+        velocity: v(x, times) with x (B, N) packed and times (K,) on the CPU in x's dtype, or (B, K) if each image takes
+            its own steps; returns (B, N). A `PiecewiseVelocity` says where it jumps, and no step crosses that.
         noise: (B, N), the state at u = 0; not written to.
         schedule: times and rates of the composite's streams.
         composite: the streams.
         solver: name of a module in `sfd.solvers`.
-        steps: how many in all, at least one a segment; None for adaptive solvers.
+        steps: how many in all, at least one a piece; None for adaptive solvers.
         options: settings of the solver.
         shift: s > 0 maps an even grid w of steps to u = s·w / (1 + (s − 1)·w); 1 keeps it even, less than 1 puts more
             steps near noise. Adaptive solvers take no shift.
         budget: how steps are divided over the segments in which something moves: in proportion to their length in w
             ("length"), evenly ("equal"), in proportion to the stream time that all streams together travel in them
-            ("time"), or to given weights, one a segment. Adaptive solvers take none but the default.
+            ("time"), or to given weights, one a segment. The pieces of a segment share its steps by length. Adaptive
+            solvers take none but the default.
         seeds: of the images, from which a stochastic solver draws its noise; others need none.
-        knots: whether to stop at knots. False integrates [0, 1] as one piece, blind to them, as the published sampler
-            does: a fixed step has each stream's rates at the points where it evaluates. Only to compare with it.
+        knots: whether to stop at knots and jumps. False integrates [0, 1] as one piece, blind to them, as the published
+            sampler does: a fixed step has rates and guidance as at the points where it evaluates. Only to compare.
         callback: called after each step.
 
     Returns:
@@ -126,37 +125,18 @@ def integrate(
     """
     _check_shapes(noise, schedule, composite, seeds)
     method, settings = load_solver(solver, options)
-    segments = _moving_segments(schedule) if knots else [_Segment(None, 0.0, 1.0, (True,) * len(composite.names))]
-    grids = _grids(method, solver, schedule, segments, steps, shift, budget)
-    counter = _Counter(velocity, len(noise))
+    jumps = velocity.jumps if knots and isinstance(velocity, PiecewiseVelocity) else None
+    parts = pieces(schedule, jumps) if knots else whole(schedule)
+    placed = grids(method, solver, schedule, parts, steps, shift, budget, jumps)
+    counter, drawn = _Counter(velocity, len(noise)), _Noise(seeds, composite)
     x = noise
-    for segment, points in zip(segments, grids, strict=True):
-        if isinstance(velocity, Guided):
-            velocity.begin(segment.moving)
-        piece = _Piece(counter, x, schedule, composite, segment, seeds)
-        report = _report(callback, piece, counter) if callback is not None else None
-        x = piece.whole(method.solve(piece, x[:, piece.columns], points, settings, report))
+    for piece, points in zip(parts, placed, strict=True):
+        if isinstance(velocity, PiecewiseVelocity):
+            velocity.begin(piece.moving, piece.middle)
+        equation = _Equation(counter, x, schedule, composite, piece, drawn)
+        report = _report(callback, equation, counter) if callback is not None else None
+        x = equation.whole(method.solve(equation, x[:, equation.columns], points, settings, report))
     return Result(x, counter.calls, counter.by_image)
-
-
-def split_steps(steps: int, lengths: Sequence[float]) -> list[int]:
-    """Divide steps in proportion to lengths by largest remainder, at least one each. Needs steps ≥ len(lengths)."""
-    total = math.fsum(lengths)
-    quotas = [steps * length / total for length in lengths]
-    counts = [max(1, math.floor(q)) for q in quotas]
-    while sum(counts) < steps:
-        counts[int(np.argmax(np.subtract(quotas, counts)))] += 1
-    while sum(counts) > steps:  # the ones raised to 1 are paid for by whoever has the most above its quota
-        excess = [c - q if c > 1 else -math.inf for c, q in zip(counts, quotas, strict=True)]
-        counts[int(np.argmax(excess))] -= 1
-    return counts
-
-
-class _Segment(NamedTuple):
-    number: int | None  # which of the schedule's; None: all of [0, 1], with right-continuous rates
-    start: float
-    end: float
-    moving: tuple[bool, ...]  # per stream
 
 
 class _Counter:
@@ -173,8 +153,27 @@ class _Counter:
         return self._velocity(x, times)
 
 
-class _Piece:
-    """The differential equation of one segment, for the entries of the streams that move in it; a `Velocity`."""
+class _Noise:
+    """Fresh noise for stochastic solvers, keyed by seed, segment and how often noise was drawn in it."""
+
+    def __init__(self, seeds: Sequence[int] | None, composite: Composite) -> None:
+        self._seeds = seeds
+        self._size = composite.size
+        self._draws: Counter[int] = Counter()  # by segment
+
+    def draw(self, segment: int) -> Tensor:
+        """Draw (B, N), float32, on the CPU."""
+        if self._seeds is None:
+            raise SFDError(
+                "this solver draws noise, but has no seeds to draw it from; give integrate one seed an image"
+            )
+        drawn = randomness.normal(self._seeds, self._size, "renoise", segment, self._draws[segment])
+        self._draws[segment] += 1
+        return drawn
+
+
+class _Equation:
+    """The differential equation of one piece, for the entries of the streams that move in it; a `Velocity`."""
 
     def __init__(
         self,
@@ -182,17 +181,16 @@ class _Piece:
         x: Tensor,
         schedule: Schedule,
         composite: Composite,
-        segment: _Segment,
-        seeds: Sequence[int] | None,
+        piece: Piece,
+        noise: _Noise,
     ) -> None:
         self._velocity = velocity
         self._start = x
         self._schedule = schedule
         self._composite = composite
-        self._segment = segment
-        self._seeds = seeds
-        self._draws = 0
-        moving = composite.expand(torch.tensor(segment.moving))
+        self._piece = piece
+        self._noise = noise
+        moving = composite.expand(torch.tensor(piece.moving))
         self.columns = moving.nonzero()[:, 0].to(x.device)  # (M,)
 
     def whole(self, state: Tensor) -> Tensor:
@@ -200,13 +198,13 @@ class _Piece:
         return self._start.index_copy(1, self.columns, state)
 
     def times_and_rates(self, u: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Look up stream times and rates at u, with this segment's one-sided limits; on the CPU, in x's dtype.
+        """Look up stream times and rates at u, with the piece's one-sided limits; on the CPU, in x's dtype.
 
         (K,) each, or (B, K) at base times (B,).
         """
-        # An adaptive solver may probe beyond the segment. In float32 a base time could round across a knot.
-        inside = torch.as_tensor(u, dtype=torch.float64).clamp(self._segment.start, self._segment.end)
-        time, rate = self._schedule.at(inside, self._segment.number)
+        # An adaptive solver may probe beyond the piece. In float32 a base time could round across a knot.
+        inside = torch.as_tensor(u, dtype=torch.float64).clamp(self._piece.start, self._piece.end)
+        time, rate = self._schedule.at(inside, self._piece.segment)
         return time.to(self._start.dtype), rate.to(self._start.dtype)
 
     def __call__(self, u: float | Tensor, state: Tensor, moving: Tensor | None = None) -> Tensor:
@@ -216,96 +214,26 @@ class _Piece:
         return (self._composite.expand(rate.to(v.device)) * v)[:, self.columns]
 
     def renoise(self, state: Tensor, u: float, earlier: float) -> Tensor:
-        """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`.
-
-        ξ is keyed by seed, segment and how often noise was drawn in it.
-        """
-        if self._seeds is None:
-            raise SFDError(
-                "this solver draws noise, but has no seeds to draw it from; give integrate one seed an image"
-            )
+        """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`."""
         now, then = (
-            self._composite.expand(self._schedule.at(torch.tensor(b, dtype=torch.float64), self._segment.number).time)
+            self._composite.expand(self._schedule.at(torch.tensor(b, dtype=torch.float64), self._piece.segment).time)
             for b in (u, earlier)
         )
         # A stream that is still pure noise stays as it is.
         kept = torch.where(now > 0, then / now.clamp(min=torch.finfo(now.dtype).tiny), 1.0)
         spread = ((1 - then) ** 2 - (kept * (1 - now)) ** 2).clamp(min=0).sqrt()
-        key = (self._segment.number or 0, self._draws)
-        drawn = randomness.normal(self._seeds, self._composite.size, "renoise", *key).to(state)
-        self._draws += 1
+        drawn = self._noise.draw(self._piece.segment or 0).to(state)
         kept, spread = kept.to(state)[self.columns], spread.to(state)[self.columns]
         return kept * state + spread * drawn[:, self.columns]
 
 
-def _report(callback: Callable[[Progress], None], piece: _Piece, counter: _Counter) -> Callable[[float, Tensor], None]:
+def _report(
+    callback: Callable[[Progress], None], equation: _Equation, counter: _Counter
+) -> Callable[[float, Tensor], None]:
     def report(u: float, state: Tensor) -> None:
-        callback(Progress(u, piece.times_and_rates(u)[0], piece.whole(state), counter.calls))
+        callback(Progress(u, equation.times_and_rates(u)[0], equation.whole(state), counter.calls))
 
     return report
-
-
-def _moving_segments(schedule: Schedule) -> list[_Segment]:
-    """List the segments in which something moves; monotone times that agree at both ends have stood still between."""
-    segments = []
-    for j, (start, end) in enumerate(schedule.segments):
-        ends = schedule.at(torch.tensor([start, end], dtype=torch.float64), j).time
-        moving = tuple((ends[1] > ends[0]).tolist())
-        if any(moving):
-            segments.append(_Segment(j, start, end, moving))
-    return segments
-
-
-def _grids(
-    method: Solver,
-    name: str,
-    schedule: Schedule,
-    segments: Sequence[_Segment],
-    steps: int | None,
-    shift: float,
-    budget: Budget,
-) -> list[list[float]]:
-    """Place each segment's points: its ends, and the steps between if the solver does not choose them itself."""
-    if not (math.isfinite(shift) and shift > 0):
-        raise SFDError(f"the time shift must be finite and greater than 0 (1: none), got {shift}")
-    check_steps(method, name, steps, len(segments))
-    if steps is None:
-        if shift != 1:
-            raise SFDError(f"solver {name!r} chooses its own steps, so a time shift does nothing; leave it out")
-        if budget != "length":
-            raise SFDError(f"solver {name!r} chooses its own steps, so a budget of steps does nothing; leave it out")
-        return [[s.start, s.end] for s in segments]
-    # Steps are even in w, where u = s·w / (1 + (s − 1)·w); the inverse carries knots there, so they are still hit.
-    ends = [(s.start / (shift + (1 - shift) * s.start), s.end / (shift + (1 - shift) * s.end)) for s in segments]
-    counts = split_steps(steps, _shares(budget, schedule, segments, [b - a for a, b in ends]))
-    grids = []
-    for segment, (low, high), count in zip(segments, ends, counts, strict=True):
-        w = np.linspace(low, high, count + 1)
-        u = shift * w / (1 + (shift - 1) * w)
-        grids.append([segment.start, *u[1:-1].tolist(), segment.end])
-    return grids
-
-
-def _shares(
-    budget: Budget, schedule: Schedule, segments: Sequence[_Segment], lengths: Sequence[float]
-) -> Sequence[float]:
-    """Weigh the segments by a budget's rule."""
-    if budget == "length":
-        return lengths
-    if budget == "equal":
-        return [1.0] * len(segments)
-    if budget == "time":
-        ends = torch.tensor([(s.start, s.end) for s in segments], dtype=torch.float64)
-        times = torch.stack([schedule.at(e, s.number).time for e, s in zip(ends, segments, strict=True)])  # (S, 2, K)
-        return cast(list[float], (times[:, 1] - times[:, 0]).sum(dim=-1).tolist())
-    if isinstance(budget, str):
-        raise unknown("budget", budget, BUDGETS)
-    if len(budget) != len(segments) or not all(math.isfinite(w) and w > 0 for w in budget):
-        raise SFDError(
-            f"a budget of weights needs one greater than 0 for each of the {len(segments)} segments in which a stream "
-            f"moves, got {list(budget)}"
-        )
-    return budget
 
 
 def _check_shapes(noise: Tensor, schedule: Schedule, composite: Composite, seeds: Sequence[int] | None) -> None:

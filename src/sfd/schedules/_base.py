@@ -62,6 +62,26 @@ class Schedule(ABC):
             times and rates (…, K), in u's dtype and on its device.
         """
 
+    def inverse(self, stream: int, time: float, segment: int) -> float:
+        """Find where in a segment a stream's time has first reached `time`; a stream may rest there for a while.
+
+        Args:
+            stream: its place in `streams`.
+            time: stream time in [0, 1].
+            segment: which.
+
+        Returns:
+            the first base time of the segment, of float64's, with τ(u) ≥ time; its end if there is none.
+        """
+        low, high = self.segments[segment]
+        while True:  # 64 parts at a time, until no number lies between
+            u = np.linspace(low, high, 65)
+            reached = (self.at(torch.from_numpy(u), segment).time[:, stream] >= time).tolist()
+            first = reached.index(True) if any(reached) else len(u) - 1
+            if (u[first - 1], u[first]) == (low, high) or first == 0:
+                return float(u[first])
+            low, high = float(u[first - 1]), float(u[first])
+
 
 class PiecewiseLinear(Schedule):
     """A schedule that is linear between given points; a knot wherever the slope of any stream changes."""

@@ -1,4 +1,4 @@
-"""Solvers of dx/du = velocity(u, x) on one smooth segment, stateless.
+"""Solvers of dx/du = velocity(u, x) on one smooth piece of [0, 1], stateless.
 
 A new file here is a new solver (docs/extending-solvers.md). Each module holds `Options`, a `Settings` record,
 `ADAPTIVE` and `solve(velocity, x, points, options, callback)`; `Solver` is the contract.

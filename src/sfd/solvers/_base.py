@@ -1,4 +1,4 @@
-"""What a solver is: a module with a name, options and one function that integrates one smooth segment."""
+"""What a solver is: a module with a name, options and one function that integrates one smooth piece."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sfd.settings import Settings, parse
 
 
 class Velocity(Protocol):
-    """dx/du on one segment, and the noise that led there. Most solvers only call it, and a plain function will do."""
+    """dx/du on one piece, and the noise that led there. Most solvers only call it, and a plain function will do."""
 
     def __call__(self, u: float | Tensor, x: Tensor, moving: Tensor | None = None, /) -> Tensor:
         """Evaluate dx/du.
@@ -21,7 +21,7 @@ class Velocity(Protocol):
         Args:
             u: a Python float, so that nothing waits for the device; or one base time an image, (B,), float64 on the
                 CPU, for solvers that let each image take its own steps.
-            x: (B, M), entries of the streams that move in this segment.
+            x: (B, M), entries of the streams that move in this piece.
             moving: (B,), bool, on the CPU: which images have not arrived yet, to count evaluations by; None: all.
 
         Returns:
@@ -29,7 +29,7 @@ class Velocity(Protocol):
         """
 
     def renoise(self, x: Tensor, u: float, earlier: float) -> Tensor:
-        """Lead x (B, M) back from u to an earlier base time of the segment, as the noising process has it.
+        """Lead x (B, M) back from u to an earlier base time of the piece, as the noising process has it.
 
         Raises:
             SFDError: there are no seeds to draw noise from.
@@ -49,13 +49,13 @@ class Solver(Protocol):
     def solve(
         self, velocity: Velocity, x: Tensor, points: Sequence[float], options: Any, callback: Callback | None = None
     ) -> Tensor:
-        """Integrate one segment.
+        """Integrate one piece.
 
         Args:
-            velocity: smooth over the segment, up to and including both ends.
+            velocity: smooth over the piece, up to and including both ends.
             x: (B, M), the state at points[0]; never written to.
-            points: all base times of the segment, ascending; the ends alone for an adaptive solver. A multistep solver
-                keeps its history in local variables: it starts anew here, as it must, because a knot lies before.
+            points: all base times of the piece, ascending; the ends alone for an adaptive solver. A multistep solver
+                keeps its history in local variables: it starts anew here, as it must, because a jump lies before.
             options: an instance of this module's `Options`.
             callback: see `Callback`.
 
@@ -74,14 +74,15 @@ def load_solver(name: str, options: Mapping[str, Any] | None = None) -> tuple[So
     return solver, parse(solver.Options, options or {}, f"solver {name!r}")
 
 
-def check_steps(solver: Solver, name: str, steps: int | None, least: int) -> None:
+def check_steps(solver: Solver, name: str, steps: int | None, least: int, stops: str) -> None:
     """Verify that a step count fits the solver.
 
     Args:
         solver: as loaded.
         name: its name, for the message.
         steps: as the user gave it; None: not given.
-        least: how many segments there are; each needs a step.
+        least: how many pieces there are; each needs a step.
+        stops: what lies between them, for the message.
 
     Raises:
         SFDError: steps for an adaptive solver; none, or fewer than `least`, for any other.
@@ -99,6 +100,6 @@ def check_steps(solver: Solver, name: str, steps: int | None, least: int) -> Non
         raise SFDError(f"the number of steps must be at least 1, got {steps}")
     if steps < least:
         raise SFDError(
-            f"this schedule has {least} segments between knots and each needs a step, but {steps} steps were asked "
+            f"steps end at {stops}, and each of the {least} pieces between needs one, but {steps} steps were asked "
             f"for; give at least {least}"
         )
