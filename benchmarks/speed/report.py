@@ -25,7 +25,7 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return "—"
     if name.startswith("share") or name == "waiting":
-        return f"{value:.0%}" if value >= 0.1 or value == 0 else f"{value:.1%}"
+        return f"{value:.1%}" if name == "share_outside" else f"{value:.0%}"
     if name in ("ratio", "seconds", "of_the_plain_paths"):
         return f"{value:.2f}"
     if name == "flops_per_second":
