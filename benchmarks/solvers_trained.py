@@ -51,10 +51,10 @@ def settings(numbers: Sequence[int]) -> Iterator[tuple[str, SampleSettings]]:
             yield f"weak every {every}, {between}", SampleSettings(solver="multistep", steps=24, **reuse)
 
 
-def sample(model: Model, count: int, chosen: SampleSettings) -> tuple[np.ndarray, Tensor, int, int]:
-    """Images, latents, evaluations of the strong model and those in which the weak one took part."""
-    labels = [k % len(model.classes) for k in range(count)]
-    batches = list(generate(model, labels, range(count), chosen.model_copy(update={"batch_size": 250})))
+def sample(model: Model, count: int, chosen: SampleSettings, first: int = 0) -> tuple[np.ndarray, Tensor, int, int]:
+    """Images from seeds `first`, …, latents, evaluations of the strong model and those with the weak one."""
+    labels, seeds = [k % len(model.classes) for k in range(count)], range(first, first + count)
+    batches = list(generate(model, labels, seeds, chosen.model_copy(update={"batch_size": 250})))
     images, latents = np.concatenate([b.images for b in batches]), torch.cat([b.latents for b in batches])
     return images, latents, max(b.evaluations for b in batches), max(b.weak_evaluations for b in batches)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.speed import commands, optimizer, overhead, sampling, training
+from benchmarks.speed import commands, error_sources, optimizer, overhead, quality, sampling, training
 from benchmarks.speed.measuring import Row, Setting, machine
 from benchmarks.speed.report import draw, publish, table
 from sfd.errors import SFDError
@@ -37,12 +37,15 @@ class Section(NamedTuple):
 SECTIONS = {
     "sampling": Section(sampling.sampling),
     "errors": Section(sampling.errors),
+    "error_sources": Section(error_sources.error_sources),
     "training": Section(training.training),
     "optimizer": Section(optimizer.optimizer),
     "overhead": Section(overhead.overhead),
     "start_up": Section(commands.start_up),
     "loop": Section(commands.loop),
     "solvers": Section(commands.solvers, long=True),
+    "curves": Section(quality.curves, long=True),
+    "sample_metrics": Section(quality.sample_metrics, long=True),
     "guided": Section(sampling.guided, cuda=True),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.speed.measuring import COMPOSITE, ROOT, SCHEDULE, Row, Setting, best_times, memory, network
 from sfd.guidance import VelocityField, guide
-from sfd.model import load_model
+from sfd.model import Model, load_model
 from sfd.models.inference import Inference, cannot_compile
 from sfd.models.transformer import Transformer, flops
 from sfd.sampling import initial_noise, integrate
@@ -66,19 +66,25 @@ def errors(setting: Setting) -> list[Row]:
     model = load_model(ROOT / "models" / "shapes", device)
     ways = inferences(model.transformer, device)
     labels = torch.arange(64, device=device) % len(model.classes)
-    visited: list[tuple[Tensor, Tensor]] = []
-
-    def velocity(x: Tensor, times: Tensor) -> Tensor:
-        visited.append((x, times))
-        return ways["float32"](x, times, labels)
-
-    noise = initial_noise(range(64), model.composite).to(device)
-    integrate(velocity, noise, model.schedule, model.composite, solver="euler", steps=12)
+    visited = trajectory(model, ways["float32"], labels)
     rows = []
     for name, way in ways.items():
         pairs = [(way(x, t, labels), ways["float32"](x, t, labels)) for x, t in visited]
         rows.append({"way": name, "error": max(((a - b).norm() / b.norm()).item() for a, b in pairs)})
     return rows
+
+
+def trajectory(model: Model, way: Callable[..., Tensor], labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Follow twelve steps of sampling; give where they went: latents and times."""
+    visited: list[tuple[Tensor, Tensor]] = []
+
+    def velocity(x: Tensor, times: Tensor) -> Tensor:
+        visited.append((x, times))
+        return way(x, times, labels)
+
+    noise = initial_noise(range(len(labels)), model.composite).to(model.device)
+    integrate(velocity, noise, model.schedule, model.composite, solver="euler", steps=12)
+    return visited
 
 
 def guided(setting: Setting) -> list[Row]:

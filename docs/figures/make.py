@@ -1,6 +1,6 @@
-"""Draws the figures of docs/method.md and docs/sampling.md, from the project's own code and from docs/results/*.json.
+"""Draws the figures of docs/*.md, from the project's own code and from docs/results/*.json.
 
-    python docs/figures/make.py [schedules times knots offset solvers_trained]
+    python docs/figures/make.py [schedules times knots offset solvers_trained training_curves]
 
 All of them take about half a minute. The phases of a sample are drawn by `sfd strip models/shapes`.
 """
@@ -27,6 +27,7 @@ from sfd.streams import Composite, Stream
 HERE = Path(__file__).parent
 SWEEP = HERE.parent / "results" / "offset-sweep.json"
 SOLVERS = HERE.parent / "results" / "solvers-trained.json"
+CURVES = HERE.parent / "results" / "training-curves.json"
 STREAMS = ("texture", "semantic")
 OFFSET = {"name": "offset", "delta": 0.3}
 PIXELS = {"dpi": 130, "facecolor": "white"}
@@ -186,12 +187,31 @@ def solvers_trained() -> Figure:
     return figure
 
 
+def training_curves() -> Figure:
+    """Loss curves of each way to train, and how far they lie from plain float32's; both smoothed."""
+    kept = json.loads(CURVES.read_text(encoding="utf-8"))
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    curves, differences = figure.subplots(1, 2)
+    width = kept["smoothed"] // (kept["steps"][1] - kept["steps"][0])
+    steps = kept["steps"][width - 1 :]
+    means = {way: np.convolve(loss, np.full(width, 1 / width), mode="valid") for way, loss in kept["loss"].items()}
+    for index, (way, mean) in enumerate(means.items()):
+        style = {"color": COLOURS[index], "linestyle": ("-", (0, (6, 3)), ":", "-")[index], "label": way}
+        curves.plot(steps, mean, **style)
+        differences.plot(steps, 100 * (mean / means["float32"] - 1), **style)
+    plain(curves, f"training loss, mean of {kept['smoothed']} steps", "step")
+    plain(differences, "difference from float32 (%)", "step")
+    curves.legend(frameon=False)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "schedules": schedules,
     "times": times,
     "knots": knots,
     "offset": offset,
     "solvers_trained": solvers_trained,
+    "training_curves": training_curves,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""What speed costs in quality: whole loss curves, trained models and samples, each way beside plain float32.
+
+Beside each difference stands the size of noise: what another seed changes. Folders are kept: the same command goes on
+where it was stopped, and a changed program needs another --out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.offset_sweep import judged, trained
+from benchmarks.solvers_trained import MODEL, judge, sample, texture_errors
+from benchmarks.speed.measuring import ROOT, Row, Setting
+from sfd.assessment import reference
+from sfd.config import load_recipe
+from sfd.data.latents import LatentSet
+from sfd.data.prepare import LatentSettings, prepare
+from sfd.evaluation.evaluate import evaluate
+from sfd.files import write_json
+from sfd.generate import SampleSettings
+from sfd.model import Model, load_model
+from sfd.models.inference import cannot_compile
+from sfd.pipeline import Pipeline
+from sfd.training.diffusion import DiffusionTask, LossSettings
+
+EVERY, SMOOTHED = 10, 50  # steps of a line of the log, and of the mean that is compared
+CURVES = "training-curves.json"
+OTHER_SEED = "float32, another seed"
+STEPS = ["train.steps=600", "train.decay_from=300", f"train.log_every={EVERY}", "train.preview_every=0"]
+JUDGED = ["evaluation.samples_per_class=100"]
+HELD_OUT = LossSettings(cosine=0, repa=0, label_dropout=0, flip=False)
+GUIDED = SampleSettings(steps=24, guidance=2.0, compile="off")
+
+
+def curves(setting: Setting) -> list[Row]:
+    """Train the demo's transformer each way on the same latents, batches and first weights; judge what comes out."""
+    device, out = setting.device, setting.out / "curves"
+    ways = {"float32": (0, "float32", "false"), "bf16": (0, "bf16", "false")}
+    if cannot_compile(device) is None:
+        ways["bf16 compiled"] = (0, "bf16", "true")
+    ways[OTHER_SEED] = (1, "float32", "false")
+    parts = demo(out / "parts", device)
+    against, unseen = reference(parts), held_out(parts, out / "held-out")
+    losses: dict[str, list[float]] = {}
+    rows = []
+    for way, (seed, precision, compiled) in ways.items():
+        how = [f"train.precision={precision}", f"train.compile={compiled}"]
+        folder = out / way.replace(", ", "-").replace(" ", "-")
+        pipeline = demo(out / "parts", device, how)
+        delta = float(pipeline.recipe.schedule["delta"])
+        model = trained(pipeline, delta, seed, folder)
+        torch._dynamo.reset()
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        losses[way] = [line["loss"] for line in lines]
+        seen = judged(pipeline, model, against, way)
+        row = {"way": way, **compared(losses[way], losses["float32"]), "held_out_velocity_loss": loss(model, unseen)}
+        rows.append(row | {"frechet_distance": seen.frechet_distance, "class_accuracy": seen.class_accuracy})
+        print(rows[-1], flush=True)
+        steps = [line["step"] for line in lines]
+        write_json(out / CURVES, {"steps": steps, "smoothed": SMOOTHED, "loss": losses})
+    return rows
+
+
+def demo(folder: Path, device: torch.device, how: list[str] | None = None) -> Pipeline:
+    """The demo's run, all of its parts made but the transformer."""
+    recipe = load_recipe(ROOT / "recipes" / "shapes-demo.yaml", [*STEPS, *JUDGED, *(how or [])])
+    pipeline = Pipeline(recipe, folder, device)
+    for stage in ("train_texture", "train_semantic", "train_compressor", "prepare", "train_evaluator"):
+        getattr(pipeline, stage)()
+    return pipeline
+
+
+def held_out(pipeline: Pipeline, folder: Path) -> LatentSet:
+    """Latents of the images that no transformer is trained on."""
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        semantic = pipeline.compressor.encode(pipeline.semantic.encode(images))
+        return {"texture": pipeline.texture.encode(images), "semantic": semantic}
+
+    tokenizers = {name: pipeline.tokenizers[name] for name in ("texture", "semantic")}
+    settings = LatentSettings(features=False)
+    prepare(pipeline.images[1], encode, tokenizers, folder, settings, device=pipeline.device)
+    return LatentSet(folder)
+
+
+@torch.no_grad()
+def loss(model: Model, latents: LatentSet, batch_size: int = 256) -> float:
+    """Mean velocity loss over held-out latents, once each: the same noise and times for every model."""
+    network = model.transformer.eval()
+    task = DiffusionTask(network, latents, model.schedule, HELD_OUT, seed=0, batch_size=batch_size)
+    losses = []
+    for step in range(len(latents) // batch_size):
+        batch = {name: part.to(model.device) for name, part in task.batch(step, range(batch_size)).items()}
+        losses.append(task.loss(network, batch)["loss"].item())
+    return float(np.mean(losses))
+
+
+def compared(losses: list[float], plain: list[float]) -> Row:
+    """The last quarter's mean loss, how much it differs, and how much smoothed curves differ at most; relative."""
+    quarter = len(plain) // 4
+    last, before = np.mean(losses[-quarter:]), np.mean(plain[-quarter:])
+    ours, theirs = (smoothed(np.array(each)) for each in (losses, plain))
+    return {
+        "loss_in_the_last_quarter": float(last),
+        "its_relative_difference": float(last / before - 1),
+        "largest_relative_difference": float(np.abs(ours / theirs - 1).max()),
+    }
+
+
+def smoothed(losses: np.ndarray) -> np.ndarray:
+    """Means over `SMOOTHED` steps of a curve with a value every `EVERY` steps."""
+    width = SMOOTHED // EVERY
+    return np.convolve(losses, np.full(width, 1 / width), mode="valid")
+
+
+def sample_metrics(setting: Setting, count: int = 1000) -> list[Row]:
+    """Sample models/shapes each way from the same seeds and classes, and judge by one classifier."""
+    model, against = load_model(MODEL, setting.device), judge(setting.out / "evaluator", setting.device)
+    labels = [k % len(model.classes) for k in range(count)]
+    rows: list[Row] = []
+    for way, first, chosen in ways_to_sample(setting.device, count):
+        images, latents, _, _ = sample(model, count, chosen, first)
+        torch._dynamo.reset()
+        if not rows:
+            plain, exact = images.astype(np.int16), latents
+        seen, difference = evaluate(images, labels, against, name=way), np.abs(images - plain)
+        row: Row = {"way": way, "frechet_distance": seen.frechet_distance, "class_accuracy": seen.class_accuracy}
+        row |= {"median_latent_error": texture_errors(model, latents, exact).median().item()}
+        row |= {"mean_pixel_difference": float(difference.mean()), "largest": int(difference.max())}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def ways_to_sample(device: torch.device, count: int) -> Iterator[tuple[str, int, SampleSettings]]:
+    """Name each way, with the seed of its first image."""
+    yield "float32", 0, GUIDED
+    yield "bf16", 0, GUIDED.model_copy(update={"precision": "bf16"})
+    if cannot_compile(device) is None:
+        yield "float32 compiled", 0, GUIDED.model_copy(update={"compile": "on"})
+        yield "bf16 compiled", 0, GUIDED.model_copy(update={"precision": "bf16", "compile": "on"})
+    yield "float32, other seeds", count, GUIDED
