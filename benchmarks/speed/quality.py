@@ -32,7 +32,7 @@ from sfd.training.diffusion import DiffusionTask, LossSettings
 EVERY, SMOOTHED = 10, 50  # steps of a line of the log, and of the mean that is compared
 CURVES = "training-curves.json"
 OTHER_SEED = "float32, another seed"
-STEPS = ["train.steps=600", "train.decay_from=300", f"train.log_every={EVERY}", "train.preview_every=0"]
+STEPS = ["train.steps=450", "train.decay_from=300", f"train.log_every={EVERY}", "train.preview_every=0"]
 JUDGED = ["evaluation.samples_per_class=100"]
 HELD_OUT = LossSettings(cosine=0, repa=0, label_dropout=0, flip=False)
 GUIDED = SampleSettings(steps=24, guidance=2.0, compile="off")
