@@ -32,8 +32,9 @@ from sfd.training.diffusion import DiffusionTask, LossSettings
 EVERY, SMOOTHED = 10, 50  # steps of a line of the log, and of the mean that is compared
 CURVES = "training-curves.json"
 OTHER_SEED = "float32, another seed"
-STEPS = ["train.steps=450", "train.decay_from=300", f"train.log_every={EVERY}", "train.preview_every=0"]
-JUDGED = ["evaluation.samples_per_class=100"]
+TRAINED = ["train.steps=400", "train.batch_size=128", "train.decay_from=200", "train.preview_every=0"]
+LOGGED = [f"train.log_every={EVERY}"]
+JUDGED = ["evaluation.samples_per_class=100", "sample.solver=multistep", "sample.steps=24"]
 HELD_OUT = LossSettings(cosine=0, repa=0, label_dropout=0, flip=False)
 GUIDED = SampleSettings(steps=24, guidance=2.0, compile="off")
 
@@ -69,7 +70,7 @@ def curves(setting: Setting) -> list[Row]:
 
 def demo(folder: Path, device: torch.device, how: list[str] | None = None) -> Pipeline:
     """The demo's run, all of its parts made but the transformer."""
-    recipe = load_recipe(ROOT / "recipes" / "shapes-demo.yaml", [*STEPS, *JUDGED, *(how or [])])
+    recipe = load_recipe(ROOT / "recipes" / "shapes-demo.yaml", [*TRAINED, *LOGGED, *JUDGED, *(how or [])])
     pipeline = Pipeline(recipe, folder, device)
     for stage in ("train_texture", "train_semantic", "train_compressor", "prepare", "train_evaluator"):
         getattr(pipeline, stage)()
