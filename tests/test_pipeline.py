@@ -150,6 +150,13 @@ def test_a_missing_weak_model_is_found_before_training(finished, tmp_path):
         Pipeline(recipe, tmp_path, CPU).all()
 
 
+def test_a_batch_that_does_not_divide_is_found_before_anything_is_trained(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path), ["train.accumulate=3"])
+    with pytest.raises(SFDError, match="batch_size 8 does not divide over 1 processes × 3 accumulation steps"):
+        Pipeline(recipe, tmp_path / "out", CPU).all()
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_of_another_number_of_classes_are_refused(finished, tmp_path):
     recipe = load_recipe(finished.folder.recipe, ["data.classes=1000"])
     with pytest.raises(SFDError, match=r"data\.classes is 1000, but shapes has 10 classes"):

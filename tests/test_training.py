@@ -20,7 +20,6 @@ from sfd.training import checkpoints
 from sfd.training.log import TrainingLog
 from sfd.training.loop import fit
 from sfd.training.order import EpochOrder
-from sfd.training.parallel import Parallel
 from sfd.training.settings import TrainSettings, learning_rate
 
 CPU = torch.device("cpu")
@@ -180,10 +179,11 @@ def test_a_compiled_network_learns_as_the_plain_one_does(whole, tmp_path):
     assert compiled.state_dict().keys() == whole[1].state_dict().keys()
 
 
-def test_compiling_shared_weights_is_refused(monkeypatch):
+def test_compiling_shared_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sfd.processes.count", lambda: 2)
+    monkeypatch.setattr("sfd.processes.company", object)
     with pytest.raises(SFDError, match="parallel: ddp or compile: false"):
-        Parallel(Regression().model, "fsdp", CPU, compiled=True)
+        fit(Regression(), changed(parallel="fsdp", compile=True), tmp_path, device=CPU)
 
 
 def test_a_resumed_run_has_the_same_log(whole, tmp_path):

@@ -37,7 +37,7 @@ from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import fit_pca
 from sfd.models.semvae import SemVAE
 from sfd.models.transformer import Transformer, TransformerConfig, parameter_count
-from sfd.plan import architecture, given_compressor
+from sfd.plan import architecture, given_compressor, trainings
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import parse
 from sfd.shares import WHOLE, Share
@@ -45,6 +45,7 @@ from sfd.stages import Stage
 from sfd.streams import Composite
 from sfd.training.diffusion import DiffusionTask
 from sfd.training.loop import fit
+from sfd.training.parallel import check
 from sfd.training.semvae import SemVAETask
 from sfd.training.settings import TrainSettings, extent, lasting
 from sfd.weights import CONFIG_FILE, WEIGHTS_FILE, Part
@@ -72,7 +73,9 @@ class Pipeline:
             self.train_evaluator()
 
     def _check_given(self) -> None:
-        """Load what comes from elsewhere first: that it cannot be had should not be found out after hours."""
+        """Load what comes from elsewhere, and see what cannot be trained: neither should be found out after hours."""
+        for settings in trainings(self.recipe):
+            check(settings, self.device)
         if self.recipe.texture.pretrained is not None:
             _ = self.texture
         if self.recipe.latents.published is None:
@@ -81,9 +84,8 @@ class Pipeline:
             if self.recipe.compressor.folder is not None:
                 load_compressor(Path(self.recipe.compressor.folder))
         if self.recipe.evaluation.weak is not None:
-            files.read_json(
-                model_folder(Path(self.recipe.evaluation.weak)) / RECORD, "model directory (evaluation.weak)"
-            )
+            weak = model_folder(Path(self.recipe.evaluation.weak))
+            files.read_json(weak / RECORD, "model directory (evaluation.weak)")
 
     def save_recipe(self) -> None:
         """Keep the resolved recipe with the run."""

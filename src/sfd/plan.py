@@ -25,6 +25,7 @@ from sfd.models.transformer import SIZES, TransformerConfig
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import Settings, explain, parse
 from sfd.streams import Composite, Stream
+from sfd.training.settings import TrainSettings
 from sfd.weights import Part
 
 
@@ -55,6 +56,14 @@ def check(recipe: Recipe, *, dry: bool = False) -> TransformerConfig:
     if recipe.loss.repa:
         _check_repa(recipe, composite)
     return config
+
+
+def trainings(recipe: Recipe) -> list[TrainSettings]:
+    """List how everything is trained that a whole run of a recipe trains."""
+    encoding = [recipe.semantic.train, recipe.compressor.train] if recipe.latents.published is None else []
+    judge = recipe.evaluation.classifier
+    each = [recipe.texture.train, *encoding, recipe.train, judge.training if judge is not None else None]
+    return [settings for settings in each if settings is not None]
 
 
 def planned_architecture(recipe: Recipe) -> TransformerConfig:

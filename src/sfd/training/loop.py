@@ -19,7 +19,7 @@ from sfd.training import checkpoints
 from sfd.training.batches import Batches, drawn_step, parts
 from sfd.training.guards import LOOK_EVERY, Guard, backward, examination
 from sfd.training.log import TrainingLog
-from sfd.training.parallel import Parallel, local, whole
+from sfd.training.parallel import Parallel, check, local, whole
 from sfd.training.settings import FREE_TO_CHANGE, TrainSettings, average_weight, learning_rate
 
 REPORT = "failure-report.json"
@@ -99,11 +99,7 @@ class _Run:
     """The state of one call of `fit`."""
 
     def __init__(self, task: Task, settings: TrainSettings, folder: Path, device: torch.device) -> None:
-        if settings.batch_size % parts(settings):
-            raise SFDError(
-                f"batch_size {settings.batch_size} does not divide over {processes.count()} processes × "
-                f"{settings.accumulate} accumulation steps; make it a multiple of {parts(settings)}"
-            )
+        check(settings, device)
         self.task, self.settings, self.folder, self.device = task, settings, folder, device
         self.parallel = Parallel(task.model, settings.parallel, device, compiled=settings.compile)
         self.network = self.parallel.network
@@ -272,7 +268,6 @@ class _Run:
         record = {
             "task": self.task.name,
             "settings": self.settings.model_dump(mode="json"),
-            "processes": processes.count(),
             "attempt": self.attempt,
             "guard": guard,
             "good": guard["in_a_row"] == 0 and self.settings.regular(self.step),

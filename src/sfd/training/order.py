@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from sfd import randomness
@@ -15,7 +17,7 @@ class EpochOrder:
         if length < 1:
             raise SFDError("there is nothing to train on: the data set is empty")
         self.seed, self.length = seed, length
-        self._permutations: dict[int, np.ndarray] = {}
+        self._permutation = lru_cache(2)(self._permute)  # a batch may reach from one epoch into the next
 
     def indices(self, step: int, samples: range, batch_size: int) -> np.ndarray:
         """Give the data indices of some slots of a step's global batch.
@@ -32,9 +34,5 @@ class EpochOrder:
             chosen[mask] = self._permutation(int(epoch))[places[mask]]
         return chosen
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            if len(self._permutations) > 1:
-                self._permutations.clear()
-            self._permutations[epoch] = randomness.generator(self.seed, "order", epoch).permutation(self.length)
-        return self._permutations[epoch]
+    def _permute(self, epoch: int) -> np.ndarray:
+        return randomness.generator(self.seed, "order", epoch).permutation(self.length)

@@ -19,6 +19,25 @@ from sfd import processes
 from sfd.errors import SFDError
 from sfd.models.inference import require_compiler
 from sfd.models.layers import Block
+from sfd.training.batches import parts
+from sfd.training.settings import TrainSettings
+
+
+def check(settings: TrainSettings, device: torch.device) -> None:
+    """Refuse what so many processes, or this machine, cannot do.
+
+    Raises:
+        SFDError: a batch that does not divide; compiling where that is not possible, or of weights that are shared out.
+    """
+    if settings.batch_size % parts(settings):
+        raise SFDError(
+            f"batch_size {settings.batch_size} does not divide over {processes.count()} processes × "
+            f"{settings.accumulate} accumulation steps; make it a multiple of {parts(settings)}"
+        )
+    if settings.compile:
+        require_compiler(device)
+        if settings.parallel == "fsdp" and processes.count() > 1:
+            raise SFDError("shared weights (fsdp) cannot be compiled; give parallel: ddp or compile: false")
 
 
 class Parallel:
@@ -31,17 +50,10 @@ class Parallel:
             network: its parameters become this process's share where `kind` is "fsdp".
             kind: "auto", "ddp" or "fsdp"; one process alone needs none of them.
             device: this process's own.
-            compiled: whether what is trained is a compiled form of the network.
-
-        Raises:
-            SFDError: compiled, but this machine cannot, or the weights are to be shared out.
+            compiled: whether what is trained is a compiled form of the network; see `check`.
         """
-        if compiled:
-            require_compiler(device)
         self.device = device
         self.sharded = kind == "fsdp" and processes.count() > 1
-        if compiled and self.sharded:
-            raise SFDError("shared weights (fsdp) cannot be compiled; give parallel: ddp or compile: false")
         # What a gathered copy is made from; sharding changes the network itself.
         self._plain = copy.deepcopy(network).to("meta") if self.sharded else None
         self.network = network.to(device).train()
