@@ -113,6 +113,16 @@ def test_a_run_that_diverges_stops_with_a_report(tmp_path):
     assert report["images"] == list(range(8))
 
 
+def test_a_report_has_the_losses_of_the_whole_batch(tmp_path):
+    class Half(Poisoned):
+        def loss(self, model, batch):
+            return {"loss": super().loss(model, batch)["loss"] * (float("nan") if batch["indices"][0] == 0 else 1)}
+
+    with pytest.raises(SFDError, match="0 rollbacks"):
+        fit(Half(()), changed(accumulate=2, max_rollbacks=0), tmp_path, device=CPU)
+    assert files.read_json(tmp_path / REPORT, "report")["losses"] == {"loss": "nan"}
+
+
 def test_a_run_that_diverged_goes_on_with_more_rollbacks(tmp_path):
     with pytest.raises(SFDError, match="0 rollbacks"):
         fit(Poisoned(set(range(10))), changed(max_rollbacks=0), tmp_path, device=CPU)

@@ -205,11 +205,17 @@ class _Run:
         )
 
     def _give_up(self) -> SFDError:
-        """Write the report of the last step, which changed no weight and so can be taken again."""
+        """Write the report of the last step, taken again: a step that failed changed no weight."""
         drawn, path = drawn_step(self.step - 1, self.attempt), self.folder / REPORT
         self.batches.start(self.step - 1, self.attempt)
+        losses: dict[str, Tensor] = {}
         for part in range(self.settings.accumulate):
-            losses = self._backward(self.batches.next(), part == self.settings.accumulate - 1)
+            for name, value in self._backward(self.batches.next(), part == self.settings.accumulate - 1).items():
+                share = value.detach() / (parts(self.settings) if value.ndim == 0 else 1)
+                losses[name] = losses[name] + share if name in losses else share
+        if processes.count() > 1:
+            for value in losses.values():
+                torch.distributed.all_reduce(value)
         report = {"step": self.step, "rollbacks": self.attempt, **self.guard.state()}
         report |= examination(self.network, losses)
         if processes.leads():
