@@ -16,29 +16,16 @@ import torch
 from faults.commands import Command, Condition, Ended, Failure, plain
 from sfd.cli import main
 
-RECIPE = """
+TINY = Path(__file__).parent.parent / "tests" / "tiny.yaml"
+RECIPE = f"""
+extends: "{TINY}"
 name: faults
-data: {source: shapes, count: 240, holdout: 0.5}
-texture:
-  name: autoencoder_kl
-  config: {widths: [16, 16]}
-  train: {steps: 6, batch_size: 8, learning_rate: 2.0e-3, checkpoint_every: 2, log_every: 1}
-semantic:
-  name: convnet
-  train: {steps: 3, batch_size: 8, learning_rate: 2.0e-3}
-compressor:
-  name: semvae
-  channels: 4
-  width: 32
-  blocks: 1
-  train: {steps: 6, batch_size: 8, learning_rate: 1.0e-3, checkpoint_every: 2, log_every: 1}
-latents: {shard_size: 10, batch_size: 5}
-transformer: {size: tiny, depth: 2, width: 32, heads: 2, repa_width: 32}
-train: {steps: 20, batch_size: 8, learning_rate: 1.0e-3, ema: 0.9, preview_every: 10, log_every: 2, checkpoint_every: 3}
-sample: {steps: 4, guidance: 1.5, batch_size: 4}
-evaluation:
-  samples_per_class: 3
-  classifier: {training: {steps: 3, batch_size: 8, learning_rate: 2.0e-3}}
+texture: {{train: {{steps: 6, checkpoint_every: 2, log_every: 1}}}}
+compressor: {{train: {{steps: 6, checkpoint_every: 2, log_every: 1}}}}
+latents: {{shard_size: 10, batch_size: 5}}
+train: {{steps: 20, preview_every: 10, checkpoint_every: 3}}
+sample: {{batch_size: 4}}
+evaluation: {{samples_per_class: 3}}
 """
 TIMING = {
     *("images_per_second", "checkpoint_pause", "waiting"),

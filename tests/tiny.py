@@ -2,30 +2,7 @@
 
 from pathlib import Path
 
-RECIPE = """
-name: tiny
-data: {source: shapes, count: 240, holdout: 0.5}
-texture:
-  name: autoencoder_kl
-  config: {widths: [16, 16]}
-  train: {steps: 3, batch_size: 8, learning_rate: 2.0e-3}
-semantic:
-  name: convnet
-  train: {steps: 3, batch_size: 8, learning_rate: 2.0e-3}
-compressor:
-  name: semvae
-  channels: 4
-  width: 32
-  blocks: 1
-  train: {steps: 3, batch_size: 8, learning_rate: 1.0e-3}
-latents: {shard_size: 50}
-transformer: {size: tiny, depth: 2, width: 32, heads: 2, repa_width: 32}
-train: {steps: 6, batch_size: 8, learning_rate: 1.0e-3, ema: 0.9, preview_every: 3, log_every: 2, checkpoint_every: 2}
-sample: {steps: 4, guidance: 1.5}
-evaluation:
-  samples_per_class: 2
-  classifier: {training: {steps: 3, batch_size: 8, learning_rate: 2.0e-3}}
-"""
+RECIPE = Path(__file__).with_suffix(".yaml").read_text()
 
 
 def write_recipe(folder: Path, text: str = RECIPE) -> Path:

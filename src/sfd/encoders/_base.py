@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from sfd import files, registry, weights
 from sfd.errors import SFDError
 from sfd.settings import parse
 from sfd.weights import Part
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 PACKAGE = "sfd.encoders"
 TEXTURE, SEMANTIC = "texture encoder", "semantic encoder"
@@ -122,6 +125,15 @@ def without_torchvision() -> Iterator[None]:
         yield
     finally:
         del sys.modules["torchvision"]
+
+
+def autoencoder(**shape: Any) -> AutoencoderKL:
+    """Make diffusers' `AutoencoderKL` with fresh weights."""
+    # Imported here because it takes seconds, which whoever only lists encoders should not wait for.
+    with without_torchvision():
+        from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**shape)
 
 
 def _open(source: str, kind: str, published: str) -> Part:

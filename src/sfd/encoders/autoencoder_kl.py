@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd.encoders._base import TEXTURE, check_divisible, without_torchvision
+from sfd.encoders._base import TEXTURE, autoencoder, check_divisible
 from sfd.moments import Moments
 from sfd.settings import Settings
 from sfd.weights import Part
@@ -66,15 +66,11 @@ class TextureAutoencoder(Part):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        # Imported here because it takes seconds, which whoever only lists encoders should not wait for.
-        with without_torchvision():
-            from diffusers import AutoencoderKL
-
         self.config = config
         self.channels = config.latent_channels
         self.downsample = config.patch * 2 ** (len(config.widths) - 1)
         levels = len(config.widths)
-        self.net = AutoencoderKL(
+        self.net = autoencoder(
             in_channels=3 * config.patch**2,
             out_channels=3 * config.patch**2,
             down_block_types=("DownEncoderBlock2D",) * levels,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfd import files
 from sfd.encoders import _published
-from sfd.encoders._base import TEXTURE, check_divisible, without_torchvision
+from sfd.encoders._base import TEXTURE, autoencoder, check_divisible
 from sfd.errors import SFDError
 from sfd.settings import Settings
 from sfd.weights import Part, check_fit, load_tensors
@@ -66,14 +66,10 @@ class PublishedAutoencoder(Part):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        # Imported here because it takes seconds, which whoever only lists encoders should not wait for.
-        with without_torchvision():
-            from diffusers import AutoencoderKL
-
         self.config = config
         self.channels = config.latent_channels
         self.downsample = 2 ** (len(config.block_out_channels) - 1)
-        self.net = AutoencoderKL(**config.model_dump())
+        self.net = autoencoder(**config.model_dump())
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

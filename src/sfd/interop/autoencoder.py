@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfd import files
-from sfd.encoders._base import without_torchvision
+from sfd.encoders._base import autoencoder
 from sfd.errors import SFDError
 from sfd.weights import fitting, shapes
 
@@ -127,13 +127,9 @@ def build(config: Mapping[str, Any], device: str = "cpu") -> AutoencoderKL:
     Raises:
         SFDError: there is no such autoencoder; channels that do not divide into 32 groups, for one.
     """
-    # Imported here because it takes seconds.
-    with without_torchvision():
-        from diffusers import AutoencoderKL
-
     try:
         with torch.device(device):
-            return AutoencoderKL(**config)
+            return autoencoder(**config)
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         raise SFDError(f"there is no {WHAT} of these shapes: {error}") from None
 
