@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.speed import measuring, overhead, report
+from benchmarks.speed import checkpoints, latents, measuring, overhead, report
 from benchmarks.speed.__main__ import SECTIONS, chosen
 from benchmarks.speed.measuring import Setting
 from benchmarks.speed.training import Training
@@ -34,13 +34,25 @@ def test_a_section_that_the_device_does_not_have_is_refused_with_those_it_has(tm
 
 
 def test_tables_show_each_kind_of_figure():
-    rows = [{"way": "a", "ratio": 1.234, "peak_bytes": 2**30}, {"way": "b", "share_of_matrix_rate": 0.5}]
-    assert report.table(rows).splitlines()[2:] == ["| a | 1.23 | 1.0 GiB | — |", "| b | — | — | 50% |"]
+    rows = [
+        {"way": "a", "ratio": 1.234, "working_bytes": 2**30, "images": 1234.5, "resumed_seconds": 5.678},
+        {"way": "b", "ratio": None, "share_of_matrix_rate": 0.5, "pause_milliseconds": 5.678},
+    ]
+    assert report.table(rows).splitlines()[2:] == [
+        "| a | 1.23 | 1,024.0 MiB | 1,234 | 5.68 | — | — |",
+        "| b | — | — | — | — | 50% | 5.68 |",
+    ]
 
 
-def test_the_fast_step_of_the_benchmark_does_what_the_plain_one_does(monkeypatch):
-    monkeypatch.setitem(measuring.SIZES, "small", measuring.SIZES["tiny"]._replace(depth=1, width=32, heads=2))
-    made = measuring.network("small")
+@pytest.fixture
+def small(monkeypatch):
+    """Name a size of network that takes no time."""
+    monkeypatch.setitem(measuring.SIZES, "small", measuring.SIZES["tiny"]._replace(depth=2, width=32, heads=2))
+    return "small"
+
+
+def test_the_fast_step_of_the_benchmark_does_what_the_plain_one_does(small):
+    made = measuring.network(small)
     steps = []
     for way in ("float32", "bf16"):
         torch.manual_seed(0)
@@ -49,6 +61,38 @@ def test_the_fast_step_of_the_benchmark_does_what_the_plain_one_does(monkeypatch
         steps[-1]()
     for plain, fast in zip(*(step.average.parameters() for step in steps), strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_working_memory_is_what_a_call_takes_and_gives_back():
+    def call():
+        torch.ones(48 << 18)
+        torch.ones(32 << 18)
+
+    call()
+    used = measuring.working_memory(call, CPU)
+    if used is None:
+        pytest.skip("this platform cannot tell")
+    assert used == pytest.approx(48 << 20, rel=0.1)
+
+
+def test_working_memory_is_unknown_where_the_platform_cannot_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "PROCESS", tmp_path / "none")
+    assert measuring.working_memory(lambda: None, CPU) is None
+    assert measuring.working_memory(lambda: None, torch.device("meta")) is None
+
+
+def test_random_latents_of_the_published_shapes_can_be_trained_on(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(latents, "COUNT", 4)
+    batch = latents.task_like_published(small, 2, tmp_path).batch(0, range(2))
+    assert batch["x1"].shape == batch["x0"].shape == (2, measuring.COMPOSITE.size)
+    assert batch["features"].shape == (2, 768, 16, 16)
+
+
+def test_a_checkpoint_holds_weights_average_and_moments(tmp_path, small):
+    row = checkpoints.saved(small, Setting(CPU, quick=True, repeats=1, out=tmp_path))
+    parameters = sum(p.numel() for p in measuring.network(small).parameters())
+    assert row["checkpoint_bytes"] == pytest.approx(16 * parameters, rel=0.05)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plain_sampler_solves_the_same_equation():

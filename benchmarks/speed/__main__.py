@@ -19,7 +19,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.speed import commands, error_sources, optimizer, overhead, quality, sampling, training
+from benchmarks.speed import (
+    attention,
+    checkpoints,
+    commands,
+    error_sources,
+    loader,
+    memory,
+    optimizer,
+    overhead,
+    pairs,
+    pixels,
+    quality,
+    sampling,
+    training,
+)
 from benchmarks.speed.measuring import Row, Setting, machine
 from benchmarks.speed.report import draw, publish, table
 from sfd.errors import SFDError
@@ -41,6 +55,15 @@ SECTIONS = {
     "training": Section(training.training),
     "optimizer": Section(optimizer.optimizer),
     "overhead": Section(overhead.overhead),
+    "memory": Section(memory.memory),
+    "checkpointing": Section(memory.checkpointing),
+    "accumulation": Section(memory.accumulation),
+    "paired": Section(pairs.paired),
+    "decoding": Section(pixels.decoding),
+    "attention": Section(attention.attention),
+    "layouts": Section(pixels.layouts),
+    "loader": Section(loader.loader),
+    "checkpoints": Section(checkpoints.checkpoints),
     "start_up": Section(commands.start_up),
     "loop": Section(commands.loop),
     "solvers": Section(commands.solvers, long=True),

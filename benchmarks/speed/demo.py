@@ -13,14 +13,21 @@ FEW = [f"{part}.train.steps=2" for part in ("texture", "semantic", "compressor")
 DATA = ["data.count=2000"]
 
 
-def stage(command: str, folder: Path, *overrides: str) -> None:
+def command(name: str, folder: Path, *overrides: str) -> list[str]:
+    """Give the command line of one stage of the demo's recipe in a folder."""
+    arguments = [name, str(RECIPE), *FEW, *DATA, *overrides, "--out", str(folder), "--device", "cpu"]
+    return [sys.executable, "-m", "sfd", *arguments]
+
+
+def stage(name: str, folder: Path, *overrides: str) -> None:
     """Run one stage of the demo's recipe in a folder; one that is done is not done again."""
-    arguments = [command, str(RECIPE), *FEW, *DATA, *overrides, "--out", str(folder), "--device", "cpu"]
-    subprocess.run([sys.executable, "-m", "sfd", *arguments], check=True, capture_output=True)
+    subprocess.run(command(name, folder, *overrides), check=True, capture_output=True)
 
 
 def prepared(folder: Path) -> Path:
     """Make everything that the demo's transformer is trained on; give the run's folder."""
-    for command in ("train-texture", "train-semantic", "train-semvae", "prepare"):
-        stage(command, folder)
+    if (folder / "latents" / "manifest.json").exists():
+        return folder
+    for name in ("train-texture", "train-semantic", "train-semvae", "prepare"):
+        stage(name, folder)
     return folder

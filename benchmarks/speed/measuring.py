@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import platform
+import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +28,8 @@ COMPOSITE = Composite(
 )
 SCHEDULE = build_schedule({"name": "offset", "delta": 0.3}, COMPOSITE.names)
 Row = dict[str, Any]
+Checkpointing = bool | Literal["selective"]
+PROCESS = Path("/proc/self")
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,17 @@ class Setting:
         return {name: 2 * side**3 / seconds for name, seconds in best_times(ways, 10, self.device).items()}
 
 
-def network(size: str) -> Transformer:
+def network(size: str, checkpointing: Checkpointing = False) -> Transformer:
     """A network as published, none of its weights zero."""
     depth, width, heads = SIZES[size]
     config = TransformerConfig(
-        depth=depth, width=width, heads=heads, composite=COMPOSITE, num_classes=1000, clocks=("semantic", "texture")
+        depth=depth,
+        width=width,
+        heads=heads,
+        composite=COMPOSITE,
+        num_classes=1000,
+        clocks=("semantic", "texture"),
+        checkpointing=checkpointing,
     )
     made = Transformer(config)
     for parameter in made.parameters():
@@ -95,10 +107,32 @@ def machine(device: torch.device) -> Row:
     }
 
 
-def memory(way: Callable[[], Any], device: torch.device) -> Row:
-    """Peak memory of one call, where the device can tell."""
-    if device.type != "cuda":
-        return {}
-    torch.cuda.reset_peak_memory_stats(device)
+def working_memory(way: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak memory of a call in bytes, less what was in use before it; None where the platform cannot tell.
+
+    On a GPU it is that of torch's allocator. On Linux it is the process's resident memory, after what earlier calls
+    left to the C library was given back; so pages that the library keeps in spite of that are missing.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        way()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        (PROCESS / "clear_refs").write_text("5")  # the peak is from now on
+    except (AttributeError, OSError):  # another C library than glibc, or a container that forbids it
+        return None
+    before = _resident("VmRSS")
     way()
-    return {"peak_bytes": torch.cuda.max_memory_allocated(device)}
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", (PROCESS / "status").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])

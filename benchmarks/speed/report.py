@@ -26,13 +26,15 @@ def _cell(name: str, value: Any) -> str:
         return "—"
     if name.startswith("share") or name == "waiting":
         return f"{value:.1%}" if name == "share_outside" else f"{value:.0%}"
-    if name in ("ratio", "seconds", "of_the_plain_paths"):
+    if name in ("ratio", "of_the_plain_paths") or (name.endswith("seconds") and not name.endswith("milliseconds")):
         return f"{value:.2f}"
     if name == "flops_per_second":
         return f"{value / 1e9:,.0f} G"
-    if name.endswith("_bytes"):
-        return f"{value / 2**30:.1f} GiB"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if "bytes" in name:
+        return f"{value / 2**20:,.1f} MiB"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
 
 
 def publish(results: dict[str, Any]) -> None:

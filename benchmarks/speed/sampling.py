@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measuring import COMPOSITE, ROOT, SCHEDULE, Row, Setting, best_times, memory, network
+from benchmarks.speed.measuring import COMPOSITE, ROOT, SCHEDULE, Row, Setting, best_times, network, working_memory
 from sfd.guidance import VelocityField, guide
 from sfd.model import Model, load_model
 from sfd.models.inference import Inference, cannot_compile
@@ -46,7 +46,7 @@ def sampling(setting: Setting) -> list[Row]:
             rate = batch * STEPS / seconds
             row = {"size": size, "batch": batch, "way": name, "evaluated_images_per_second": rate}
             row |= {"ratio": times["float32"] / seconds, "flops_per_second": rate * flops(made.config)}
-            rows.append(row | memory(ways[name], device))
+            rows.append(row)
     return rows
 
 
@@ -104,7 +104,7 @@ def guided(setting: Setting) -> list[Row]:
             way = partial(sampled, field, noise, how)
             seconds = best_times({name: way}, 2, device)[name]
             row = {"size": size, "way": name, "batch": count, "evaluations": way()}
-            rows.append(row | {"images_per_second": count / seconds} | memory(way, device))
+            rows.append(row | {"images_per_second": count / seconds, "working_bytes": working_memory(way, device)})
         rows[-1]["ratio"] = rows[-1]["images_per_second"] / rows[-2]["images_per_second"]
     torch.set_float32_matmul_precision("highest")
     return rows

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from benchmarks.speed.measuring import COMPOSITE, Row, Setting, best_times, memory, network
+from benchmarks.speed.measuring import COMPOSITE, Row, Setting, best_times, network
 from sfd import flow
 from sfd.models.inference import cannot_compile
 from sfd.models.transformer import Transformer, flops
@@ -59,5 +59,5 @@ def training(setting: Setting) -> list[Row]:
             row = {"size": size, "batch": batch, "way": name, "images_per_second": batch / seconds}
             row |= {"ratio": times["float32"] / seconds, "flops_per_second": rate}
             row["share_of_matrix_rate"] = rate / setting.matrix_rates[name.split()[0]]
-            rows.append(row | memory(ways[name], device))
+            rows.append(row)
     return rows

@@ -74,7 +74,7 @@ def estimate(recipe: Recipe) -> Estimate:
         step=step,
         training=step * train.steps,
         state=_state_bytes(recipe, parameters),
-        kept=_kept_bytes(config, train.precision),
+        kept=kept_bytes(config, train.precision),
         images_at_once=train.batch_size // train.accumulate,
     )
 
@@ -154,7 +154,8 @@ def _state_bytes(recipe: Recipe, parameters: int) -> int:
     return parameters * (16 + 4 * (recipe.train.ema is not None) + 2 * (recipe.train.precision == "bf16"))
 
 
-def _kept_bytes(config: TransformerConfig, precision: str) -> int:
+def kept_bytes(config: TransformerConfig, precision: str) -> int:
+    """Count what the backward pass keeps of one image, in bytes."""
     tokens, block = config.composite.token_grid**2, KEPT_BYTES[precision] * config.width
     if not config.checkpointing:
         return round(tokens * block * config.depth)

@@ -196,11 +196,13 @@ def _batches(
 
 
 @torch.no_grad()
-def decode(model: Model, packed: Tensor, precision: Precision = "float32") -> np.ndarray:
-    """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3)."""
+def decode(
+    model: Model, packed: Tensor, precision: Precision = "float32", *, at_once: int = DECODED_AT_ONCE
+) -> np.ndarray:
+    """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3), `at_once` a call."""
     latents = model.composite.denormalize(model.composite.split(packed))[TEXTURE_STREAM].to(model.device)
     with torch.autocast(model.device.type, torch.bfloat16, precision == "bf16"):
-        return np.concatenate([to_uint8(model.texture.decode(z).float()) for z in latents.split(DECODED_AT_ONCE)])
+        return np.concatenate([to_uint8(model.texture.decode(z).float()) for z in latents.split(at_once)])
 
 
 def velocity_field(network: Inference, labels: Tensor) -> VelocityField:
@@ -230,20 +232,20 @@ def _guided(model: Model, weak: Model | None, labels: Tensor, settings: SampleSe
         settings.interval,
         weak_every=settings.weak_every,
         weak_between=settings.weak_between,
-        pair=_pair(network, labels, null) if settings.paired else None,
+        pair=pair(network, labels, null) if settings.paired else None,
     )
 
 
-def _pair(network: Inference, labels: Tensor, null: Tensor) -> Pair:
-    """Evaluate a network with labels and with none in one call."""
+def pair(network: Inference, labels: Tensor, null: Tensor) -> Pair:
+    """Make a function that evaluates a network with labels and with none in one call."""
     both = velocity_field(network, torch.cat([labels, null]))
 
-    def pair(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         doubled = times if times.dim() == 1 else times.repeat(2, 1)
         wanted, weak = both(x.repeat(2, 1), doubled).chunk(2)
         return wanted, weak
 
-    return pair
+    return evaluate
 
 
 def _check_weak(model: Model, weak: Model | None) -> None:

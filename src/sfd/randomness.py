@@ -25,7 +25,9 @@ def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
         key: further coordinates, each ≥ 0, such as the step and the sample's number.
     """
     entropy = [seed, zlib.crc32(purpose.encode()), *key]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+    # Numbers of 32 bits are the words that a list of them is turned into, which takes longer than all the rest.
+    words = np.array(entropy, np.uint32) if min(entropy) >= 0 and max(entropy) < 1 << 32 else entropy
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
 def normal(seeds: Sequence[int], size: int, purpose: str, *key: int) -> Tensor:

@@ -1,0 +1,112 @@
+"""Memory of sampling and training: by size, batch and way, with blocks checkpointed, with gradients accumulated.
+
+All of it is working memory, see `measuring.working_memory`: for sampling weights come on top of it, for training
+weights, the optimizer's moments and the average; gradients are part of it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from benchmarks.speed.latents import task_like_published
+from benchmarks.speed.measuring import COMPOSITE, Checkpointing, Row, Setting, best_times, network, working_memory
+from benchmarks.speed.sampling import inferences
+from benchmarks.speed.training import Training
+from sfd.data.latents import FEATURES
+from sfd.estimate import kept_bytes
+from sfd.models.inference import cannot_compile
+from sfd.sampling import initial_noise
+from sfd.training.diffusion import DiffusionTask
+from sfd.training.loop import _Run
+from sfd.training.settings import TrainSettings
+
+MORE = 8  # times the batch: as many again are sampled at once
+KINDS: dict[str, Checkpointing] = {"none": False, "selective": "selective", "all": True}
+
+
+def memory(setting: Setting) -> list[Row]:
+    """Working memory of one evaluation in sampling, and of one training step."""
+    device, rows = setting.device, []
+    for size, batch in setting.sizes:
+        made = network(size).eval().requires_grad_(False).to(device)
+        times = torch.full((2,), 0.5, device=device)
+        for name, way in inferences(made, device).items():
+            for count in (batch, MORE * batch):
+                noise, labels = initial_noise(range(count), COMPOSITE).to(device), torch.arange(count, device=device)
+                call = partial(way, noise, times, labels)
+                if count == batch:
+                    call()  # compiles
+                rows.append(_row("sampling", size, count, name) | {"working_bytes": working_memory(call, device)})
+        del way, call
+        made.requires_grad_(True)
+        for name in ("float32", "bf16", *(["bf16 compiled"] if cannot_compile(device) is None else [])):
+            # Another batch would be compiled anew, which takes minutes.
+            for count in (batch,) if name.endswith("compiled") else (max(batch // 4, 1), batch):
+                step = Training(made, count, device, name)
+                step()
+                rows.append(_row("training", size, count, name) | {"working_bytes": working_memory(step, device)})
+    return rows
+
+
+def _row(task: str, size: str, batch: int, way: str) -> Row:
+    return {"task": task, "size": size, "batch": batch, "way": way}
+
+
+def checkpointing(setting: Setting) -> list[Row]:
+    """Time and working memory of training steps by what of a block is kept for the backward pass.
+
+    Bytes an image are measured as what a batch takes more than half of it; counted are those of `sfd.estimate`.
+    """
+    device, rows = setting.device, []
+    for size, batch in setting.sizes:
+        made = {name: network(size, kind).to(device) for name, kind in KINDS.items()}
+        for precision in ("float32", "bf16"):
+            steps = {name: Training(each, batch, device, precision) for name, each in made.items()}
+            times = best_times(steps, max(setting.repeats // 2, 1), device)
+            for name, step in steps.items():
+                row = {"size": size, "batch": batch, "precision": precision, "recomputed": name}
+                row |= {"images_per_second": batch / times[name], "ratio": times["none"] / times[name]}
+                whole = row["working_bytes"] = working_memory(step, device)
+                half = Training(made[name], batch // 2, device, precision)
+                half()
+                part = working_memory(half, device)
+                known = whole is not None and part is not None
+                row["bytes_an_image"] = (whole - part) / (batch - batch // 2) if known else None
+                rows.append(row | {"counted_bytes_an_image": kept_bytes(made[name].config, precision)})
+    return rows
+
+
+def accumulation(setting: Setting) -> list[Row]:
+    """Working memory of a step of the training loop, its batches included, by how many are accumulated."""
+    size, batch = setting.sizes[0]
+    rows = []
+    for precision in ("float32", "bf16"):
+        for accumulate, whole in ((1, batch), (4, 4 * batch), (1, 4 * batch)):
+            task = task_like_published(size, whole, setting.out / "published")
+            settings = TrainSettings(
+                steps=9, batch_size=whole, accumulate=accumulate, learning_rate=1e-5, ema=0.9999, precision=precision
+            )
+            row = {"size": size, "precision": precision, "batch": whole, "accumulate": accumulate}
+            rows.append(row | {"working_bytes": _step_memory(task, settings, setting)})
+    return rows
+
+
+def _step_memory(task: DiffusionTask, settings: TrainSettings, setting: Setting) -> int | None:
+    """Working memory of a step after the first."""
+    for name in (*task.composite.names, FEATURES):  # pages of the file that are mapped later would count
+        for flipped in (False, True):
+            task.latents.read(name, np.arange(len(task.latents)), np.full(len(task.latents), flipped))
+    with TemporaryDirectory(dir=setting.out) as folder:
+        run = _Run(task, settings, Path(folder), setting.device)
+        with run.closing():
+            run.begin()
+            run.advance()
+            run.writer.wait()  # the first checkpoint
+            used = working_memory(run.advance, setting.device)
+            run.batches.close()
+    return used

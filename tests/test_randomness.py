@@ -1,0 +1,23 @@
+"""Numbers are functions of their key: the one that runs, models and samples of the past were made with."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+
+from sfd import randomness
+
+
+@pytest.mark.parametrize("key", [(0,), (1, 0, 5), (2**32 - 1, 7), (2**32, 7), (3, 2**32 + 12, 4), (2**80 + 1,)])
+def test_generators_are_numpys_for_the_list_of_the_key(key):
+    seed, *rest = key
+    entropy = [seed, zlib.crc32(b"noise"), *rest]
+    expected = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).random(5)
+    np.testing.assert_array_equal(randomness.generator(seed, "noise", *rest).random(5), expected)
+
+
+def test_negative_keys_are_refused():
+    with pytest.raises(ValueError, match="non-negative"):
+        randomness.generator(0, "noise", -1)
