@@ -148,6 +148,25 @@ def test_the_documented_scripts_are_valid(number):
     subprocess.run(["bash", "-n"], input=SCRIPTS[number], text=True, check=True)
 
 
+MEETING = """
+import time
+from datetime import timedelta
+from sfd import processes
+processes.COLLECTIVE_TIMEOUT = timedelta(seconds=1)
+processes.join("cpu")
+time.sleep(3 * processes.rank())
+processes.meet()
+processes.leave()
+"""
+
+
+def test_processes_wait_for_one_another_longer_than_a_collective_may_take(tmp_path):
+    script = tmp_path / "meeting.py"
+    script.write_text(MEETING)
+    ended = torchrun(script)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_killed_worker_is_started_again_and_the_run_is_the_same(finished, tmp_path):
     out = copied(finished, tmp_path / "out")
     checkpoints = out / "training" / "checkpoints"

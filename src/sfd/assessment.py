@@ -82,7 +82,7 @@ def _sample(pipeline: Pipeline, name: str, settings: SampleSettings) -> None:
 
     def work() -> None:
         write_samples(folder, model, labels, seeds, settings, weak=weak, share=place())
-        processes.largest(0)  # waits for the other processes' shares
+        processes.meet()  # after a change of their number one may be hours behind the others
         per_class = evaluation.samples_per_class
         if processes.leads():
             write_grid(folder, _grid_numbers(per_class, _shown_classes(model)), min(GRID_COLUMNS, per_class))

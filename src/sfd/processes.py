@@ -64,7 +64,7 @@ class Company:
         # A connection of its own for the thread that watches: one that waits blocks its other callers.
         self._store, self._watched = _connection(host=leads() and not _agent_hosts()), _connection(host=False)
         dist.init_process_group(backend, store=self._store, rank=rank(), world_size=count(), timeout=COLLECTIVE_TIMEOUT)
-        self._told, self._ended = 0, threading.Event()
+        self._told, self._met, self._ended = 0, 0, threading.Event()
         self._code: int | None = None
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -78,6 +78,14 @@ class Company:
         while not self._store.check([key]):
             time.sleep(SECONDS_BETWEEN_LOOKS / 4)
         return json.loads(self._store.get(key))
+
+    def meet(self) -> None:
+        """Wait until all have come here, as long as it takes."""
+        self._met += 1
+        key = f"met/{self._met}"
+        self._store.add(key, 1)
+        while self._store.add(key, 0) < count():
+            time.sleep(SECONDS_BETWEEN_LOOKS / 4)
 
     def fail(self, code: int) -> bool:
         """Tell the others that this process ends, and with which exit code; True for the first one that does."""
@@ -212,6 +220,12 @@ def company() -> Company | None:
 def tell(value: Any) -> Any:
     """Give the leader's (plain) value to all processes, who wait for it as long as it takes."""
     return _company.tell(value) if _company else value
+
+
+def meet() -> None:
+    """Wait until all processes have come here, as long as it takes."""
+    if _company is not None:
+        _company.meet()
 
 
 def largest(value: int) -> int:
