@@ -196,7 +196,7 @@ def test_a_resumed_run_has_the_same_log(whole, tmp_path):
 def test_a_damaged_log_is_named(tmp_path):
     fit(Regression(), SETTINGS, tmp_path, device=CPU)
     path = tmp_path / "log.jsonl"
-    path.write_text(path.read_text().replace("step", "stop", 1))
+    path.write_text("stop".join(path.read_text().rsplit("step", 1)))
     with pytest.raises(SFDError, match=r"log\.jsonl is damaged \('step'\)"):
         fit(Regression(), changed(steps=14), tmp_path, device=CPU)
 

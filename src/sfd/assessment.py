@@ -5,7 +5,6 @@ A recipe without an evaluator gets samples and a report that says how to measure
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from sfd.sample_folder import image_path, read_images, write_grid, write_samples
 from sfd.settings import parse
 from sfd.shares import place
 from sfd.stages import RunFolder, Stage
+from sfd.training.log import read_line
 
 GUIDED, UNGUIDED = "guided", "unguided"
 GRID_COLUMNS = 10
@@ -229,7 +229,7 @@ def _logs(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     }
     logs = {name: path / "log.jsonl" for name, path in parts.items()}
     return {
-        name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        name: [read_line(line, path) for line in path.read_bytes().splitlines()]
         for name, path in logs.items()
         if path.exists()
     }

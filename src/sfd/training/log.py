@@ -51,12 +51,19 @@ class TrainingLog:
                 self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def _cut(self, step: int) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        try:
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        except (ValueError, KeyError) as error:
-            raise SFDError(f"{self.path} is damaged ({error}); restore it, or remove it to go on without it") from None
-        files.write_text(self.path, "".join(line + "\n" for line in kept))
+        """Take lines past a step off the end, and what a killed process has half written there; read no others."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as handle:
+            handle.seek(0)
+            data = handle.read()
+            end = len(data)
+            while end:
+                start = data.rfind(b"\n", 0, end - 1) + 1
+                line = data[start:end]
+                if line.endswith(b"}\n") and read_line(line, self.path)["step"] <= step:
+                    break
+                end = start
+            handle.truncate(end)
 
     def collect(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
         """Add to the running averages; `share` is what part of the step scalars come from."""
@@ -134,6 +141,20 @@ class TrainingLog:
             yield
         except OSError as error:
             raise files.explained(error, self.path) from error
+
+
+def read_line(line: bytes, path: Path) -> dict[str, float]:
+    """Read a line of the log at a path.
+
+    Raises:
+        SFDError: it is damaged.
+    """
+    try:
+        values: dict[str, float] = json.loads(line)
+        int(values["step"])  # which every line has
+        return values
+    except (ValueError, KeyError, TypeError) as error:
+        raise SFDError(f"{path} is damaged ({error}); restore it, or remove it to go on without it") from None
 
 
 def _own(sums: Tensor) -> Tensor:
