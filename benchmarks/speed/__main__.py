@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,10 +93,11 @@ def measure(names: list[str], setting: Setting) -> dict[str, Any]:
     """Measure sections, one after the other, and print each table; `machine` says where, for each."""
     results: dict[str, Any] = {"machine": []}
     for name in names:
+        start = time.monotonic()
         results[name] = SECTIONS[name].rows(setting)
         results["machine"].append({"section": name} | machine(setting.device))
         torch._dynamo.reset()
-        print(f"\n## {name}\n\n{table(results[name])}", flush=True)
+        print(f"\n## {name} ({time.monotonic() - start:.0f} s)\n\n{table(results[name])}", flush=True)
     return results
 
 

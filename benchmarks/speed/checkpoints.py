@@ -22,7 +22,10 @@ def checkpoints(setting: Setting) -> list[Row]:
     """Bytes, pause and time to write of a checkpoint; time from the start of a command to its first resumed step."""
     folder = prepared(setting.out / "demo")
     sizes = dict.fromkeys(size for size, _ in setting.asked) or (("tiny",) if setting.quick else ("tiny", "S", "B"))
-    return [{"size": size} | saved(size, setting) | {"resumed_seconds": resumed(size, folder)} for size in sizes]
+    return [
+        {"size": size} | saved(size, setting) | {"resumed_seconds": resumed(size, folder, str(setting.device))}
+        for size in sizes
+    ]
 
 
 def saved(size: str, setting: Setting) -> Row:
@@ -45,15 +48,15 @@ def saved(size: str, setting: Setting) -> Row:
     return {"checkpoint_bytes": size_in_bytes, "pause_milliseconds": 1e3 * pause, "writing_seconds": writing}
 
 
-def resumed(size: str, folder: Path) -> float:
+def resumed(size: str, folder: Path, device: str) -> float:
     """Train the demo's latents for two steps; give the seconds from the start of the next command to its first step."""
     for name in ("training", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
     settings = (f"transformer.size={size}", f"train.batch_size={BATCH}", "train.log_every=1", "train.preview_every=0")
     settings += ("train.decay=constant", "train.decay_from=0")
-    stage("train", folder, "train.steps=2", *settings)
+    stage("train", folder, "train.steps=2", *settings, device=device)
     start = time.monotonic()
-    again = command("train", folder, "train.steps=3", *settings)
+    again = command("train", folder, "train.steps=3", *settings, device=device)
     process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while _last_step(folder) < 3:
         if process.poll() not in (None, 0):

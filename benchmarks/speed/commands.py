@@ -33,7 +33,8 @@ def loop(setting: Setting) -> list[Row]:
     folder = prepared(setting.out / "demo")
     for made in ("training", "model"):
         shutil.rmtree(folder / made, ignore_errors=True)
-    stage("train", folder, f"train.steps={steps}", f"train.log_every={steps // 4}", "train.preview_every=0")
+    settings = (f"train.steps={steps}", f"train.log_every={steps // 4}", "train.preview_every=0")
+    stage("train", folder, *settings, device=setting.device.type)
     lines = [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
     fastest = max(lines[1:], key=lambda line: line["images_per_second"])
     return [{name: fastest[name] for name in ("images_per_second", "waiting")}]

@@ -13,15 +13,15 @@ FEW = [f"{part}.train.steps=2" for part in ("texture", "semantic", "compressor")
 DATA = ["data.count=2000"]
 
 
-def command(name: str, folder: Path, *overrides: str) -> list[str]:
+def command(name: str, folder: Path, *overrides: str, device: str = "cpu") -> list[str]:
     """Give the command line of one stage of the demo's recipe in a folder."""
-    arguments = [name, str(RECIPE), *FEW, *DATA, *overrides, "--out", str(folder), "--device", "cpu"]
+    arguments = [name, str(RECIPE), *FEW, *DATA, *overrides, "--out", str(folder), "--device", device]
     return [sys.executable, "-m", "sfd", *arguments]
 
 
-def stage(name: str, folder: Path, *overrides: str) -> None:
+def stage(name: str, folder: Path, *overrides: str, device: str = "cpu") -> None:
     """Run one stage of the demo's recipe in a folder; one that is done is not done again."""
-    subprocess.run(command(name, folder, *overrides), check=True, capture_output=True)
+    subprocess.run(command(name, folder, *overrides, device=device), check=True, capture_output=True)
 
 
 def prepared(folder: Path) -> Path:

@@ -43,7 +43,7 @@ def memory(setting: Setting) -> list[Row]:
                     call()  # compiles
                 rows.append(_row("sampling", size, count, name) | {"working_bytes": working_memory(call, device)})
         del way, call
-        made.requires_grad_(True)
+        made.to("cpu").requires_grad_(True)
         for name in ("float32", "bf16", *(["bf16 compiled"] if cannot_compile(device) is None else [])):
             # Another batch would be compiled anew, which takes minutes.
             for count in (batch,) if name.endswith("compiled") else (max(batch // 4, 1), batch):
@@ -64,7 +64,7 @@ def checkpointing(setting: Setting) -> list[Row]:
     """
     device, rows = setting.device, []
     for size, batch in setting.sizes:
-        made = {name: network(size, kind).to(device) for name, kind in KINDS.items()}
+        made = {name: network(size, kind) for name, kind in KINDS.items()}
         for precision in ("float32", "bf16"):
             steps = {name: Training(each, batch, device, precision) for name, each in made.items()}
             times = best_times(steps, max(setting.repeats // 2, 1), device)
@@ -72,9 +72,8 @@ def checkpointing(setting: Setting) -> list[Row]:
                 row = {"size": size, "batch": batch, "precision": precision, "recomputed": name}
                 row |= {"images_per_second": batch / times[name], "ratio": times["none"] / times[name]}
                 whole = row["working_bytes"] = working_memory(step, device)
-                half = Training(made[name], batch // 2, device, precision)
-                half()
-                part = working_memory(half, device)
+                step.cut(batch // 2)
+                part = working_memory(step, device)
                 known = whole is not None and part is not None
                 row["bytes_an_image"] = (whole - part) / (batch - batch // 2) if known else None
                 rows.append(row | {"counted_bytes_an_image": kept_bytes(made[name].config, precision)})

@@ -17,7 +17,7 @@ class Training:
 
     def __init__(self, made: Transformer, batch: int, device: torch.device, way: str) -> None:
         self.device, self.plain, self.bf16 = device, way == "float32", way.startswith("bf16")
-        self.network = copy.deepcopy(made).train()
+        self.network = copy.deepcopy(made).to(device).train()
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.model = torch.compile(self.network) if way.endswith("compiled") else self.network
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=not self.plain)
@@ -25,6 +25,12 @@ class Training:
         self.times = torch.rand(batch, 2, device=device)
         self.labels = torch.arange(batch, device=device)
         self.weights = COMPOSITE.expand(torch.tensor([s.weight for s in COMPOSITE.streams], device=device))
+
+    def cut(self, batch: int) -> None:
+        """Take smaller batches from now on."""
+        self.x, self.target, self.times, self.labels = (
+            held[:batch] for held in (self.x, self.target, self.times, self.labels)
+        )
 
     def __call__(self) -> None:
         """Take a step."""
@@ -51,7 +57,7 @@ def training(setting: Setting) -> list[Row]:
     names = ["float32", "bf16"] + (["bf16 compiled"] if cannot_compile(device) is None else [])
     rows = []
     for size, batch in setting.sizes:
-        made = network(size).to(device)
+        made = network(size)
         ways = {name: Training(made, batch, device, name) for name in names}
         times = best_times(ways, setting.repeats, device)
         for name, seconds in times.items():
