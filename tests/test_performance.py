@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -26,6 +27,29 @@ def test_the_tables_are_those_of_the_results():
     for name in (name for name, section in SECTIONS.items() if not section.cuda):
         shown = text.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
         assert ("|" in shown) == (name in results), f"{name}: figures without a source, or not shown"
+
+
+def test_every_figure_that_the_page_shows_is_there():
+    shown = re.findall(r"\]\((figures/[^)]+)\)", report.PAGE.read_text())
+    assert "figures/speed.png" in shown
+    assert [name for name in shown if not (report.PAGE.parent / name).is_file()] == []
+
+
+def test_publishing_replaces_the_sections_that_ran_and_keeps_the_others(tmp_path, monkeypatch):
+    for name in ("RESULTS", "PAGE", "FIGURE"):
+        monkeypatch.setattr(report, name, tmp_path / name.lower())
+    marks = "<!-- errors -->\n<!-- end of errors -->\n<!-- machine -->\n<!-- end of machine -->\n"
+    report.PAGE.write_text(marks)
+    for name, error in (("errors", 1.0), ("loop", 2.0), ("errors", 3.0)):
+        report.publish({"machine": [{"section": name}], name: [{"error": error}]})
+    kept = json.loads(report.RESULTS.read_text())
+    assert kept == {
+        "machine": [{"section": "loop"}, {"section": "errors"}],
+        "errors": [{"error": 3.0}],
+        "loop": [{"error": 2.0}],
+    }
+    assert report.PAGE.read_text() == report.page(marks, json.loads(report.RESULTS.read_text())) != marks
+    assert report.FIGURE.is_file()
 
 
 def test_a_section_that_the_device_does_not_have_is_refused_with_those_it_has(tmp_path):

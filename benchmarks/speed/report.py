@@ -73,4 +73,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{section}: times the plain float32 path", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.invert_yaxis()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, format="png")
