@@ -135,7 +135,7 @@ def integrate(
             velocity.begin(piece.moving, piece.middle)
         equation = _Equation(counter, x, schedule, composite, piece, drawn)
         report = _report(callback, equation, counter) if callback is not None else None
-        x = equation.whole(method.solve(equation, x[:, equation.columns], points, settings, report))
+        x = equation.whole(method.solve(equation, equation.moving(x), points, settings, report))
     return Result(x, counter.calls, counter.by_image)
 
 
@@ -190,12 +190,27 @@ class _Equation:
         self._composite = composite
         self._piece = piece
         self._noise = noise
-        moving = composite.expand(torch.tensor(piece.moving))
-        self.columns = moving.nonzero()[:, 0].to(x.device)  # (M,)
+        self._all_move = all(piece.moving)
+        self._sizes = [s.size for s in composite.streams]
+        self._moving_sizes = [s for s, moves in zip(self._sizes, piece.moving, strict=True) if moves]
+
+    # Streams are cut out and joined as the slices that they are: indices would take several times as long.
+
+    def moving(self, packed: Tensor) -> Tensor:
+        """Take the entries of the streams that move, (…, M) of (…, N)."""
+        if self._all_move:
+            return packed
+        parts = packed.split(self._sizes, dim=-1)
+        return torch.cat([part for part, moves in zip(parts, self._piece.moving, strict=True) if moves], dim=-1)
 
     def whole(self, state: Tensor) -> Tensor:
         """Put moving entries (B, M) among the resting ones: (B, N)."""
-        return self._start.index_copy(1, self.columns, state)
+        if self._all_move:
+            return state
+        moved = iter(state.split(self._moving_sizes, dim=1))
+        resting = self._start.split(self._sizes, dim=1)
+        pairs = zip(resting, self._piece.moving, strict=True)
+        return torch.cat([next(moved) if moves else rests for rests, moves in pairs], dim=1)
 
     def times_and_rates(self, u: float | Tensor) -> tuple[Tensor, Tensor]:
         """Look up stream times and rates at u, with the piece's one-sided limits; on the CPU, in x's dtype.
@@ -211,7 +226,7 @@ class _Equation:
         """Evaluate dx/du = τ_k′(u)·v_k, (B, M); see `Velocity`."""
         time, rate = self.times_and_rates(u)
         v = self._velocity(self.whole(state), time, moving)
-        return (self._composite.expand(rate.to(v.device)) * v)[:, self.columns]
+        return self.moving(self._composite.expand(rate.to(v.device)) * v)
 
     def renoise(self, state: Tensor, u: float, earlier: float) -> Tensor:
         """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`."""
@@ -223,8 +238,8 @@ class _Equation:
         kept = torch.where(now > 0, then / now.clamp(min=torch.finfo(now.dtype).tiny), 1.0)
         spread = ((1 - then) ** 2 - (kept * (1 - now)) ** 2).clamp(min=0).sqrt()
         drawn = self._noise.draw(self._piece.segment or 0).to(state)
-        kept, spread = kept.to(state)[self.columns], spread.to(state)[self.columns]
-        return kept * state + spread * drawn[:, self.columns]
+        kept, spread = self.moving(kept.to(state)), self.moving(spread.to(state))
+        return kept * state + spread * self.moving(drawn)
 
 
 def _report(

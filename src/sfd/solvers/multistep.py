@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def solve(
 def _integrated(x: Tensor, nodes: _History, start: float, end: float) -> Tensor:
     """Add to x the integral from start to end of the polynomial through the nodes."""
     for weight, (_, f) in zip(adams_weights([u for u, _ in nodes], start, end), nodes, strict=True):
-        x = x + weight * f
+        x = torch.add(x, f, alpha=weight)
     return x
 
 
