@@ -38,7 +38,10 @@ def normal(seeds: Sequence[int], size: int, purpose: str, *key: int) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
-    """Give torch's global generator a state of its own inside the block, for initialisers that know no other."""
-    with torch.random.fork_rng():
-        torch.manual_seed(int(generator(seed, purpose, *key).integers(2**63)))
+    """Give torch's global CPU generator a state of its own inside the block, for initialisers that know no other.
+
+    Those of GPUs are left alone: asking for their states would start all of a machine's GPUs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(generator(seed, purpose, *key).integers(2**63)))
         yield
