@@ -12,27 +12,34 @@ from sfd.generate import DEFAULT_BATCH_SIZE, SampleSettings, generate
 from sfd.model import Model
 from sfd.progress import console
 
-PROBED = 8  # images that are sampled to see what one takes
+PROBED = 2, 8  # images that are sampled, to see what each one more takes
 MOST = 1024
 SHARE_OF_FREE = 0.8
 
 
-def fitting_batch_size(model: Model, settings: SampleSettings, weak: Model | None) -> int:
-    """Find how many images a GPU's free memory holds at a time, a power of two; elsewhere `DEFAULT_BATCH_SIZE`.
+def fitting_batch_size(model: Model, settings: SampleSettings, weak: Model | None, images: int) -> int:
+    """Find how many images a GPU's free memory holds at a time, a power of two.
 
-    A few images are sampled and thrown away, so that all that takes memory is counted.
+    Elsewhere, and where no more `images` are to be made than would be tried, it is `DEFAULT_BATCH_SIZE`. A few are
+    sampled and thrown away, so that all that takes memory is counted; once more before, because that also makes what
+    is there once, whatever the batch: weights in bf16, compiled code, the libraries' workspaces.
     """
     device = model.device
-    if device.type != "cuda":
+    few, more = PROBED
+    if device.type != "cuda" or images <= more:
         return DEFAULT_BATCH_SIZE
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
     label = 0 if model.classes else model.transformer.null_class
+
+    def peak(count: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        list(generate(model, [label] * count, list(range(count)), settings, weak=weak))
+        return torch.cuda.max_memory_allocated(device)
+
     try:
-        list(generate(model, [label] * PROBED, list(range(PROBED)), settings, weak=weak))
+        peak(few)
+        an_image = max(1, (peak(more) - peak(few)) // (more - few))
     except torch.cuda.OutOfMemoryError:
-        return PROBED // 2
-    an_image = max(1, (torch.cuda.max_memory_allocated(device) - before) // PROBED)
+        return few
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     return power_of_two(SHARE_OF_FREE * free / an_image)

@@ -181,7 +181,7 @@ def _check_space(folder: Path, model: Model, images: int) -> None:
 def _left_open(model: Model, weak: Model | None, settings: SampleSettings, images: int) -> dict[str, Any]:
     """Decide what the settings may leave open and a folder fixes."""
     decided = with_compile(settings, model, weak, images)
-    size = settings.batch_size or fitting_batch_size(model, decided, weak)
+    size = settings.batch_size or fitting_batch_size(model, decided, weak, images)
     return {"batch_size": size, "compile": decided.compile}
 
 
