@@ -119,3 +119,15 @@ def test_bf16_without_instructions_is_explained(monkeypatch):
     assert "no bf16 instructions" in str(slow_bf16(CPU))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert slow_bf16(CPU) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, slow in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert ("Tesla T4 has no bf16 units" in str(slow_bf16(torch.device("cuda")))) == slow
+
+
+def test_sampling_in_bf16_without_instructions_says_so_and_goes_on(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    model.save(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--out", str(tmp_path / "s"), "--seeds", "0", "--steps", "3"]
+    result = CliRunner().invoke(cli.main, [*command, "--precision", "bf16", "--device", "cpu"])
+    assert result.exit_code == 0 and "no bf16 instructions" in result.output

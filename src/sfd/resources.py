@@ -90,11 +90,11 @@ def choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # computes there: a GPU may be seen that this PyTorch has no code for
         if device.type == "cuda" and device.index is not None:
             # So that everything that asks for "the" GPU gets this one, accelerate among it.
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]  # PyTorch goes on to list all that it knows
         raise SFDError(f"there is no device {name!r} here ({reason}); use auto, cpu, cuda or mps") from None
     return device
