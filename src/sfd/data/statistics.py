@@ -31,7 +31,7 @@ class ChannelStatistics:
     def add(self, latents: Tensor) -> None:
         """Take in latents (B, channels, h, w)."""
         for chunk in latents.split(_CHUNK):
-            values = chunk.double().cpu().transpose(0, 1).flatten(1)
+            values = chunk.cpu().double().transpose(0, 1).flatten(1)
             mean = values.mean(1)
             self._merge(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
 

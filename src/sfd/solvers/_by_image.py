@@ -86,4 +86,4 @@ def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 
 def _norm(values: Tensor) -> Tensor:
     """Root mean square over each image: (B,), float64 on the CPU, where steps are decided."""
-    return values.square().mean(dim=1).sqrt().double().cpu()
+    return values.square().mean(dim=1).sqrt().cpu().double()
