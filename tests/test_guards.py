@@ -7,6 +7,7 @@ import torch
 
 from sfd import files
 from sfd.errors import Interrupted, SFDError
+from sfd.training import loop
 from sfd.training.batches import ATTEMPT_STEPS
 from sfd.training.loop import REPORT, fit
 from test_training import CPU, Regression, changed, log, same_weights
@@ -39,6 +40,13 @@ def test_a_poisoned_step_changes_no_weight(tmp_path, kind):
     poisoned = fit(Poisoned({5}, kind), settings, tmp_path / "poisoned", device=CPU)
     assert same_weights(clean, poisoned)
     assert log(tmp_path / "poisoned")[-1]["skipped"] == 1
+
+
+def test_a_poisoned_step_changes_no_weight_where_the_optimizer_cannot_be_told(tmp_path, monkeypatch):
+    settings = changed(steps=8)
+    told = fit(Poisoned({5}), settings, tmp_path / "told", device=CPU)
+    monkeypatch.setattr(loop, "BLIND", {"cpu"})
+    assert same_weights(told, fit(Poisoned({5}), settings, tmp_path / "blind", device=CPU))
 
 
 def test_a_skipped_step_is_left_out_of_the_log(tmp_path):

@@ -171,6 +171,12 @@ def test_the_log_says_what_share_of_the_time_training_waited_for_batches(whole, 
     assert all(0 <= share <= 1 for share in waiting(whole[0]))
 
 
+def test_training_in_bf16_without_instructions_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    fit(Regression(), changed(steps=1, precision="bf16"), tmp_path, device=CPU)
+    assert "no bf16 instructions" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_compiled_network_learns_as_the_plain_one_does(whole, tmp_path):
     compiled = fit(Regression(), changed(compile=True), tmp_path, device=CPU)

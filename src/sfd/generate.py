@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sfd.data.images import to_uint8
+from sfd.data.images import to_pixels
 from sfd.errors import SFDError
 from sfd.guidance import Guided, Pair, VelocityField, guide
 from sfd.model import TEXTURE_STREAM, Model
@@ -202,7 +202,8 @@ def decode(
     """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3), `at_once` a call."""
     latents = model.composite.denormalize(model.composite.split(packed))[TEXTURE_STREAM].to(model.device)
     with torch.autocast(model.device.type, torch.bfloat16, precision == "bf16"):
-        return np.concatenate([to_uint8(model.texture.decode(z).float()) for z in latents.split(at_once)])
+        pixels = [to_pixels(model.texture.decode(z).float()) for z in latents.split(at_once)]
+    return torch.cat(pixels).cpu().numpy()
 
 
 def velocity_field(network: Inference, labels: Tensor) -> VelocityField:

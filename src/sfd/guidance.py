@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sfd.errors import SFDError, unknown
 from sfd.streams import Composite
+from sfd.transfer import sent
 
 VelocityField = Callable[[Tensor, Tensor], Tensor]
 """v(x, times): x (B, N) packed, times (K,) on the CPU, one a stream and the same for the batch; returns (B, N)."""
@@ -93,7 +94,7 @@ class Guided:
         if bool((now == 1).all()):
             self._forget()
             return self._strong(x, times)
-        weights = self._composite.expand(now.to(x))
+        weights = self._composite.expand(sent(now.to(x.dtype), x.device))
         if self._known and self._since < self._every - 1:
             self._since += 1
             wanted = self._strong(x, times).to(x.dtype)

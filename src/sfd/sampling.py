@@ -21,6 +21,7 @@ from sfd.pieces import Budget, Jumps, Piece, PiecewiseVelocity, grids, pieces, w
 from sfd.schedules import Schedule
 from sfd.solvers import load_solver
 from sfd.streams import Composite
+from sfd.transfer import sent
 
 
 class Progress(NamedTuple):
@@ -226,7 +227,7 @@ class _Equation:
         """Evaluate dx/du = τ_k′(u)·v_k, (B, M); see `Velocity`."""
         time, rate = self.times_and_rates(u)
         v = self._velocity(self.whole(state), time, moving)
-        return self.moving(self._composite.expand(rate.to(v.device)) * v)
+        return self.moving(self._composite.expand(sent(rate, v.device)) * v)
 
     def renoise(self, state: Tensor, u: float, earlier: float) -> Tensor:
         """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`."""
@@ -237,9 +238,9 @@ class _Equation:
         # A stream that is still pure noise stays as it is.
         kept = torch.where(now > 0, then / now.clamp(min=torch.finfo(now.dtype).tiny), 1.0)
         spread = ((1 - then) ** 2 - (kept * (1 - now)) ** 2).clamp(min=0).sqrt()
-        drawn = self._noise.draw(self._piece.segment or 0).to(state)
-        kept, spread = self.moving(kept.to(state)), self.moving(spread.to(state))
-        return kept * state + spread * self.moving(drawn)
+        drawn = self._noise.draw(self._piece.segment or 0)
+        kept, spread, drawn = (self.moving(sent(each.to(state.dtype), state.device)) for each in (kept, spread, drawn))
+        return kept * state + spread * drawn
 
 
 def _report(

@@ -18,6 +18,7 @@ from torch.nn.functional import pixel_unshuffle
 
 from sfd.errors import SFDError
 from sfd.settings import Settings
+from sfd.transfer import sent
 
 
 class Stream(Settings):
@@ -125,8 +126,9 @@ class Composite(Settings):
 
     def expand(self, values: Tensor) -> Tensor:
         """Repeat one value a stream, (…, K), over that stream's entries: (…, N)."""
-        sizes = torch.tensor([s.size for s in self.streams], device=values.device)
-        return values.repeat_interleave(sizes, dim=-1, output_size=self.size)
+        # Views, not `repeat_interleave`: its sizes would be a tensor on the device, which a GPU is waited for to get.
+        each = zip(values.unbind(-1), self.streams, strict=True)
+        return torch.cat([value[..., None].expand(*value.shape, s.size) for value, s in each], dim=-1)
 
     def positions(self, packed: Tensor) -> Tensor:
         """Line up the entries of (B, N) by place: (B, ΣC, P), the channels of all streams at each of P positions.
@@ -154,4 +156,5 @@ def _statistics(stream: Stream, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation as (channels, 1, 1), or 0 and 1 for a stream that is not normalised."""
     if not stream.mean:
         return like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1)
-    return like.new_tensor(stream.mean)[:, None, None], like.new_tensor(stream.std)[:, None, None]
+    mean, std = torch.tensor([stream.mean, stream.std], dtype=like.dtype)[:, :, None, None]
+    return sent(mean, like.device), sent(std, like.device)

@@ -65,8 +65,13 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Turn (B, 3, H, W) in [-1, 1] into uint8 (B, H, W, 3), rounded; what lies outside of the range is clamped."""
+    return to_pixels(images).cpu().numpy()
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Do what `to_uint8` does on the images' device, and leave them there."""
     pixels = ((images.detach().to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    return pixels.permute(0, 2, 3, 1).contiguous()
 
 
 def stable_hash(kind: str, **parameters: Any) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfd.errors import SFDError
 from sfd.models.transformer import Transformer
+from sfd.transfer import sent
 
 Precision = Literal["float32", "bf16"]
 Compile = Literal["auto", "on", "off"]
@@ -46,7 +47,7 @@ class Inference:
     @torch.no_grad()
     def __call__(self, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
         """Give the velocity (B, N), float32, of x (B, N) at times (K,) or (B, K), for labels (B,)."""
-        times = times.to(x).expand(len(x), -1)
+        times = sent(times.to(x.dtype), x.device).expand(len(x), -1)
         if not self._compiled:
             velocity: Tensor = self._forward(x, times, labels).velocity
             return velocity

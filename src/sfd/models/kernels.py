@@ -93,7 +93,7 @@ class _RotatedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         normal, inverse, weight, rotation = ctx.saved_tensors
-        gradient = _rotate(gradient, rotation * rotation.new_tensor([1.0, -1.0]))
+        gradient = _rotate(gradient, torch.stack((rotation[..., 0], -rotation[..., 1]), -1))
         product = gradient * normal
         # In two steps: one reduction over dimensions that do not touch takes many times longer.
         for_weight = product.sum((0, 1)).sum(1, keepdim=True)

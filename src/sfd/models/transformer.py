@@ -173,7 +173,15 @@ class Transformer(nn.Module):
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing and torch.is_grad_enabled():
                 context = _keeping_products if self.config.checkpointing == "selective" else noop_context_fn
-                tokens = checkpoint(block, tokens, condition, self.rotation, use_reentrant=False, context_fn=context)
+                tokens = checkpoint(
+                    block,
+                    tokens,
+                    condition,
+                    self.rotation,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is drawn
+                    context_fn=context,
+                )
             else:
                 tokens = block(tokens, condition, self.rotation)
             if project and self.projector is not None and number == self.config.repa_block:

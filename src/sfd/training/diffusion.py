@@ -112,7 +112,8 @@ class DiffusionTask:
         if "moving" in batch:  # entries that are 0 in both count neither in the squares nor in the cosine
             moving = self.composite.expand(batch["moving"])
             predicted, target = predicted * moving, target * moving
-        velocity = flow.velocity_loss(predicted, target, self._weights.to(x.device)).mean()
+        self._weights = self._weights.to(x.device)  # once: each copy would wait for a GPU
+        velocity = flow.velocity_loss(predicted, target, self._weights).mean()
         losses = {"loss": velocity, "velocity": velocity}
         if self.settings.cosine:
             positions = self.composite.positions
@@ -133,7 +134,8 @@ class DiffusionTask:
             record[f"velocity/{name}"] = loss.mean()
             quarter = (times[:, k] * QUARTERS).long().clamp(max=QUARTERS - 1)
             within = nn.functional.one_hot(quarter, QUARTERS).to(loss.dtype)  # (B, 4)
-            pairs = torch.stack((loss @ within, within.sum(0)), 1)
+            # No matrix product, which autocast would round to bf16.
+            pairs = torch.stack(((loss[:, None] * within).sum(0), within.sum(0)), 1)
             record |= {f"velocity/{name}/quarter-{q + 1}": pair for q, pair in enumerate(pairs)}
         return record
 

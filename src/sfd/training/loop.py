@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sfd import files, processes
 from sfd.errors import Interrupted, SFDError
 from sfd.progress import bar, console
+from sfd.resources import slow_bf16
 from sfd.stopping import requests
 from sfd.training import checkpoints
 from sfd.training.batches import Batches, drawn_step, parts
@@ -21,8 +22,11 @@ from sfd.training.guards import LOOK_EVERY, Guard, backward, examination
 from sfd.training.log import TrainingLog
 from sfd.training.parallel import Parallel, check, local, whole
 from sfd.training.settings import FREE_TO_CHANGE, TrainSettings, average_weight, learning_rate
+from sfd.transfer import sent
 
 REPORT = "failure-report.json"
+# Device types whose fused AdamW takes no notice of `found_inf` (https://github.com/pytorch/pytorch/pull/186360).
+BLIND = {"mps"}
 
 
 class Task(Protocol):
@@ -73,6 +77,8 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
     """
     if processes.count() > 1 and processes.company() is None:
         raise SFDError("a launcher started several processes; call sfd.processes.join(device) before fit")
+    if settings.precision == "bf16" and (reason := slow_bf16(device)):
+        console.print(f"{task.name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     run = _Run(task, settings, folder, device)
     if 0 < run.step < settings.steps:
         console.print(f"{task.name}: going on after step {run.step}", markup=False, soft_wrap=True)
@@ -142,7 +148,7 @@ class _Run:
 
     def _backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         """Add a part's gradient; give its losses."""
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        batch = {k: sent(v, self.device) for k, v in batch.items()}
         with self.parallel.accumulating(last):
             with torch.autocast(self.device.type, torch.bfloat16, self.settings.precision == "bf16"):
                 losses = self.task.loss(self.parallel.model, batch)
@@ -151,8 +157,10 @@ class _Run:
 
     def _update(self, skip: Tensor) -> None:
         """Move the weights, unless `skip` is 1; the average moves towards where they are."""
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        self.optimizer.step()
+        blind = self.device.type in BLIND
+        self.optimizer.found_inf = None if blind else skip  # type: ignore[attr-defined]
+        if not (blind and bool(skip)):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             with torch.no_grad():

@@ -1,0 +1,203 @@
+"""Nothing waits for a GPU where it need not, and no tensor is left behind on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from far_device import FAR, Unknown, Waits, far, watched
+from random_model import COMPOSITE, random_model
+from sfd import device_memory
+from sfd.data.shapes import ShapesSource
+from sfd.data.statistics import ChannelStatistics
+from sfd.errors import SFDError
+from sfd.generate import SampleSettings, _guided, decode
+from sfd.model import Model
+from sfd.models import layers
+from sfd.models.inference import Inference
+from sfd.models.transformer import SIZES
+from sfd.resources import choose_device
+from sfd.sampling import initial_noise, integrate
+from sfd.solvers._by_image import _norm
+from sfd.training import loop
+from sfd.training.settings import TrainSettings
+from test_diffusion import make_latents, make_model, make_task
+
+__all__ = ["far"]
+
+TRAINING = TrainSettings(steps=100, batch_size=4, learning_rate=1e-3, ema=0.9, clip=1.0, accumulate=2)
+SETTINGS = {
+    "plain": SampleSettings(steps=6),
+    "guided": SampleSettings(steps=9, guidance=1.5, interval=(0.1, 0.9)),
+    "paired": SampleSettings(steps=6, guidance={"texture": 1.5}, paired=True),
+    "weak reused": SampleSettings(steps=12, guidance=1.5, weak_every=2, weak_between="extrapolate"),
+    "bf16": SampleSettings(steps=6, guidance=1.5, precision="bf16"),
+    "sde": SampleSettings(steps=6, solver="sde", guidance=1.5),
+}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return make_latents(ShapesSource(24, 0, 16), tmp_path_factory.mktemp("latents"))
+
+
+def steps(latents, folder: Path, checkpointing: bool | str = False, **settings) -> loop._Run:
+    """Two training steps on the far device."""
+    model = make_model(latents)
+    model.config = model.config.model_copy(update={"checkpointing": checkpointing})
+    task = make_task(latents, model=model, batch_size=TRAINING.batch_size, **settings)
+    run = loop._Run(task, TRAINING, folder, FAR)
+    run.batches.start(0, 0)
+    try:
+        run.advance()  # puts the weights of the loss on the device, once
+        with watched():
+            run.advance()
+    finally:
+        run.batches.close()
+    return run
+
+
+@pytest.mark.parametrize("settings", [{}, {"resting": False}, {"checkpointing": True}, {"checkpointing": "selective"}])
+def test_a_training_step_does_not_wait_for_the_device(latents, tmp_path, far, settings):
+    run = steps(latents, tmp_path, **settings)
+    assert run.step == 2 and all(p.device == FAR for p in run.network.parameters())
+
+
+def sampled(settings: SampleSettings) -> Tensor:
+    model = random_model(0).to(FAR)
+    velocity = _guided(model, None, torch.tensor([0, 2]).to(FAR), settings)
+    noise = initial_noise([3, 4], COMPOSITE).to(FAR)
+    how = {"solver": settings.solver, "steps": settings.steps, "seeds": [3, 4]}
+    with watched():
+        return integrate(velocity, noise, model.schedule, COMPOSITE, **how).x
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_sampling_does_not_wait_for_the_device(far, settings):
+    assert sampled(settings).device == FAR
+
+
+def test_decoding_copies_once(far, monkeypatch):
+    model, copies = random_model(0).to(FAR), []
+    packed = initial_noise(range(40), COMPOSITE).to(FAR)  # more than are decoded at once
+
+    def cpu(images: Tensor) -> Tensor:
+        copies.append(tuple(images.shape))
+        return torch.zeros(images.shape, dtype=images.dtype)
+
+    monkeypatch.setattr(Tensor, "cpu", cpu)
+    with watched():
+        images = decode(model, packed)
+    assert copies == [images.shape]
+
+
+FAULTS = {
+    "item": lambda v: v.sum().item(),
+    "bool": lambda v: bool(v.isfinite().all()),
+    "mask": lambda v: v[v > 0],
+    "nonzero": lambda v: v.nonzero(),
+    "to the CPU": lambda v: v.to("cpu"),
+    "tensor": lambda v: torch.tensor([1.0, 2.0], device=v.device),
+    "new_tensor": lambda v: v.new_tensor([1.0, 2.0]),
+    "from the CPU": lambda v: torch.ones(3).to(v.device),
+    "CPU index": lambda v: v[torch.tensor([0])],
+    "both devices": lambda v: v * torch.ones(v.shape),
+    "float64": lambda v: v.double(),
+    "repeats": lambda v: v.repeat_interleave(torch.ones(len(v), dtype=torch.long).to(v.device, non_blocking=True), 0),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_every_fault_is_noticed(far, fault):
+    values = torch.zeros(2, 3, device=FAR)
+    with watched(), pytest.raises((Waits, Unknown, RuntimeError)):
+        fault(values)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bf16", "compiled"])
+def test_attention_sees_what_the_fused_kernels_take(kind, monkeypatch):
+    """One dtype (in bf16 that of flash attention), no mask, neighbouring channels side by side in memory."""
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def recorded(*tensors: Tensor, **options: object) -> Tensor:
+        assert not options
+        seen.extend(tensors)
+        return attend(*tensors)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    network = Inference(random_model(0).transformer.to(FAR), "float32" if kind == "plain" else "bf16").network
+    if kind == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the formulas that a compiler is given
+    with torch.no_grad():
+        network(torch.zeros(2, COMPOSITE.size, device=FAR), torch.zeros(2, 2, device=FAR), torch.tensor([0, 1]).to(FAR))
+    assert {t.dtype for t in seen} == {torch.float32 if kind == "plain" else torch.bfloat16}
+    assert len(seen) == 3 and all(t.stride(-1) == 1 for t in seen)
+
+
+def test_autocast_gives_attention_values_in_bf16(monkeypatch):
+    """Queries and keys leave their norm in float32 and take the dtype of the values: so these must be in bf16."""
+    seen, attend = [], layers._attend
+    monkeypatch.setattr(layers, "_attend", lambda q, k, v: (seen.append((q.dtype, v.dtype)), attend(q, k, v))[1])
+    with torch.autocast("cpu", torch.bfloat16):  # whose list of operations is that of GPUs, as far as used here
+        random_model(0).transformer(torch.zeros(2, COMPOSITE.size), torch.zeros(2, 2), torch.tensor([0, 1]))
+    assert seen == [(torch.float32, torch.bfloat16)]
+
+
+def test_published_heads_fit_the_fused_kernels():
+    assert all((size.width // size.heads) % 8 == 0 for size in SIZES.values()), "flash attention asks for it"
+
+
+def test_building_a_network_starts_no_gpu(monkeypatch):
+    for name in ("device_count", "get_rng_state", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: pytest.fail("a GPU was asked"))
+    before = torch.get_rng_state()
+    first, again = (random_model(0).transformer for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.class_embedding.weight, again.class_embedding.weight)
+
+
+def test_norms_leave_the_device_before_they_become_float64(monkeypatch):
+    left = []
+
+    def cpu(values: Tensor) -> Tensor:
+        left.append(values.dtype)
+        return torch.zeros(values.shape, dtype=values.dtype)
+
+    monkeypatch.setattr(Tensor, "cpu", cpu)
+    ChannelStatistics(3).add(torch.zeros(2, 3, 4, 4, device=FAR))
+    assert _norm(torch.zeros(2, 3, device=FAR)).dtype == torch.float64
+    assert left == [torch.float32] * 2
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10_000, 64), (300, 2), (10**9, 1024)])
+def test_the_batch_is_as_large_as_memory_holds(monkeypatch, free, expected):
+    """Each image takes 100 bytes, and what is made once, 5 000, counts for none of them."""
+    used = [0]
+
+    def sample(model, labels, seeds, settings, *, weak):
+        used[0] = 5_000 + 100 * len(seeds)
+        return iter(())
+
+    monkeypatch.setattr(device_memory, "generate", sample)
+    monkeypatch.setattr(Model, "device", property(lambda self: torch.device("cuda")))
+    for name, value in {
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: used[0],
+        "memory_allocated": lambda device: 5_000,
+        "memory_reserved": lambda device: 5_000,
+        "mem_get_info": lambda device: (free, free),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert device_memory.fitting_batch_size(random_model(0), SampleSettings(), None, 1000) == expected
+    assert device_memory.fitting_batch_size(random_model(0), SampleSettings(), None, 8) == 64, "not worth a trial"
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "vulkan"])
+def test_a_device_that_is_not_there_is_refused_in_a_line(name):
+    with pytest.raises(SFDError, match=f"there is no device '{name}' here") as refusal:
+        choose_device(name)
+    assert len(str(refusal.value)) < 300
