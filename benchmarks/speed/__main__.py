@@ -12,7 +12,9 @@ On a GPU the larger sizes run, and guided sampling beside the published settings
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,13 +92,23 @@ def chosen(only: str, setting: Setting) -> list[str]:
 
 
 def measure(names: list[str], setting: Setting) -> dict[str, Any]:
-    """Measure sections, one after the other, and print each table; `machine` says where, for each."""
+    """Measure sections, one after the other, and print each table; `machine` says where, for each.
+
+    What is measured is written at once, to `speed.json`. A section that does not fit into a GPU's memory is left out.
+    """
     results: dict[str, Any] = {"machine": []}
     for name in names:
         start = time.monotonic()
-        results[name] = SECTIONS[name].rows(setting)
+        try:
+            results[name] = SECTIONS[name].rows(setting)
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"\n## {name}\n\nleft out: {error}", file=sys.stderr, flush=True)
+            continue
+        finally:
+            torch._dynamo.reset()
+            gc.collect()
         results["machine"].append({"section": name} | machine(setting.device))
-        torch._dynamo.reset()
+        (setting.out / "speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(f"\n## {name} ({time.monotonic() - start:.0f} s)\n\n{table(results[name])}", flush=True)
     return results
 
@@ -125,7 +137,6 @@ def main() -> None:
         results = measure(chosen(arguments.only, setting), setting)
     except SFDError as error:
         parser.error(str(error))
-    (arguments.out / "speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(results, arguments.out / "speed.png")
     if arguments.publish:
         publish(results)
