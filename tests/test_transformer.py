@@ -207,6 +207,21 @@ def test_compiles_into_one_graph():
     whole.velocity.sum().backward()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_training_compiles_into_one_graph_for_all_steps(checkpointing):
+    torch._dynamo.reset()
+    config = configuration(checkpointing=checkpointing, repa_block=1, repa_width=8, repa_channels=7)
+    model, (x, times, labels) = awake(config).train(), inputs(config)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = compiled(x + step, times / (1 + step), labels, project=True)
+            (out.velocity.square().sum() + out.projection.float().square().sum()).backward()
+            model.zero_grad(set_to_none=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

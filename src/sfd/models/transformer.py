@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sfd import randomness
 from sfd.errors import SFDError
@@ -172,7 +172,6 @@ class Transformer(nn.Module):
         projection = None
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing and torch.is_grad_enabled():
-                context = _keeping_products if self.config.checkpointing == "selective" else noop_context_fn
                 tokens = checkpoint(
                     block,
                     tokens,
@@ -180,7 +179,8 @@ class Transformer(nn.Module):
                     self.rotation,
                     use_reentrant=False,
                     preserve_rng_state=False,  # nothing is drawn
-                    context_fn=context,
+                    # A compiler does not take the default, where it is given by name.
+                    **{"context_fn": _keeping_products} if self.config.checkpointing == "selective" else {},
                 )
             else:
                 tokens = block(tokens, condition, self.rotation)
