@@ -31,53 +31,60 @@ from sfd.training.diffusion import DiffusionTask, LossSettings
 
 EVERY, SMOOTHED = 10, 50  # steps of a line of the log, and of the mean that is compared
 CURVES = "training-curves.json"
-OTHER_SEED = "float32, another seed"
-TRAINED = ["train.steps=400", "train.batch_size=128", "train.decay_from=200", "train.preview_every=0"]
+TRAINED = ["train.steps=300", "train.batch_size=128", "train.decay_from=200", "train.preview_every=0"]
 LOGGED = [f"train.log_every={EVERY}"]
-JUDGED = ["evaluation.samples_per_class=100", "sample.solver=multistep", "sample.steps=24"]
+JUDGED = ["evaluation.samples_per_class=50", "sample.solver=multistep", "sample.steps=24"]
 HELD_OUT = LossSettings(cosine=0, repa=0, label_dropout=0, flip=False)
+HELD_OUT_IMAGES = 4096
+WAYS: dict[str, tuple[int, list[str]]] = {  # seed, and what differs from the demo's recipe
+    "float32": (0, ["train.precision=float32"]),
+    "bf16": (0, ["train.precision=bf16"]),
+    "bf16 compiled": (0, ["train.precision=bf16", "train.compile=true"]),
+    "float32, another seed": (1, ["train.precision=float32"]),
+}
 GUIDED = SampleSettings(steps=24, guidance=2.0, compile="off")
 
 
 def curves(setting: Setting) -> list[Row]:
     """Train the demo's transformer each way on the same latents, batches and first weights; judge what comes out."""
-    device, out = setting.device, setting.out / "curves"
-    ways = {"float32": (0, "float32", "false"), "bf16": (0, "bf16", "false")}
-    if cannot_compile(device) is None:
-        ways["bf16 compiled"] = (0, "bf16", "true")
-    ways[OTHER_SEED] = (1, "float32", "false")
-    parts = demo(out / "parts", device)
-    against, unseen = reference(parts), held_out(parts, out / "held-out")
-    losses: dict[str, list[float]] = {}
-    rows = []
-    for way, (seed, precision, compiled) in ways.items():
-        how = [f"train.precision={precision}", f"train.compile={compiled}"]
-        folder = out / way.replace(", ", "-").replace(" ", "-")
+    out, able = setting.out / "curves", cannot_compile(setting.device) is None
+    judgements = {way: judgement(way, out, setting.device) for way in WAYS if able or "compiled" not in way}
+    logs = {way: (folder(out, way) / "log.jsonl").read_text().splitlines() for way in judgements}
+    losses = {way: [json.loads(line)["loss"] for line in lines] for way, lines in logs.items()}
+    steps = [json.loads(line)["step"] for line in logs["float32"]]
+    write_json(out / CURVES, {"steps": steps, "smoothed": SMOOTHED, "loss": losses})
+    return [{"way": way} | compared(losses[way], losses["float32"]) | row for way, row in judgements.items()]
+
+
+def judgement(way: str, out: Path, device: torch.device) -> Row:
+    """Train one way and judge the model, unless that is done."""
+    path = folder(out, way) / "judgement.json"
+    if not path.exists():
+        seed, how = WAYS[way]
         pipeline = demo(out / "parts", device, how)
-        delta = float(pipeline.recipe.schedule["delta"])
-        model = trained(pipeline, delta, seed, folder)
+        model = trained(pipeline, float(pipeline.recipe.schedule["delta"]), seed, folder(out, way))
         torch._dynamo.reset()
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        losses[way] = [line["loss"] for line in lines]
-        seen = judged(pipeline, model, against, way)
-        row = {"way": way, **compared(losses[way], losses["float32"]), "held_out_velocity_loss": loss(model, unseen)}
-        rows.append(row | {"frechet_distance": seen.frechet_distance, "class_accuracy": seen.class_accuracy})
-        print(rows[-1], flush=True)
-        steps = [line["step"] for line in lines]
-        write_json(out / CURVES, {"steps": steps, "smoothed": SMOOTHED, "loss": losses})
-    return rows
+        seen = judged(pipeline, model, reference(pipeline), way)
+        row = {"held_out_velocity_loss": loss(model, held_out(pipeline, out / "held-out"))}
+        write_json(path, row | {"frechet_distance": seen.frechet_distance, "class_accuracy": seen.class_accuracy})
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def demo(folder: Path, device: torch.device, how: list[str] | None = None) -> Pipeline:
+def folder(out: Path, way: str) -> Path:
+    """Where a way's training lies."""
+    return out / way.replace(",", "").replace(" ", "-")
+
+
+def demo(root: Path, device: torch.device, how: list[str]) -> Pipeline:
     """The demo's run, all of its parts made but the transformer."""
-    recipe = load_recipe(ROOT / "recipes" / "shapes-demo.yaml", [*TRAINED, *LOGGED, *JUDGED, *(how or [])])
-    pipeline = Pipeline(recipe, folder, device)
+    recipe = load_recipe(ROOT / "recipes" / "shapes-demo.yaml", [*TRAINED, *LOGGED, *JUDGED, *how])
+    pipeline = Pipeline(recipe, root, device)
     for stage in ("train_texture", "train_semantic", "train_compressor", "prepare", "train_evaluator"):
         getattr(pipeline, stage)()
     return pipeline
 
 
-def held_out(pipeline: Pipeline, folder: Path) -> LatentSet:
+def held_out(pipeline: Pipeline, root: Path) -> LatentSet:
     """Latents of the images that no transformer is trained on."""
 
     def encode(images: Tensor) -> dict[str, Tensor]:
@@ -86,17 +93,17 @@ def held_out(pipeline: Pipeline, folder: Path) -> LatentSet:
 
     tokenizers = {name: pipeline.tokenizers[name] for name in ("texture", "semantic")}
     settings = LatentSettings(features=False)
-    prepare(pipeline.images[1], encode, tokenizers, folder, settings, device=pipeline.device)
-    return LatentSet(folder)
+    prepare(pipeline.images[1], encode, tokenizers, root, settings, device=pipeline.device)
+    return LatentSet(root)
 
 
 @torch.no_grad()
 def loss(model: Model, latents: LatentSet, batch_size: int = 256) -> float:
-    """Mean velocity loss over held-out latents, once each: the same noise and times for every model."""
+    """Mean velocity loss over some held-out latents, once each: the same noise and times for every model."""
     network = model.transformer.eval()
     task = DiffusionTask(network, latents, model.schedule, HELD_OUT, seed=0, batch_size=batch_size)
     losses = []
-    for step in range(len(latents) // batch_size):
+    for step in range(min(HELD_OUT_IMAGES, len(latents)) // batch_size):
         batch = {name: part.to(model.device) for name, part in task.batch(step, range(batch_size)).items()}
         losses.append(task.loss(network, batch)["loss"].item())
     return float(np.mean(losses))
