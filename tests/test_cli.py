@@ -115,7 +115,7 @@ def test_no_model(tmp_path):
     [
         (["--classes", "dsik"], "did you mean 'disk'"),
         (["--steps", "0"], "at least 1"),
-        (["--steps", "2"], "3 segments"),
+        (["--steps", "2"], "3 pieces"),
         (["--seeds=-1"], "no seed"),
         (["--seeds", "5-3"], "no seed"),
         (["--solver", "hoin"], "no solver 'hoin'"),
