@@ -30,6 +30,7 @@ SCHEDULE = build_schedule({"name": "offset", "delta": 0.3}, COMPOSITE.names)
 Row = dict[str, Any]
 Checkpointing = bool | Literal["selective"]
 PROCESS = Path("/proc/self")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ def machine(device: torch.device) -> Row:
 def working_memory(way: Callable[[], Any], device: torch.device) -> int | None:
     """Peak memory of a call in bytes, less what was in use before it; None where the platform cannot tell.
 
-    On a GPU it is that of torch's allocator. On Linux it is the process's resident memory, after what earlier calls
-    left to the C library was given back; so pages that the library keeps in spite of that are missing.
+    On a GPU it is that of torch's allocator. On Linux with glibc it is the process's resident memory, while the library
+    is told to give back at once what is freed, as far as it is 256 KiB or more: what it keeps otherwise depends on all
+    that was called before.
     """
     gc.collect()
     if device.type == "cuda":
@@ -123,13 +125,20 @@ def working_memory(way: Callable[[], Any], device: torch.device) -> int | None:
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.malloc_trim(0)
         (PROCESS / "clear_refs").write_text("5")  # the peak is from now on
     except (AttributeError, OSError):  # another C library than glibc, or a container that forbids it
         return None
-    before = _resident("VmRSS")
-    way()
-    return _resident("VmHWM") - before
+    library.mallopt(M_MMAP_THRESHOLD, 256 << 10)
+    try:
+        before = _resident("VmRSS")
+        way()
+        return _resident("VmHWM") - before
+    finally:
+        # Where glibc's own thresholds end up in a process that has freed large tensors.
+        library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _resident(name: str) -> int:
