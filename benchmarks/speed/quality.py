@@ -140,7 +140,7 @@ def sample_metrics(setting: Setting, count: int = 1000) -> list[Row]:
         seen, difference = evaluate(images, labels, against, name=way), np.abs(images - plain)
         row: Row = {"way": way, "frechet_distance": seen.frechet_distance, "class_accuracy": seen.class_accuracy}
         row |= {"median_latent_error": texture_errors(model, latents, exact).median().item()}
-        row |= {"mean_pixel_difference": float(difference.mean()), "largest": int(difference.max())}
+        row |= {"mean_pixel_difference": float(difference.mean()), "largest_pixel_difference": int(difference.max())}
         rows.append(row)
         print(row, flush=True)
     return rows

@@ -194,7 +194,10 @@ def training_curves() -> Figure:
     curves, differences = figure.subplots(1, 2)
     width = kept["smoothed"] // (kept["steps"][1] - kept["steps"][0])
     steps = kept["steps"][width - 1 :]
-    means = {way: np.convolve(loss, np.full(width, 1 / width), mode="valid") for way, loss in kept["loss"].items()}
+    means = {
+        way: np.convolve(np.array(loss, float), np.full(width, 1 / width), mode="valid")
+        for way, loss in kept["loss"].items()
+    }
     for index, (way, mean) in enumerate(means.items()):
         style = {"color": COLOURS[index], "linestyle": ("-", (0, (6, 3)), ":", "-")[index], "label": way}
         curves.plot(steps, mean, **style)
