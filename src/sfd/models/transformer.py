@@ -172,6 +172,9 @@ class Transformer(nn.Module):
         projection = None
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing and torch.is_grad_enabled():
+                # A compiler does not take the default, where it is given by name.
+                selective = self.config.checkpointing == "selective"
+                context: dict[str, Any] = {"context_fn": _keeping_products} if selective else {}
                 tokens = checkpoint(
                     block,
                     tokens,
@@ -179,8 +182,7 @@ class Transformer(nn.Module):
                     self.rotation,
                     use_reentrant=False,
                     preserve_rng_state=False,  # nothing is drawn
-                    # A compiler does not take the default, where it is given by name.
-                    **{"context_fn": _keeping_products} if self.config.checkpointing == "selective" else {},
+                    **context,
                 )
             else:
                 tokens = block(tokens, condition, self.rotation)

@@ -159,6 +159,7 @@ def read_line(line: bytes, path: Path) -> dict[str, float]:
 
 def _own(sums: Tensor) -> Tensor:
     """Give this process the sums that it saved; of another number of processes, the leading one gets all."""
+    sums = sums.reshape(-1, *sums.shape[-2:])  # the first checkpoints held those of all processes as one
     return sums[processes.rank()] if len(sums) == processes.count() else sums.sum(0) * float(processes.leads())
 
 

@@ -77,8 +77,8 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
     """
     if processes.count() > 1 and processes.company() is None:
         raise SFDError("a launcher started several processes; call sfd.processes.join(device) before fit")
-    if settings.precision == "bf16" and (reason := slow_bf16(device)):
-        console.print(f"{task.name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    if settings.precision == "bf16" and (slowness := slow_bf16(device)):
+        console.print(f"{task.name}: {slowness}", style="yellow", markup=False, soft_wrap=True)
     run = _Run(task, settings, folder, device)
     if 0 < run.step < settings.steps:
         console.print(f"{task.name}: going on after step {run.step}", markup=False, soft_wrap=True)
