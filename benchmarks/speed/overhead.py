@@ -7,12 +7,12 @@ dopri5 with times as tensors. Networks, losses and optimizer are the same on bot
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
@@ -29,11 +29,11 @@ from sfd.pipeline import transformer_config
 from sfd.preparation import find_latents
 from sfd.sampling import initial_noise, integrate
 from sfd.schedules import build_schedule
+from sfd.training import loop
 from sfd.training.diffusion import DiffusionTask, LossSettings
-from sfd.training.loop import fit
 from sfd.training.settings import TrainSettings
 
-NETWORKS = (("tiny", 256), ("S", 32))  # size and batch of the trainings that are timed
+SIZE, BATCH, STEPS = "tiny", 256, 4  # of the training that is timed: the demo's, where the network takes least
 DELTA = 0.3
 
 
@@ -106,36 +106,46 @@ class Plain(Bare):
         self.log.append({name: value.item() for name, value in losses.items() if value.ndim == 0})
 
 
-def trained(task: DiffusionTask, settings: TrainSettings, folder: Path, device: torch.device) -> float:
-    """Train through the project's own loop; give the seconds of a step, the best between two lines of its log."""
-    shutil.rmtree(folder, ignore_errors=True)
-    fit(task, settings, folder, device=device)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return settings.batch_size / max(line["images_per_second"] for line in lines)
+class Project:
+    """The same steps through the project's own loop."""
+
+    def __init__(self, task: DiffusionTask, settings: TrainSettings, folder: Path, device: torch.device) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self.run, self.device = loop._Run(task, settings, folder, device), device
+        self.run.log.start(0, {})
+        self.run.batches.start(0, 0)
+
+    def __call__(self, steps: int) -> float:
+        """Take steps; give the seconds of one."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.run.advance()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - start) / steps
 
 
-def training(latents: LatentSet, size: str, batch: int, repeats: int, folder: Path, device: torch.device) -> list[Row]:
-    """Milliseconds of a training step outside of network and optimizer, plain and the project's."""
-    recipe = load_recipe(RECIPE, [f"transformer.size={size}"])
+def training(latents: LatentSet, rounds: int, folder: Path, device: torch.device) -> list[Row]:
+    """Milliseconds of a training step outside of network and optimizer, plain and the project's.
+
+    Each round takes a few steps of each way, one after the other, so that a machine that slows down does so for all;
+    the medians over rounds count, of a step and of what it takes beyond the bare one of its round.
+    """
+    recipe = load_recipe(RECIPE, [f"transformer.size={SIZE}"])
     config = transformer_config(recipe, latents)
     schedule = build_schedule(recipe.schedule, config.composite.names)
-    task = DiffusionTask(Transformer(config), latents, schedule, LossSettings(), seed=0, batch_size=batch)
-    steps = 12 if size == "tiny" else 4
-    settings = TrainSettings(steps=3 * steps, batch_size=batch, learning_rate=1e-5, ema=0.9999, log_every=steps)
-    bare, plain = Bare(task, settings, device), Plain(task, settings, device)
-    ways: dict[str, Callable[[], float]] = {
-        "network": lambda: bare(steps),
-        "plain": lambda: plain(steps),
-        "project": lambda: trained(task, settings, folder, device),
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            times[name].append(way())
-    best = {name: min(each) for name, each in times.items()}
-    outside = {name: best[name] - best["network"] for name in ("plain", "project")}
-    what = f"training {size}, batch {batch}"
-    return [_row(what, name, best[name], seconds, outside["plain"]) for name, seconds in outside.items()]
+    task = DiffusionTask(Transformer(config), latents, schedule, LossSettings(), seed=0, batch_size=BATCH)
+    settings = TrainSettings(steps=10**6, batch_size=BATCH, learning_rate=1e-5, ema=0.9999)
+    ours = Project(task, settings, folder, device)
+    ways = {"bare": Bare(task, settings, device), "plain": Plain(task, settings, device), "project": ours}
+    for way in ways.values():
+        way(2)
+    table = np.array([[way(STEPS) for way in ways.values()] for _ in range(rounds)])  # (rounds, ways)
+    ours.run.batches.close()
+    ours.run.log.close()
+    steps, outside = np.median(table, axis=0), np.median(table - table[:, :1], axis=0)
+    what = f"training {SIZE}, batch {BATCH}"
+    return [_row(what, name, steps[k], outside[k], outside[1]) for k, name in enumerate(ways) if k]
 
 
 class Watched:
@@ -201,7 +211,5 @@ def _row(what: str, way: str, whole: float, outside: float, plain: float) -> Row
 def overhead(setting: Setting) -> list[Row]:
     """Time a step and an evaluation of each path, and what of it is spent outside of the network."""
     latents = find_latents(prepared(setting.out / "demo"))
-    rows = sampling("S", 8, max(setting.repeats // 3, 1), setting.device)
-    for size, batch in NETWORKS[:1] if setting.quick else NETWORKS:
-        rows += training(latents, size, batch, setting.repeats, setting.out / "overhead", setting.device)
-    return rows
+    rows = sampling("tiny", 8, setting.repeats, setting.device)
+    return rows + training(latents, 5 * setting.repeats, setting.out / "overhead", setting.device)
