@@ -45,12 +45,12 @@ def latents(tmp_path_factory):
     return make_latents(ShapesSource(24, 0, 16), tmp_path_factory.mktemp("latents"))
 
 
-def steps(latents, folder: Path, checkpointing: bool | str = False, **settings) -> loop._Run:
+def steps(latents, folder: Path, checkpointing: bool | str = False, **settings) -> loop.Run:
     """Two training steps on the far device."""
     model = make_model(latents)
     model.config = model.config.model_copy(update={"checkpointing": checkpointing})
     task = make_task(latents, model=model, batch_size=TRAINING.batch_size, **settings)
-    run = loop._Run(task, TRAINING, folder, FAR)
+    run = loop.Run(task, TRAINING, folder, FAR)
     run.batches.start(0, 0)
     try:
         run.advance()  # puts the weights of the loss on the device, once

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.speed import checkpoints, latents, measuring, overhead, report
-from benchmarks.speed.__main__ import SECTIONS, chosen
+from benchmarks.speed.__main__ import SECTIONS, chosen, sizes
 from benchmarks.speed.measuring import Setting
 from benchmarks.speed.training import Training
 from sfd.errors import SFDError
@@ -23,7 +23,9 @@ def test_the_tables_are_those_of_the_results():
     results = json.loads(report.RESULTS.read_text())
     text = report.PAGE.read_text()
     assert report.page(text, results) == text
-    assert sorted(row["section"] for row in results["machine"]) == sorted(name for name in results if name != "machine")
+    for kept in (results, *(rows for rows in results.values() if isinstance(rows, dict))):
+        measured = [name for name, rows in kept.items() if name != "machine" and isinstance(rows, list)]
+        assert sorted(row["section"] for row in kept["machine"]) == sorted(measured)
     for name in (name for name, section in SECTIONS.items() if not section.cuda):
         shown = text.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
         assert ("|" in shown) == (name in results), f"{name}: figures without a source, or not shown"
@@ -50,6 +52,26 @@ def test_publishing_replaces_the_sections_that_ran_and_keeps_the_others(tmp_path
     }
     assert report.PAGE.read_text() == report.page(marks, json.loads(report.RESULTS.read_text())) != marks
     assert report.FIGURE.is_file()
+
+
+def test_figures_of_a_gpu_are_kept_apart_and_shown_together(tmp_path, monkeypatch):
+    for name in ("RESULTS", "PAGE", "FIGURE"):
+        monkeypatch.setattr(report, name, tmp_path / name.lower())
+    marks = "<!-- errors -->\n<!-- end of errors -->\n<!-- cuda -->\n<!-- end of cuda -->\n"
+    report.PAGE.write_text(marks)
+    report.publish({"machine": [{"section": "errors"}], "errors": [{"error": 1.0}]})
+    report.publish({"machine": [{"section": "errors"}], "errors": [{"error": 2.0}]}, "cuda")
+    kept = json.loads(report.RESULTS.read_text())
+    assert kept["errors"] == [{"error": 1.0}] and kept["cuda"]["errors"] == [{"error": 2.0}]
+    before, after = report.PAGE.read_text().split("<!-- cuda -->")
+    assert "| 1 |" in before and "`errors`:\n\n| error |\n|---|\n| 2 |" in after
+
+
+@pytest.mark.parametrize("text", ["S", "S:0", "Z:4", "S:8;B:8"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(SFDError, match="such as S:8,B:8"):
+        sizes(text)
+    assert sizes("S:8,B:16,") == (("S", 8), ("B", 16))
 
 
 def test_a_section_that_the_device_does_not_have_is_refused_with_those_it_has(tmp_path):

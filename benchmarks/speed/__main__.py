@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from benchmarks.speed import (
 from benchmarks.speed.measuring import Row, Setting, machine
 from benchmarks.speed.report import draw, publish, table
 from sfd.errors import SFDError
+from sfd.models.transformer import SIZES
 from sfd.resources import choose_device
 
 
@@ -113,6 +115,18 @@ def measure(names: list[str], setting: Setting) -> dict[str, Any]:
     return results
 
 
+def sizes(text: str) -> tuple[tuple[str, int], ...]:
+    """Read sizes and batches, as `S:8,B:8`.
+
+    Raises:
+        SFDError: it is written otherwise, there is no such size, or a batch is less than 1.
+    """
+    found = [re.fullmatch(r"([^:]+):([1-9][0-9]*)", each) for each in text.split(",") if each]
+    if not all(match and match[1] in SIZES for match in found):
+        raise SFDError(f"--sizes takes sizes of {', '.join(SIZES)} with a batch each, such as S:8,B:8, not {text!r}")
+    return tuple((match[1], int(match[2])) for match in found if match)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.speed", description="Speed of sampling, training, loading and starting."
@@ -132,14 +146,16 @@ def main() -> None:
             quick=arguments.quick,
             repeats=arguments.repeats or (2 if arguments.quick else 6),
             out=arguments.out,
-            asked=tuple((size, int(batch)) for size, batch in (s.split(":") for s in arguments.sizes.split(",") if s)),
+            asked=sizes(arguments.sizes),
         )
         results = measure(chosen(arguments.only, setting), setting)
     except SFDError as error:
         parser.error(str(error))
     draw(results, arguments.out / "speed.png")
     if arguments.publish:
-        publish(results)
+        publish(results, setting.device.type)
+        if "curves" in results:
+            quality.keep(setting.out)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ COMPOSITE = Composite(
     streams=(Stream(name="texture", channels=32, grid=16), Stream(name="semantic", channels=16, grid=16, weight=2.0))
 )
 SCHEDULE = build_schedule({"name": "offset", "delta": 0.3}, COMPOSITE.names)
+CLASSES = 1000
 Row = dict[str, Any]
 Checkpointing = bool | Literal["selective"]
 PROCESS = Path("/proc/self")
@@ -71,7 +72,7 @@ def network(size: str, checkpointing: Checkpointing = False) -> Transformer:
         width=width,
         heads=heads,
         composite=COMPOSITE,
-        num_classes=1000,
+        num_classes=CLASSES,
         clocks=("semantic", "texture"),
         checkpointing=checkpointing,
     )
@@ -80,6 +81,11 @@ def network(size: str, checkpointing: Checkpointing = False) -> Transformer:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     return made
+
+
+def class_labels(count: int, device: torch.device) -> torch.Tensor:
+    """Give a label an image, (count,), each of the published 1 000 classes in turn."""
+    return torch.arange(count, device=device) % CLASSES
 
 
 def best_times(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:

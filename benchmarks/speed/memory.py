@@ -14,7 +14,16 @@ import numpy as np
 import torch
 
 from benchmarks.speed.latents import task_like_published
-from benchmarks.speed.measuring import COMPOSITE, Checkpointing, Row, Setting, best_times, network, working_memory
+from benchmarks.speed.measuring import (
+    COMPOSITE,
+    Checkpointing,
+    Row,
+    Setting,
+    best_times,
+    class_labels,
+    network,
+    working_memory,
+)
 from benchmarks.speed.sampling import inferences
 from benchmarks.speed.training import Training
 from sfd.data.latents import FEATURES
@@ -22,7 +31,7 @@ from sfd.estimate import kept_bytes
 from sfd.models.inference import cannot_compile
 from sfd.sampling import initial_noise
 from sfd.training.diffusion import DiffusionTask
-from sfd.training.loop import _Run
+from sfd.training.loop import Run
 from sfd.training.settings import TrainSettings
 
 MORE = 8  # times the batch: as many again are sampled at once
@@ -37,7 +46,7 @@ def memory(setting: Setting) -> list[Row]:
         times = torch.full((2,), 0.5, device=device)
         for name, way in inferences(made, device).items():
             for count in (batch, MORE * batch):
-                noise, labels = initial_noise(range(count), COMPOSITE).to(device), torch.arange(count, device=device)
+                noise, labels = initial_noise(range(count), COMPOSITE).to(device), class_labels(count, device)
                 call = partial(way, noise, times, labels)
                 if count == batch:
                     call()  # compiles
@@ -50,6 +59,8 @@ def memory(setting: Setting) -> list[Row]:
                 step = Training(made, count, device, name)
                 step()
                 rows.append(_row("training", size, count, name) | {"working_bytes": working_memory(step, device)})
+                del step  # on a GPU, two of the largest would be too many
+        torch._dynamo.reset()
     return rows
 
 
@@ -66,18 +77,29 @@ def checkpointing(setting: Setting) -> list[Row]:
     for size, batch in setting.sizes:
         made = {name: network(size, kind) for name, kind in KINDS.items()}
         for precision in ("float32", "bf16"):
-            steps = {name: Training(each, batch, device, precision) for name, each in made.items()}
-            times = best_times(steps, max(setting.repeats // 2, 1), device)
-            for name, step in steps.items():
-                row = {"size": size, "batch": batch, "precision": precision, "recomputed": name}
-                row |= {"images_per_second": batch / times[name], "ratio": times["none"] / times[name]}
-                whole = row["working_bytes"] = working_memory(step, device)
-                step.cut(batch // 2)
-                part = working_memory(step, device)
-                known = whole is not None and part is not None
-                row["bytes_an_image"] = (whole - part) / (batch - batch // 2) if known else None
-                rows.append(row | {"counted_bytes_an_image": kept_bytes(made[name].config, precision)})
+            # On a GPU one after the other: three trainings of the largest size are more than its memory holds.
+            together = [[name] for name in made] if device.type == "cuda" else [list(made)]
+            plain = 0.0
+            for names in together:
+                steps = {name: Training(made[name], batch, device, precision) for name in names}
+                times = best_times(steps, max(setting.repeats // 2, 1), device)
+                for name in names:
+                    step, rate = steps.pop(name), batch / times[name]
+                    plain = plain or rate  # the first recomputes nothing
+                    row = {"size": size, "batch": batch, "precision": precision, "recomputed": name}
+                    row |= {"images_per_second": rate, "ratio": rate / plain, **_of_an_image(step, batch)}
+                    rows.append(row | {"counted_bytes_an_image": kept_bytes(made[name].config, precision)})
+                    del step
     return rows
+
+
+def _of_an_image(step: Training, batch: int) -> Row:
+    """Working memory of a step, and what each image of half of the batch adds to it; at least two images."""
+    whole = working_memory(step, step.device)
+    step.cut(batch // 2)
+    part = working_memory(step, step.device)
+    each = None if whole is None or part is None else (whole - part) / (batch - batch // 2)
+    return {"working_bytes": whole, "bytes_an_image": each}
 
 
 def accumulation(setting: Setting) -> list[Row]:
@@ -101,7 +123,7 @@ def _step_memory(task: DiffusionTask, settings: TrainSettings, setting: Setting)
         for flipped in (False, True):
             task.latents.read(name, np.arange(len(task.latents)), np.full(len(task.latents), flipped))
     with TemporaryDirectory(dir=setting.out) as folder:
-        run = _Run(task, settings, Path(folder), setting.device)
+        run = Run(task, settings, Path(folder), setting.device)
         with run.closing():
             run.begin()
             run.advance()

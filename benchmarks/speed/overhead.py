@@ -1,8 +1,9 @@
 """Time outside of the network: what a loop takes beyond losses, gradients and AdamW, or a sampler beyond velocities.
 
-The plain path is what one writes first, and what the published code does: images looked up one by one and stacked,
-noise and times drawn when the step needs them, an average updated weight by weight, each loss read back at each step;
-dopri5 with times as tensors. Networks, losses and optimizer are the same on both sides, float32 and not compiled.
+The plain path is what one writes first: images looked up one by one and stacked, noise and times drawn when the step
+needs them, without worker processes, an average updated weight by weight, each loss read back at each step; sampling by
+dopri5 as published, with times as tensors. Networks, losses and optimizer are the same on both sides,
+float32 and not compiled.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from benchmarks.speed.demo import RECIPE, prepared
-from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, Row, Setting, network
+from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, Row, Setting, class_labels, network
 from sfd import flow
 from sfd.config import load_recipe
 from sfd.data.latents import FEATURES, LatentSet
-from sfd.generate import DEFAULT_STEPS
+from sfd.generate import DEFAULT_STEPS, velocity_field
 from sfd.models.inference import Inference
 from sfd.models.transformer import Transformer
 from sfd.pipeline import transformer_config
@@ -33,7 +34,7 @@ from sfd.training import loop
 from sfd.training.diffusion import DiffusionTask, LossSettings
 from sfd.training.settings import TrainSettings
 
-SIZE, BATCH, STEPS = "tiny", 256, 4  # of the training that is timed: the demo's, where the network takes least
+SIZE, BATCH, STEPS = "tiny", 256, 20  # of the training that is timed: the demo's, where the network takes least
 DELTA = 0.3
 
 
@@ -62,8 +63,7 @@ class Bare:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.finish(step, losses)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        _wait(self.device)
         return (time.perf_counter() - start) / steps
 
 
@@ -111,7 +111,7 @@ class Project:
 
     def __init__(self, task: DiffusionTask, settings: TrainSettings, folder: Path, device: torch.device) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self.run, self.device = loop._Run(task, settings, folder, device), device
+        self.run, self.device = loop.Run(task, settings, folder, device), device
         self.run.log.start(0, {})
         self.run.batches.start(0, 0)
 
@@ -120,12 +120,11 @@ class Project:
         start = time.perf_counter()
         for _ in range(steps):
             self.run.advance()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        _wait(self.device)
         return (time.perf_counter() - start) / steps
 
 
-def training(latents: LatentSet, rounds: int, folder: Path, device: torch.device) -> list[Row]:
+def training_overhead(latents: LatentSet, rounds: int, folder: Path, device: torch.device) -> list[Row]:
     """Milliseconds of a training step outside of network and optimizer, plain and the project's.
 
     Each round takes a few steps of each way, one after the other, so that a machine that slows down does so for all;
@@ -156,10 +155,10 @@ class Watched:
 
     def __call__(self, x: Tensor, times: Tensor) -> Tensor:
         """Evaluate."""
+        _wait(x.device)
         start = time.perf_counter()
         out = self.velocity(x, times)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
+        _wait(x.device)
         self.seconds += time.perf_counter() - start
         self.calls += 1
         return out
@@ -182,10 +181,10 @@ def published_sampling(
     return odeint(derivative, noise, ends, rtol=rtol, atol=atol, method="dopri5")[-1]
 
 
-def sampling(size: str, batch: int, repeats: int, device: torch.device) -> list[Row]:
+def sampling_overhead(size: str, batch: int, repeats: int, device: torch.device) -> list[Row]:
     """Milliseconds of an evaluation outside of the network: dopri5 as published, and the default of `sfd sample`."""
     net = Inference(network(size).eval().requires_grad_(False).to(device))
-    noise, labels = initial_noise(range(batch), COMPOSITE).to(device), torch.arange(batch, device=device)
+    noise, labels = initial_noise(range(batch), COMPOSITE).to(device), class_labels(batch, device)
     ways: dict[str, Callable[[Watched], object]] = {
         "plain": lambda field: published_sampling(field, noise),
         "project": lambda field: integrate(field, noise, SCHEDULE, COMPOSITE, steps=DEFAULT_STEPS),
@@ -193,14 +192,20 @@ def sampling(size: str, batch: int, repeats: int, device: torch.device) -> list[
     outside, whole = dict.fromkeys(ways, float("inf")), dict.fromkeys(ways, 0.0)
     for _ in range(repeats):
         for name, way in ways.items():
-            field = Watched(lambda x, times: net(x, times, labels))
+            field = Watched(velocity_field(net, labels))
             start = time.perf_counter()
             way(field)
+            _wait(device)
             seconds = time.perf_counter() - start
             if seconds - field.seconds < outside[name] * field.calls:
                 outside[name], whole[name] = (seconds - field.seconds) / field.calls, seconds / field.calls
     what = f"sampling {size}, batch {batch}"
     return [_row(what, name, whole[name], seconds, outside["plain"]) for name, seconds in outside.items()]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _row(what: str, way: str, whole: float, outside: float, plain: float) -> Row:
@@ -211,5 +216,5 @@ def _row(what: str, way: str, whole: float, outside: float, plain: float) -> Row
 def overhead(setting: Setting) -> list[Row]:
     """Time a step and an evaluation of each path, and what of it is spent outside of the network."""
     latents = find_latents(prepared(setting.out / "demo"))
-    rows = sampling("tiny", 8, setting.repeats, setting.device)
-    return rows + training(latents, 5 * setting.repeats, setting.out / "overhead", setting.device)
+    rows = sampling_overhead("tiny", 8, setting.repeats, setting.device)
+    return rows + training_overhead(latents, setting.repeats, setting.out / "overhead", setting.device)

@@ -7,6 +7,7 @@ where it was stopped, and a changed program needs another --out.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,11 @@ def curves(setting: Setting) -> list[Row]:
     steps = [json.loads(line)["step"] for line in logs["float32"]]
     write_json(out / CURVES, {"steps": steps, "smoothed": SMOOTHED, "loss": losses})
     return [{"way": way} | compared(losses[way], losses["float32"]) | row for way, row in judgements.items()]
+
+
+def keep(out: Path) -> None:
+    """Keep the curves that were measured for `python docs/figures/make.py training_curves`."""
+    shutil.copyfile(out / "curves" / CURVES, ROOT / "docs" / "results" / CURVES)
 
 
 def judgement(way: str, out: Path, device: torch.device) -> Row:

@@ -37,25 +37,40 @@ def _cell(name: str, value: Any) -> str:
     return str(value)
 
 
-def publish(results: dict[str, Any]) -> None:
-    """Keep the sections that ran, in place of what was kept of them, and write the page's tables anew."""
+def publish(results: dict[str, Any], device: str = "cpu") -> None:
+    """Keep the sections that ran, in place of what was kept of them, and write the page's tables anew.
+
+    Those of a type of device other than the CPU are kept apart, under its name.
+    """
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"machine": []}
-    ran = [row["section"] for row in results["machine"]]
-    where = [row for row in kept["machine"] if row["section"] not in ran] + results["machine"]
-    kept = kept | results | {"machine": where}
+    if device == "cpu":
+        kept = _merged(kept, results)
+    else:
+        kept[device] = _merged(kept.get(device, {"machine": []}), results)
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), kept), encoding="utf-8")
     draw(kept, FIGURE)
 
 
+def _merged(kept: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    ran = [row["section"] for row in results["machine"]]
+    where = [row for row in kept["machine"] if row["section"] not in ran] + results["machine"]
+    return kept | results | {"machine": where}
+
+
 def page(text: str, results: dict[str, Any]) -> str:
-    """Put the tables of the results into the page, between its markers."""
+    """Put the tables of the results into the page, between its markers; of another device all tables in one place."""
     for name, rows in results.items():
         if isinstance(rows, list):
-            marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-            pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
-            text = re.sub(pattern, "\n".join([marks[0], table(rows), marks[1]]).replace("\\", r"\\"), text, flags=re.S)
+            text = _between(text, name, table(rows))
+        else:
+            text = _between(text, name, "\n\n".join(f"`{section}`:\n\n{table(each)}" for section, each in rows.items()))
     return text
+
+
+def _between(text: str, name: str, shown: str) -> str:
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{shown}\n{end}", text, flags=re.S)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measuring import COMPOSITE, ROOT, SCHEDULE, Row, Setting, best_times, network, working_memory
+from benchmarks.speed.measuring import (
+    COMPOSITE,
+    ROOT,
+    SCHEDULE,
+    Row,
+    Setting,
+    best_times,
+    class_labels,
+    network,
+    working_memory,
+)
+from sfd.generate import velocity_field
 from sfd.guidance import VelocityField, guide
 from sfd.model import Model, load_model
 from sfd.models.inference import Inference, cannot_compile
@@ -19,10 +30,11 @@ from sfd.sampling import initial_noise, integrate
 STEPS = 3  # of Euler's method in a timed sampling: what is timed is divided by it
 # Guided evaluations that the trained demo model took, to median errors of 0.020 and 0.0038 (docs/sampling.md): how many
 # an adaptive solver spends on random weights says nothing.
-EVALUATIONS = {"published": 74, "ours": 25}
+EVALUATIONS = {"published": 74, "ours": 24}
 
 
 def inferences(made: Transformer, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """Name the ways to evaluate a network; each gives v̂ (B, N) of x (B, N), times (K,) and labels (B,)."""
     plain = Inference(made)
 
     def autocast(*arguments: Tensor) -> Tensor:
@@ -41,9 +53,9 @@ def sampling(setting: Setting) -> list[Row]:
     device, rows = setting.device, []
     for size, batch in setting.sizes:
         made = network(size).eval().requires_grad_(False).to(device)
-        noise, labels = initial_noise(range(batch), COMPOSITE).to(device), torch.arange(batch, device=device)
+        noise, labels = initial_noise(range(batch), COMPOSITE).to(device), class_labels(batch, device)
         how = {"solver": "euler", "steps": STEPS}
-        ways = {n: partial(sampled, labelled(w, labels), noise, how) for n, w in inferences(made, device).items()}
+        ways = {n: partial(sampled, velocity_field(w, labels), noise, how) for n, w in inferences(made, device).items()}
         times = best_times(ways, setting.repeats, device)
         for name, seconds in times.items():
             rate = batch * STEPS / seconds
@@ -52,11 +64,6 @@ def sampling(setting: Setting) -> list[Row]:
             rows.append(row)
         torch._dynamo.reset()  # it refuses to compile one function for many networks
     return rows
-
-
-def labelled(way: Callable[..., Tensor], labels: Tensor) -> VelocityField:
-    """Give a network's velocity for these labels."""
-    return lambda x, times: way(x, times, labels)
 
 
 def sampled(velocity: VelocityField, noise: Tensor, how: dict[str, Any]) -> int:
@@ -101,12 +108,12 @@ def guided(setting: Setting) -> list[Row]:
     for size, batch in setting.asked or (("XL", 128), ("XXL", 128)):
         made = network(size).eval().requires_grad_(False).to(device)
         published = {"solver": "dopri5", "options": {"rtol": 1e-3, "atol": 1e-6}, "knots": False}
-        ours = {"solver": "multistep", "steps": 25, "options": {}}
+        ours = {"solver": "multistep", "steps": EVALUATIONS["ours"], "options": {}}
         for name, count, precision, how in (("published", 4, "float32", published), ("ours", batch, "bf16", ours)):
             compiled = name == "ours" and cannot_compile(device) is None
             nets = [Inference(n, precision, compiled=compiled) for n in (made, weak)]
-            labels, noise = torch.arange(count, device=device), initial_noise(range(count), COMPOSITE).to(device)
-            field = guide(*(labelled(n, labels) for n in nets), 1.5, COMPOSITE)
+            labels, noise = class_labels(count, device), initial_noise(range(count), COMPOSITE).to(device)
+            field = guide(*(velocity_field(n, labels) for n in nets), 1.5, COMPOSITE)
             way = partial(sampled, field, noise, how)
             torch.set_float32_matmul_precision("high" if name == "published" else "highest")
             try:

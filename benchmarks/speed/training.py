@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from benchmarks.speed.measuring import COMPOSITE, Row, Setting, best_times, network
+from benchmarks.speed.measuring import COMPOSITE, Row, Setting, best_times, class_labels, network
 from sfd import flow
 from sfd.models.inference import cannot_compile
 from sfd.models.transformer import Transformer, flops
@@ -19,11 +19,11 @@ class Training:
         self.device, self.plain, self.bf16 = device, way == "float32", way.startswith("bf16")
         self.network = copy.deepcopy(made).to(device).train()
         self.average = copy.deepcopy(self.network).requires_grad_(False)
-        self.model = torch.compile(self.network) if way.endswith("compiled") else self.network
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=not self.plain)
+        self.model = torch.compile(self.network, fullgraph=True) if way.endswith("compiled") else self.network
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=not self.plain, foreach=False)
         self.x, self.target = torch.randn(2, batch, COMPOSITE.size, device=device)
         self.times = torch.rand(batch, 2, device=device)
-        self.labels = torch.arange(batch, device=device)
+        self.labels = class_labels(batch, device)
         self.weights = COMPOSITE.expand(torch.tensor([s.weight for s in COMPOSITE.streams], device=device))
 
     def cut(self, batch: int) -> None:

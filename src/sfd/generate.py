@@ -206,7 +206,7 @@ def decode(
     return torch.cat(pixels).cpu().numpy()
 
 
-def velocity_field(network: Inference, labels: Tensor) -> VelocityField:
+def velocity_field(network: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor) -> VelocityField:
     """Make a velocity function of a network and one label an image."""
 
     def velocity(x: Tensor, times: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def integrate(
             velocity.begin(piece.moving, piece.middle)
         equation = _Equation(counter, x, schedule, composite, piece, drawn)
         report = _report(callback, equation, counter) if callback is not None else None
-        x = equation.whole(method.solve(equation, equation.moving(x), points, settings, report))
+        x = equation.whole(method.solve(equation, equation.moving_entries(x), points, settings, report))
     return Result(x, counter.calls, counter.by_image)
 
 
@@ -197,7 +197,7 @@ class _Equation:
 
     # Streams are cut out and joined as the slices that they are: indices would take several times as long.
 
-    def moving(self, packed: Tensor) -> Tensor:
+    def moving_entries(self, packed: Tensor) -> Tensor:
         """Take the entries of the streams that move, (…, M) of (…, N)."""
         if self._all_move:
             return packed
@@ -227,7 +227,7 @@ class _Equation:
         """Evaluate dx/du = τ_k′(u)·v_k, (B, M); see `Velocity`."""
         time, rate = self.times_and_rates(u)
         v = self._velocity(self.whole(state), time, moving)
-        return self.moving(self._composite.expand(sent(rate, v.device)) * v)
+        return self.moving_entries(self._composite.expand(sent(rate, v.device)) * v)
 
     def renoise(self, state: Tensor, u: float, earlier: float) -> Tensor:
         """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`."""
@@ -239,7 +239,9 @@ class _Equation:
         kept = torch.where(now > 0, then / now.clamp(min=torch.finfo(now.dtype).tiny), 1.0)
         spread = ((1 - then) ** 2 - (kept * (1 - now)) ** 2).clamp(min=0).sqrt()
         drawn = self._noise.draw(self._piece.segment or 0)
-        kept, spread, drawn = (self.moving(sent(each.to(state.dtype), state.device)) for each in (kept, spread, drawn))
+        kept, spread, drawn = (
+            self.moving_entries(sent(each.to(state.dtype), state.device)) for each in (kept, spread, drawn)
+        )
         return kept * state + spread * drawn
 
 

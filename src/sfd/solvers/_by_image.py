@@ -20,7 +20,7 @@ STAGES = (
 )
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 SAFETY, LEAST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0  # of the next step to this one, as torchdiffeq has them
-TOO_SMALL = 1e-13  # a step of this share of the segment would not move the base time
+TOO_SMALL = 1e-13  # a step of this share of the piece would not move the base time
 
 
 def solve_by_image(velocity: Velocity, x: Tensor, start: float, end: float, rtol: float, atol: float) -> Tensor:
@@ -29,7 +29,7 @@ def solve_by_image(velocity: Velocity, x: Tensor, start: float, end: float, rtol
     Args:
         velocity: called with base times (B,), float64 on the CPU, and which images still move.
         x: (B, M).
-        start, end: the segment.
+        start, end: the piece.
         rtol, atol: error allowed in a step, atol + rtol·|x|, root mean square over the image.
 
     Raises:

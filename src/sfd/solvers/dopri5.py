@@ -72,7 +72,7 @@ def solve(
     ends = torch.tensor([points[0], points[-1]], dtype=dtype, device=x.device)
     norm: dict[str, Any] = {"norm": _worst_image} if options.control == "worst" else {}
     try:
-        # step_t: without it the last step reaches beyond the knot, where the velocity bends, and interpolates back.
+        # step_t: without it the last step reaches beyond the piece, where the velocity bends, and interpolates back.
         solution = odeint(
             _Derivative(velocity, float(ends[0]), callback),
             x,

@@ -40,7 +40,7 @@ def solve(
     """Predict, evaluate, correct; see `Solver.solve`. The callback sees predictions, which are corrected after.
 
     The first step predicts with Euler's method and corrects with the trapezoidal rule; its error, of order 3 once a
-    segment, costs neither order. The last one is not corrected: that would take an evaluation more.
+    piece, costs neither order. The last one is not corrected: that would take an evaluation more.
     """
     history: _History = []
     left = x  # the corrected state that the step before set out from

@@ -36,7 +36,7 @@ class Options(Settings):
 def solve(
     velocity: Velocity, x: Tensor, points: Sequence[float], options: Options, callback: Callback | None = None
 ) -> Tensor:
-    """Back to u − η·h, but not beyond the segment, and from there to u + h; see `Solver.solve`."""
+    """Back to u − η·h, but not beyond the piece, and from there to u + h; see `Solver.solve`."""
     for u, following in pairwise(points):
         back = max(points[0], u - options.noise * (following - u))
         if back < u:

@@ -79,7 +79,7 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
         raise SFDError("a launcher started several processes; call sfd.processes.join(device) before fit")
     if settings.precision == "bf16" and (slowness := slow_bf16(device)):
         console.print(f"{task.name}: {slowness}", style="yellow", markup=False, soft_wrap=True)
-    run = _Run(task, settings, folder, device)
+    run = Run(task, settings, folder, device)
     if 0 < run.step < settings.steps:
         console.print(f"{task.name}: going on after step {run.step}", markup=False, soft_wrap=True)
     reason = 0
@@ -101,7 +101,7 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
     return run.result()
 
 
-class _Run:
+class Run:
     """The state of one call of `fit`."""
 
     def __init__(self, task: Task, settings: TrainSettings, folder: Path, device: torch.device) -> None:
@@ -237,12 +237,14 @@ class _Run:
         )
 
     def preview(self, task: Previewing) -> None:
+        """Write pictures of what has been learnt so far."""
         shown = self.result()
         if processes.leads():
             task.preview(self.step, shown, self.folder / "previews")
         self.network.train()
 
     def result(self) -> nn.Module:
+        """Give the network, with the averaged weights where there are any; whole, where it is shared out."""
         return self.parallel.gathered(self.average if self.average is not None else self.network)
 
     def finish(self) -> None:
