@@ -75,7 +75,7 @@ def test_multistep_integrates_polynomials_through_uneven_steps(order):
 
 @given(st.integers(1, 4), st.lists(st.floats(0.1, 1), min_size=5, max_size=5), st.floats(-5, 5))
 def test_adams_weights_integrate_polynomials(count, gaps, origin):
-    nodes = [origin + sum(gaps[:k]) for k in range(count)]
+    nodes = tuple(origin + sum(gaps[:k]) for k in range(count))
     start, end = nodes[-1], nodes[-1] + gaps[4]
     weights = adams_weights(nodes, start, end)
     for power in range(count):

@@ -201,8 +201,9 @@ class _Equation:
         """Take the entries of the streams that move, (…, M) of (…, N)."""
         if self._all_move:
             return packed
-        parts = packed.split(self._sizes, dim=-1)
-        return torch.cat([part for part, moves in zip(parts, self._piece.moving, strict=True) if moves], dim=-1)
+        parts = zip(packed.split(self._sizes, dim=-1), self._piece.moving, strict=True)
+        taken = [part for part, moves in parts if moves]
+        return torch.cat(taken, dim=-1) if len(taken) > 1 else taken[0]
 
     def whole(self, state: Tensor) -> Tensor:
         """Put moving entries (B, M) among the resting ones: (B, N)."""
@@ -227,7 +228,7 @@ class _Equation:
         """Evaluate dx/du = τ_k′(u)·v_k, (B, M); see `Velocity`."""
         time, rate = self.times_and_rates(u)
         v = self._velocity(self.whole(state), time, moving)
-        return self.moving_entries(self._composite.expand(sent(rate, v.device)) * v)
+        return self.moving_entries(self._composite.expand(sent(rate, v.device))) * self.moving_entries(v)
 
     def renoise(self, state: Tensor, u: float, earlier: float) -> Tensor:
         """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`."""

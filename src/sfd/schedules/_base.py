@@ -114,13 +114,13 @@ class PiecewiseLinear(Schedule):
         exact = u.double()  # knots may lie closer together than float32 can tell
         base, times, rates = (table.to(u.device) for table in (self._base, self._times, self._rates))
         if segment is None:
-            piece = torch.searchsorted(base[1:-1].contiguous(), exact.contiguous() * ROUNDING, right=True)
+            piece: Tensor | int = torch.searchsorted(base[1:-1].contiguous(), exact.contiguous() * ROUNDING, right=True)
         else:
-            piece = torch.full_like(exact, segment, dtype=torch.long)
+            piece = segment
         fraction = ((exact - base[piece]) / (base[piece + 1] - base[piece])).clamp(0, 1)
         # lerp hits both ends exactly, so a finished stream is at 1 and not at 1 − 1e-16.
         time = torch.lerp(times[piece], times[piece + 1], fraction[..., None])
-        return StreamTimes(time.to(u.dtype), rates[piece].to(u.dtype))
+        return StreamTimes(time.to(u.dtype), rates[piece].expand(time.shape).to(u.dtype))
 
 
 def check(schedule: Schedule, label: str) -> None:

@@ -13,6 +13,7 @@ the velocity itself is the smoother function, and the error several times smalle
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -58,15 +59,18 @@ def solve(
 
 def _integrated(x: Tensor, nodes: _History, start: float, end: float) -> Tensor:
     """Add to x the integral from start to end of the polynomial through the nodes."""
-    for weight, (_, f) in zip(adams_weights([u for u, _ in nodes], start, end), nodes, strict=True):
-        x = torch.add(x, f, alpha=weight)
-    return x
+    (first, *others), (f, *values) = adams_weights(tuple(u for u, _ in nodes), start, end), [f for _, f in nodes]
+    total = torch.add(x, f, alpha=first)
+    for weight, f in zip(others, values, strict=True):
+        total.add_(f, alpha=weight)
+    return total
 
 
-def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
+@lru_cache(maxsize=4096)  # each batch of a sampling asks for the same ones
+def adams_weights(nodes: tuple[float, ...], start: float, end: float) -> tuple[float, ...]:
     """Weigh values at the nodes so that their sum is the integral of the polynomial through them."""
     # In units of the interval from its start: far better conditioned than in u, where short steps all look alike.
     places = (np.array(nodes) - start) / (end - start)
     powers = np.arange(len(nodes))
     weights = np.linalg.solve(np.vander(places, increasing=True).T, 1 / (powers + 1))
-    return [float(w) for w in (end - start) * weights]
+    return tuple(float(w) for w in (end - start) * weights)
