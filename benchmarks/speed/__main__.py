@@ -60,9 +60,9 @@ SECTIONS = {
     "training": Section(training.training),
     "optimizer": Section(optimizer.optimizer),
     "overhead": Section(overhead.overhead),
-    "memory": Section(memory.memory),
-    "checkpointing": Section(memory.checkpointing),
-    "accumulation": Section(memory.accumulation),
+    "memory": Section(memory.memory, long=True),
+    "checkpointing": Section(memory.checkpointing, long=True),
+    "accumulation": Section(memory.accumulation, long=True),
     "paired": Section(pairs.paired),
     "decoding": Section(pixels.decoding),
     "attention": Section(attention.attention),
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.speed", description="Speed of sampling, training, loading and starting."
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: some minutes on a laptop")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no long sections: seven minutes on two cores")
     parser.add_argument("--only", default="", help=f"sections, comma-separated, of {', '.join(SECTIONS)}")
     parser.add_argument("--sizes", default="", help="of networks, and batch: S:8,B:8  [default: by device]")
     parser.add_argument("--repeats", type=int, help="turns of which the best counts  [default: 6, quick: 2]")
