@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.speed", description="Speed of sampling, training, loading and starting."
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no long sections: seven minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no long sections: some minutes")
     parser.add_argument("--only", default="", help=f"sections, comma-separated, of {', '.join(SECTIONS)}")
     parser.add_argument("--sizes", default="", help="of networks, and batch: S:8,B:8  [default: by device]")
     parser.add_argument("--repeats", type=int, help="turns of which the best counts  [default: 6, quick: 2]")
