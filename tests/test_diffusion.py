@@ -109,7 +109,7 @@ def test_latents_and_features_are_flipped_together(latents):
     def expected(flip):
         flips = np.full(200, flip)
         raw = {name: latents.read(name, indices, flips) for name in STREAMS}
-        return task.composite.join(task.composite.normalize(raw)), latents.read(FEATURES, indices, flips)
+        return task.composite.join(task.composite.normalize(raw)), latents.read(FEATURES, indices, flips, None)
 
     (x1, features), (x1_flipped, features_flipped) = expected(False), expected(True)
     flipped = (batch["features"] != features).flatten(1).any(1)
@@ -121,7 +121,9 @@ def test_latents_and_features_are_flipped_together(latents):
 def test_without_flips_all_are_as_they_were(latents):
     task = make_task(latents, flip=False)
     indices = task.order.indices(0, range(50), MANY)
-    assert torch.equal(task.batch(0, range(50))["features"], latents.read(FEATURES, indices, np.zeros(50, bool)))
+    features = task.batch(0, range(50))["features"]
+    assert features.dtype == torch.float16, "as stored: the device turns them into float32"
+    assert torch.equal(features.float(), latents.read(FEATURES, indices, np.zeros(50, bool)))
 
 
 def test_two_halves_are_the_whole_batch(latents):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sfd.data.latents
 from sfd.data.images import to_tensor
 from sfd.data.latents import FEATURES, LatentSet
 from sfd.data.prepare import LatentSettings, Preparation, prepare
@@ -42,6 +43,21 @@ def test_both_orientations_read_back(tmp_path, flip):
     assert torch.equal(latents.read("texture", order, np.full(50, flip)), expected["texture"][order])
     assert torch.equal(latents.read(FEATURES, order, np.full(50, flip)), expected[FEATURES][order].half().float())
     assert np.array_equal(latents.labels.numpy(), SOURCE.labels)
+
+
+@pytest.mark.parametrize("large", [0, 1 << 14])
+def test_images_are_gathered_from_shards_and_orientations_in_the_order_asked_for(tmp_path, monkeypatch, large):
+    monkeypatch.setattr(sfd.data.latents, "LARGE", large)
+    make(tmp_path)
+    images = to_tensor(SOURCE.load(range(50)))
+    generator = np.random.default_rng(1)
+    order, flips = generator.integers(0, 50, 70), generator.random(70) < 0.5
+    stored = torch.where(torch.from_numpy(flips)[:, None, None, None], images.flip(-1)[order], images[order])
+    latents, expected = LatentSet(tmp_path), encode(stored)
+    assert torch.equal(latents.read("texture", order, flips), expected["texture"])
+    assert torch.equal(latents.read(FEATURES, order, flips, dtype=None), expected[FEATURES].half())
+    with pytest.raises(SFDError, match="no indices"):
+        latents.read("texture", order[:0], flips[:0])
 
 
 def test_statistics_cover_all_shards(tmp_path):

@@ -28,6 +28,8 @@ FLIP = "_flip"
 FORMAT: Literal[1] = 1
 # Checksums of anything larger would take longer at every start than they are worth; `verify` is there for those.
 CHECKED_AT_OPENING = 2 << 30
+# From this many bytes on, an image is copied by itself: gathering many first would be one more pass over all of them.
+LARGE = 1 << 14
 
 
 class StreamRecord(Settings):
@@ -130,16 +132,19 @@ class LatentSet:
         )
         return Composite(streams=streams)
 
-    def read(self, name: str, indices: np.ndarray, flips: np.ndarray) -> Tensor:
+    def read(
+        self, name: str, indices: np.ndarray, flips: np.ndarray, dtype: torch.dtype | None = torch.float32
+    ) -> Tensor:
         """Gather one stream's latents, or "features".
 
         Args:
             name: a stream, or "features".
             indices: (B,) image numbers.
             flips: (B,) booleans: which of the two orientations.
+            dtype: of what is returned; None: as it is stored.
 
         Returns:
-            (B, C, g, g) float32, as encoded (not normalised).
+            (B, C, g, g), as encoded (not normalised).
 
         Raises:
             SFDError: nothing to read, or there is no such stream.
@@ -147,19 +152,21 @@ class LatentSet:
         if name not in self.manifest.streams and (name != FEATURES or self.manifest.features is None):
             raise unknown("stream of latents", name, self.manifest.streams)
         key = self.manifest.keys.get(name, name)
+        if not len(indices):
+            raise SFDError("no indices were given to read")
         owners = np.searchsorted(self._starts, indices, side="right") - 1
-        out: Tensor | None = None
+        first = self._shards[0][key]
+        out = torch.empty(len(indices), *first.shape[1:], dtype=dtype or first.dtype)
         for owner in np.unique(owners):
             for flip in (False, True):
                 places = np.flatnonzero((owners == owner) & (flips == flip))
-                if len(places):
-                    stored = self._shards[owner][key + (FLIP if flip else "")]
-                    rows = stored[torch.from_numpy(indices[places] - self._starts[owner])].float()
-                    if out is None:
-                        out = rows.new_empty(len(indices), *rows.shape[1:])
-                    out[torch.from_numpy(places)] = rows
-        if out is None:
-            raise SFDError("no indices were given to read")
+                stored = self._shards[owner][key + (FLIP if flip else "")]
+                rows = indices[places] - self._starts[owner]
+                if stored[0].nbytes >= LARGE:
+                    for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+                        out[place].copy_(stored[row])
+                else:
+                    out[torch.from_numpy(places)] = stored[torch.from_numpy(rows)].to(out.dtype)
         return out
 
 

@@ -89,7 +89,8 @@ class DiffusionTask:
         if not self.settings.resting:
             batch["moving"] = rate > 0
         if self.settings.repa:
-            batch["features"] = self.latents.read(FEATURES, indices, flips)
+            # As stored, in half precision: the loss turns them into float32, on the device.
+            batch["features"] = self.latents.read(FEATURES, indices, flips, dtype=None)
         return batch
 
     def _draw(self, step: int, samples: range) -> tuple[np.ndarray, np.ndarray]:
