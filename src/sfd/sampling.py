@@ -134,7 +134,7 @@ def integrate(
     for piece, points in zip(parts, placed, strict=True):
         if isinstance(velocity, PiecewiseVelocity):
             velocity.begin(piece.moving, piece.middle)
-        equation = _Equation(counter, x, schedule, composite, piece, drawn)
+        equation = _Equation(counter, x, schedule, composite, piece, points, drawn)
         report = _report(callback, equation, counter) if callback is not None else None
         x = equation.whole(method.solve(equation, equation.moving_entries(x), points, settings, report))
     return Result(x, counter.calls, counter.by_image)
@@ -183,6 +183,7 @@ class _Equation:
         schedule: Schedule,
         composite: Composite,
         piece: Piece,
+        points: Sequence[float],
         noise: _Noise,
     ) -> None:
         self._velocity = velocity
@@ -194,6 +195,9 @@ class _Equation:
         self._all_move = all(piece.moving)
         self._sizes = [s.size for s in composite.streams]
         self._moving_sizes = [s for s, moves in zip(self._sizes, piece.moving, strict=True) if moves]
+        times, rates = self._look_up(torch.tensor(points, dtype=torch.float64))
+        self._known = dict(zip(points, zip(times, rates, strict=True), strict=True))
+        self._expanded: tuple[Tensor, Tensor] | None = None  # the last rates, and those of all moving entries
 
     # Streams are cut out and joined as the slices that they are: indices would take several times as long.
 
@@ -219,16 +223,25 @@ class _Equation:
 
         (K,) each, or (B, K) at base times (B,).
         """
+        known = self._known.get(u) if isinstance(u, float) else None
+        return known or self._look_up(torch.as_tensor(u, dtype=torch.float64))
+
+    def _look_up(self, u: Tensor) -> tuple[Tensor, Tensor]:
         # An adaptive solver may probe beyond the piece. In float32 a base time could round across a knot.
-        inside = torch.as_tensor(u, dtype=torch.float64).clamp(self._piece.start, self._piece.end)
-        time, rate = self._schedule.at(inside, self._piece.segment)
+        time, rate = self._schedule.at(u.clamp(self._piece.start, self._piece.end), self._piece.segment)
         return time.to(self._start.dtype), rate.to(self._start.dtype)
+
+    def _rates(self, rate: Tensor, device: torch.device) -> Tensor:
+        """Give each moving entry its stream's rate; made anew only where a rate changes."""
+        if self._expanded is None or not torch.equal(rate, self._expanded[0]):
+            self._expanded = rate, self.moving_entries(self._composite.expand(sent(rate, device)))
+        return self._expanded[1]
 
     def __call__(self, u: float | Tensor, state: Tensor, moving: Tensor | None = None) -> Tensor:
         """Evaluate dx/du = τ_k′(u)·v_k, (B, M); see `Velocity`."""
         time, rate = self.times_and_rates(u)
         v = self._velocity(self.whole(state), time, moving)
-        return self.moving_entries(self._composite.expand(sent(rate, v.device))) * self.moving_entries(v)
+        return self._rates(rate, v.device) * self.moving_entries(v)
 
     def renoise(self, state: Tensor, u: float, earlier: float) -> Tensor:
         """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`."""
