@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sysconfig
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -101,6 +103,21 @@ def test_compiling_without_a_compiler_is_refused(model, monkeypatch):
     assert cannot_compile(CPU) is not None
     with pytest.raises(SFDError, match="there is no C\\+\\+ compiler"):
         Inference(model.transformer, compiled=True)
+
+
+def test_compiling_without_python_s_headers_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "python3-dev" in cannot_compile(CPU)
+
+
+def test_a_gpu_s_compiler_needs_one_for_c(tmp_path, monkeypatch):
+    program = tmp_path / "g++"
+    program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    assert cannot_compile(CPU) is None
+    assert "C compiler (gcc" in cannot_compile(torch.device("cuda"))
 
 
 def test_a_folder_keeps_its_decision(model, tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -87,12 +89,21 @@ def require_compiler(device: torch.device) -> None:
 
 def cannot_compile(device: torch.device) -> str | None:
     """Say why networks cannot be compiled for a device here; None: they can."""
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
-    if not any(shutil.which(name) for name in compilers if name):
+    if not _found("CXX", "g++", "clang++", "cl"):
         return "there is no C++ compiler (g++ or clang++, or another one named by the environment variable CXX)"
+    # Compiled code is loaded as a module of Python's.
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's header files are missing (on Debian and Ubuntu they are the package python3-dev)"
     if device.type == "cuda":
+        if not _found("CC", "gcc", "clang"):
+            return "there is no C compiler (gcc or clang, or another one named by the environment variable CC)"
         from torch.utils._triton import has_triton
 
         if not has_triton():
             return "the package triton is missing, or does not know this GPU"
     return None
+
+
+def _found(variable: str, *names: str) -> bool:
+    """Whether there is a program: the one that an environment variable names, or one of these."""
+    return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)
