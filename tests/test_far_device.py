@@ -11,7 +11,7 @@ from torch import Tensor
 
 from far_device import FAR, Unknown, Waits, far, watched
 from random_model import COMPOSITE, random_model
-from sfd import device_memory
+from sfd import device_memory, processes
 from sfd.data.shapes import ShapesSource
 from sfd.data.statistics import ChannelStatistics
 from sfd.errors import SFDError
@@ -24,8 +24,10 @@ from sfd.resources import choose_device
 from sfd.sampling import initial_noise, integrate
 from sfd.solvers._by_image import _norm
 from sfd.training import loop
+from sfd.training.loop import fit
 from sfd.training.settings import TrainSettings
 from test_diffusion import make_latents, make_model, make_task
+from test_training import Meddling, changed
 
 __all__ = ["far"]
 
@@ -201,3 +203,29 @@ def test_a_device_that_is_not_there_is_refused_in_a_line(name):
     with pytest.raises(SFDError, match=f"there is no device '{name}' here") as refusal:
         choose_device(name)
     assert len(str(refusal.value)) < 300
+
+
+def test_float32_is_not_rounded_in_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    choose_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_training_beyond_a_gpu_s_memory_says_what_helps(tmp_path):
+    def fill():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    with pytest.raises(SFDError, match=r"does not hold a step with 4 images at a time \(CUDA out of memory\)") as error:
+        fit(Meddling(1, fill), changed(accumulate=2), tmp_path, device=torch.device("cpu"))
+    assert "larger `train.accumulate` than 2" in str(error.value)
+    fit(Meddling(1, lambda: None), changed(accumulate=4), tmp_path, device=torch.device("cpu"))  # goes on from there
+
+
+def test_several_gpus_need_to_know_whose_they_are(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SFDError, match="LOCAL_RANK is not set"):
+        processes.join("auto")

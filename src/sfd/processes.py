@@ -35,6 +35,11 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def neighbours() -> int:
+    """The number of the launcher's processes on this machine, itself among them; 1 where it does not say."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def leads() -> bool:
     """Whether this process writes and speaks for all."""
     return rank() == 0
@@ -169,6 +174,11 @@ def join(device: str) -> str:
     from sfd.progress import console
 
     cpu = device == "cpu" or not torch.cuda.is_available()
+    if not cpu and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise SFDError(
+            "LOCAL_RANK is not set, so that all processes would take this machine's first GPU; start them with "
+            "torchrun, or set LOCAL_RANK to each one's number on its machine (with srun: SLURM_LOCALID)"
+        )
     # CPU tensors have a group of their own, so that processes can agree without waiting for their GPUs.
     _company = Company("gloo" if cpu else "cpu:gloo,cuda:nccl")
     state = PartialState(cpu=cpu)

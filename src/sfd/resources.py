@@ -81,9 +81,12 @@ def slow_bf16(device: torch.device) -> str | None:
 def choose_device(name: str) -> torch.device:
     """Find the device of a name: "auto" is CUDA, else Apple's MPS, else the CPU.
 
+    From then on float32 is float32: of its own accord PyTorch rounds the factors of convolutions on GPUs to TF32.
+
     Raises:
         SFDError: the device is not there.
     """
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -1,11 +1,14 @@
-"""Batches, each prepared by a thread while the one before it is being used."""
+"""Batches, prepared by threads while earlier ones are being used."""
 
 from __future__ import annotations
 
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from sfd import processes
@@ -15,6 +18,7 @@ Batch = dict[str, Tensor]
 
 # After a rollback training draws its batches from so many steps further on: another order, other noise.
 ATTEMPT_STEPS = 1 << 32
+MOST_WORKERS = 8  # unless asked for: each holds a batch in memory
 
 
 def parts(settings: TrainSettings) -> int:
@@ -34,21 +38,37 @@ def drawn_step(step: int, attempt: int) -> int:
     return step + attempt * ATTEMPT_STEPS
 
 
+def workers(settings: TrainSettings, device: torch.device) -> int:
+    """Give the number of threads that prepare batches: what was asked for, or what suits the device.
+
+    Where the CPU trains, its cores are busy with that, and one thread leaves them the most.
+    """
+    if settings.workers is not None:
+        return settings.workers
+    if device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // processes.neighbours() - 1))
+
+
 class Batches:
     """This process's batches in order, from any step and attempt on."""
 
-    def __init__(self, make: Callable[[int, range], Batch], settings: TrainSettings, *, pinned: bool = False) -> None:
+    def __init__(
+        self, make: Callable[[int, range], Batch], settings: TrainSettings, *, threads: int = 1, pinned: bool = False
+    ) -> None:
         """Prepare nothing yet.
 
         Args:
-            make: gives the slots of a step's global batch.
+            make: gives the slots of a step's global batch; called from several threads at once if there are several.
             settings: number of steps, batch size, accumulation.
+            threads: how many batches are prepared at once, and so how many may lie ready.
             pinned: put batches into memory that a GPU copies from while it computes.
         """
-        self._make, self._settings, self._pinned = make, settings, pinned
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._make, self._settings, self._threads, self._pinned = make, settings, threads, pinned
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches")
         self._keys: Iterator[tuple[int, range]] = iter(())
-        self._pending: Future[Batch] | None = None
+        self._pending: deque[Future[Batch]] = deque()
         self._waited, self._since = 0.0, time.monotonic()
 
     def start(self, step: int, attempt: int) -> None:
@@ -58,17 +78,17 @@ class Batches:
             for s in range(step, self._settings.steps)
             for part in range(self._settings.accumulate)
         )
-        if self._pending is not None:
-            self._pending.cancel()
-        self._pending = self._ahead()
+        for pending in self._pending:
+            pending.cancel()
+        self._pending.clear()
+        for _ in range(self._threads):
+            self._prepare_another()
 
     def next(self) -> Batch:
-        """Give the next batch, and begin to prepare the one after it."""
-        current = self._pending
-        assert current is not None
-        self._pending = self._ahead()
+        """Give the next batch, and begin to prepare another."""
+        self._prepare_another()
         start = time.monotonic()
-        batch = current.result()
+        batch = self._pending.popleft().result()
         self._waited += time.monotonic() - start
         return batch
 
@@ -79,9 +99,10 @@ class Batches:
         self._waited, self._since = 0.0, now
         return share
 
-    def _ahead(self) -> Future[Batch] | None:
+    def _prepare_another(self) -> None:
         key = next(self._keys, None)
-        return None if key is None else self._pool.submit(self._prepare, *key)
+        if key is not None:
+            self._pending.append(self._pool.submit(self._prepare, *key))
 
     def _prepare(self, step: int, samples: range) -> Batch:
         batch = self._make(step, samples)

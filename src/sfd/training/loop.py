@@ -17,7 +17,7 @@ from sfd.progress import bar, console
 from sfd.resources import slow_bf16
 from sfd.stopping import requests
 from sfd.training import checkpoints
-from sfd.training.batches import Batches, drawn_step, parts
+from sfd.training.batches import Batches, drawn_step, parts, workers
 from sfd.training.guards import LOOK_EVERY, Guard, backward, examination
 from sfd.training.log import TrainingLog
 from sfd.training.parallel import Parallel, check, local, whole
@@ -40,7 +40,7 @@ class Task(Protocol):
         ...
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give some slots of a step's global batch, as CPU tensors. Runs in a thread of its own, ahead of the step.
+        """Give some slots of a step's global batch, as CPU tensors. Runs in threads, ahead of the step.
 
         `indices`, if there, says which images they are. After a rollback steps are asked for that lie far ahead.
         """
@@ -72,13 +72,18 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
 
     Raises:
         SFDError: the folder holds checkpoints of another configuration or of a later step, training diverged, or the
-            disk is full.
+            disk is full, or the device's memory does not hold a step.
         Interrupted: a signal to stop came, or the time of `--max-hours` was over; the state is saved.
     """
     if processes.count() > 1 and processes.company() is None:
         raise SFDError("a launcher started several processes; call sfd.processes.join(device) before fit")
     if settings.precision == "bf16" and (slowness := slow_bf16(device)):
         console.print(f"{task.name}: {slowness}", style="yellow", markup=False, soft_wrap=True)
+    with _explaining_memory(task, settings, device):
+        return _trained(task, settings, folder, device)
+
+
+def _trained(task: Task, settings: TrainSettings, folder: Path, device: torch.device) -> nn.Module:
     run = Run(task, settings, folder, device)
     if 0 < run.step < settings.steps:
         console.print(f"{task.name}: going on after step {run.step}", markup=False, soft_wrap=True)
@@ -101,6 +106,20 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
     return run.result()
 
 
+@contextmanager
+def _explaining_memory(task: Task, settings: TrainSettings, device: torch.device) -> Iterator[None]:
+    """Say what to do where a step does not fit a GPU; a launcher that started it again would change nothing."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = settings.batch_size // parts(settings)
+        raise SFDError(
+            f"{task.name}: the memory of {device} does not hold a step with {size} images at a time "
+            f"({str(error).split('. ')[0]}); divide the batch further with a larger `train.accumulate` than "
+            f"{settings.accumulate}, or keep less of it with `transformer.checkpointing` (selective or true)"
+        ) from None
+
+
 class Run:
     """The state of one call of `fit`."""
 
@@ -112,7 +131,8 @@ class Run:
         self.average = self.parallel.average() if settings.ema is not None else None
         self.optimizer = _optimizer(self.network, settings)
         self.guard, self.log = Guard(device), TrainingLog(folder, settings.batch_size)
-        self.batches = Batches(task.batch, settings, pinned=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self.batches = Batches(task.batch, settings, threads=workers(settings, device), pinned=pinned)
         self.writer = checkpoints.Writer(folder / "checkpoints", settings, sharded=self.parallel.sharded)
         self.step, self.attempt, self.pause = 0, 0, 0.0
         self._saved: int | None = None  # the step of the checkpoint that this state was saved to or came from

@@ -16,6 +16,7 @@ FREE_TO_CHANGE = {
     "accumulate",
     "parallel",
     "compile",
+    "workers",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
@@ -46,6 +47,9 @@ class TrainSettings(Settings):
         "auto", description="several processes each hold the whole network (ddp) or a share of it (fsdp); auto: ddp"
     )
     compile: bool = Field(False, description="compile the network, which takes minutes before the first step")
+    workers: int | None = Field(
+        None, gt=0, description="threads that prepare batches; null: one where the CPU trains, else up to 8"
+    )
     checkpoint_every: int = Field(1000, gt=0)
     keep_checkpoints: int = Field(2, gt=0, description="the newest so many stay")
     keep_every: int | None = Field(None, gt=0, description="those at multiples of so many steps stay too; null: none")
