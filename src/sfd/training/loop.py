@@ -40,7 +40,7 @@ class Task(Protocol):
         ...
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give some slots of a step's global batch, as CPU tensors. Runs in threads, ahead of the step.
+        """Give some slots of a step's global batch, as CPU tensors. Runs ahead of the step, in several threads at once.
 
         `indices`, if there, says which images they are. After a rollback steps are asked for that lie far ahead.
         """
