@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before PyTorch is imported, here and in the processes that tests start: several of them, each with a thread a core,
+# mostly wait for one another, and the whole suite takes twice as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
