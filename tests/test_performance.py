@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.speed import checkpoints, latents, measuring, overhead, report
+from benchmarks.speed import __main__ as command
+from benchmarks.speed import checkpoints, latents, loader, measuring, overhead, report
 from benchmarks.speed.__main__ import SECTIONS, chosen, sizes
 from benchmarks.speed.measuring import Setting
 from benchmarks.speed.training import Training
@@ -21,8 +27,9 @@ CPU = torch.device("cpu")
 
 def test_the_tables_are_those_of_the_results():
     results = json.loads(report.RESULTS.read_text())
-    text = report.PAGE.read_text()
-    assert report.page(text, results) == text
+    for path in report.PAGES:
+        assert report.page(path.read_text(), results) == path.read_text()
+    text = report.PAGES[0].read_text()
     for kept in (results, *(rows for rows in results.values() if isinstance(rows, dict))):
         measured = [name for name, rows in kept.items() if name != "machine" and isinstance(rows, list)]
         assert sorted(row["section"] for row in kept["machine"]) == sorted(measured)
@@ -32,16 +39,29 @@ def test_the_tables_are_those_of_the_results():
 
 
 def test_every_figure_that_the_page_shows_is_there():
-    shown = re.findall(r"\]\((figures/[^)]+)\)", report.PAGE.read_text())
+    shown = [name for path in report.PAGES for name in re.findall(r"\]\((figures/[^)]+)\)", path.read_text())]
     assert "figures/speed.png" in shown
-    assert [name for name in shown if not (report.PAGE.parent / name).is_file()] == []
+    assert [name for name in shown if not (report.PAGES[0].parent / name).is_file()] == []
 
 
-def test_publishing_replaces_the_sections_that_ran_and_keeps_the_others(tmp_path, monkeypatch):
-    for name in ("RESULTS", "PAGE", "FIGURE"):
-        monkeypatch.setattr(report, name, tmp_path / name.lower())
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """Have everything published into a folder, two pages among it; gives what writes text into both."""
+    for name in ("RESULTS", "FIGURE"):
+        monkeypatch.setattr(report, name, tmp_path / "docs" / name.lower())
+    monkeypatch.setattr(report, "PAGES", (tmp_path / "docs" / "first.md", tmp_path / "docs" / "second.md"))
+    (tmp_path / "docs").mkdir()
+
+    def write(text):
+        for path in report.PAGES:
+            path.write_text(text)
+
+    return write
+
+
+def test_publishing_replaces_the_sections_that_ran_and_keeps_the_others(pages):
     marks = "<!-- errors -->\n<!-- end of errors -->\n<!-- machine -->\n<!-- end of machine -->\n"
-    report.PAGE.write_text(marks)
+    pages(marks)
     for name, error in (("errors", 1.0), ("loop", 2.0), ("errors", 3.0)):
         report.publish({"machine": [{"section": name}], name: [{"error": error}]})
     kept = json.loads(report.RESULTS.read_text())
@@ -50,21 +70,90 @@ def test_publishing_replaces_the_sections_that_ran_and_keeps_the_others(tmp_path
         "errors": [{"error": 3.0}],
         "loop": [{"error": 2.0}],
     }
-    assert report.PAGE.read_text() == report.page(marks, json.loads(report.RESULTS.read_text())) != marks
+    for path in report.PAGES:
+        assert path.read_text() == report.page(marks, kept) != marks
     assert report.FIGURE.is_file()
 
 
-def test_figures_of_a_gpu_are_kept_apart_and_shown_together(tmp_path, monkeypatch):
-    for name in ("RESULTS", "PAGE", "FIGURE"):
-        monkeypatch.setattr(report, name, tmp_path / name.lower())
-    marks = "<!-- errors -->\n<!-- end of errors -->\n<!-- cuda -->\n<!-- end of cuda -->\n"
-    report.PAGE.write_text(marks)
+def test_figures_of_a_gpu_are_kept_apart_and_shown_together(pages):
+    pages("<!-- errors -->\n<!-- end of errors -->\n<!-- cuda -->\n<!-- end of cuda -->\n")
     report.publish({"machine": [{"section": "errors"}], "errors": [{"error": 1.0}]})
     report.publish({"machine": [{"section": "errors"}], "errors": [{"error": 2.0}]}, "cuda")
     kept = json.loads(report.RESULTS.read_text())
     assert kept["errors"] == [{"error": 1.0}] and kept["cuda"]["errors"] == [{"error": 2.0}]
-    before, after = report.PAGE.read_text().split("<!-- cuda -->")
+    before, after = report.PAGES[0].read_text().split("<!-- cuda -->")
     assert "| 1 |" in before and "`errors`:\n\n| error |\n|---|\n| 2 |" in after
+
+
+def test_a_device_without_a_place_on_the_page_is_refused(pages):
+    pages("<!-- cuda -->\n<!-- end of cuda -->\n")
+    for device in ("cpu", "cuda"):
+        report.check_place(device)
+    with pytest.raises(SFDError, match=r"first.md has no place for figures of mps: write `<!-- mps -->`"):
+        report.check_place("mps")
+
+
+def test_files_of_numbers_of_a_gpu_are_kept_beside_those_of_the_cpu(pages, tmp_path):
+    for device in ("cpu", "cuda"):
+        (tmp_path / "rows.json").write_text(device)
+        report.keep_file(tmp_path / "rows.json", "kept.json", device)
+    assert [(tmp_path / "docs" / name).read_text() for name in ("kept.json", "kept-cuda.json")] == ["cpu", "cuda"]
+
+
+@pytest.fixture
+def two_sections(monkeypatch):
+    """Have two sections, `good` and `bad`, of which the second fails until it is told not to; gives what tells it."""
+    told, kept = [], []
+
+    def bad(setting):
+        if not told:
+            raise subprocess.CalledProcessError(1, "train", stderr="the disk is full")
+        return [{"error": 2.0}]
+
+    sections = {
+        "bad": command.Section(bad),
+        "good": command.Section(lambda setting: [{"error": 1.0}], keep=kept.append),
+    }
+    monkeypatch.setattr(command, "SECTIONS", sections)
+    return SimpleNamespace(mend=lambda: told.append(True), kept=kept)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["speed", *map(str, arguments)])
+    command.main()
+
+
+def test_a_section_that_fails_is_named_at_the_end_and_loses_nothing_of_the_others(
+    two_sections, pages, tmp_path, monkeypatch, capsys
+):
+    pages("<!-- good -->\n<!-- end of good -->\n<!-- bad -->\n<!-- end of bad -->\n")
+    given = "--publish", "--device", "cpu", "--out", tmp_path / "out"
+    with pytest.raises(SystemExit, match="these sections failed: bad;"):
+        run(monkeypatch, *given)
+    said = capsys.readouterr().err
+    assert "CalledProcessError" in said and "the disk is full" in said
+    assert "| 1 |" in report.PAGES[0].read_text() and len(two_sections.kept) == 1
+    two_sections.mend()
+    run(monkeypatch, *given, "--only", "bad")
+    for path in (report.RESULTS, tmp_path / "out" / "speed.json"):
+        kept = json.loads(path.read_text())
+        assert [row["section"] for row in kept["machine"]] == ["good", "bad"]
+        assert kept["good"] == [{"error": 1.0}] and kept["bad"] == [{"error": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--quick", "--publish"], "the figures that are kept are those of the full run"),
+        (["--repeats", "0"], "--repeats must be at least 1, not 0"),
+    ],
+)
+def test_arguments_that_would_measure_the_wrong_thing_are_refused(
+    two_sections, tmp_path, monkeypatch, capsys, arguments, said
+):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *arguments, "--out", tmp_path / "out")
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["S", "S:0", "Z:4", "S:8;B:8"])
@@ -82,11 +171,13 @@ def test_a_section_that_the_device_does_not_have_is_refused_with_those_it_has(tm
 def test_tables_show_each_kind_of_figure():
     rows = [
         {"way": "a", "ratio": 1.234, "working_bytes": 2**30, "images": 1234.5, "resumed_seconds": 5.678},
-        {"way": "b", "ratio": None, "share_of_matrix_rate": 0.5, "pause_milliseconds": 5.678},
+        {"way": "b", "ratio": None, "share_of_matrix_rate": 0.5, "pause_milliseconds": 5.678, "threads": 2},
+        {"way": "c", "of_the_plain_sampling": 0.0876, "a_sampling_milliseconds": 10.44},
     ]
     assert report.table(rows).splitlines()[2:] == [
-        "| a | 1.23 | 1,024.0 MiB | 1,234 | 5.68 | — | — |",
-        "| b | — | — | — | — | 50% | 5.68 |",
+        "| a | 1.23 | 1,024.0 MiB | 1,234 | 5.68 | — | — | — | — | — |",
+        "| b | — | — | — | — | 50% | 5.68 | 2 | — | — |",
+        "| c | — | — | — | — | — | — | — | 0.09 | 10.4 |",
     ]
 
 
@@ -128,8 +219,11 @@ def test_working_memory_is_unknown_where_the_platform_cannot_tell(tmp_path, monk
 
 
 def test_random_latents_of_the_published_shapes_can_be_trained_on(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(latents, "COUNT", 4)
-    batch = latents.task_like_published(small, 2, tmp_path).batch(0, range(2))
+    monkeypatch.setattr(latents, "SHARDS", 2)
+    monkeypatch.setattr(latents, "IMAGES", 2)
+    task = latents.task_like_published(small, 2, tmp_path)
+    assert len(task.latents) == 4 and len(list(task.latents.folder.iterdir())) == 2
+    batch = task.batch(0, range(2))
     assert batch["x1"].shape == batch["x0"].shape == (2, measuring.COMPOSITE.size)
     assert batch["features"].shape == (2, 768, 16, 16)
 
@@ -150,3 +244,44 @@ def test_the_plain_sampler_solves_the_same_equation():
     plain = overhead.published_sampling(velocity, noise, rtol=1e-6)
     exact = 1 + (noise - 1) * math.exp(-1.5)  # each stream's time runs from 0 to 1, whatever its clock
     torch.testing.assert_close(plain, exact, rtol=0, atol=3e-3)  # it steps across the knots
+
+
+def test_time_outside_of_the_network_is_what_sampling_adds_to_its_evaluations(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: next(clock))
+    field = overhead.Watched(lambda x, times: x)
+
+    def way(velocity):
+        for _ in range(2):
+            velocity(torch.zeros(1), torch.zeros(2))
+
+    # Seconds are calls of the clock: one at the beginning, two an evaluation, one at the end.
+    assert overhead.timed_sampling(way, field, CPU) == (5 / 2, 2 / 2)
+    assert overhead.timed_sampling(way, overhead.Watched(lambda x, times: x), torch.device("meta")) == (5 / 2, 1 / 2)
+    turns = [(5.0, 1.0), (4.0, 0.5), (6.0, 3.0)]
+    assert overhead.best(turns, CPU) == (6.0, 3.0)
+    assert overhead.best(turns, torch.device("meta")) == (4.0, 3.5)
+
+
+def test_a_sampling_takes_the_evaluations_of_the_demo_model(small):
+    plain, project = overhead.sampling_overhead(small, 1, 1, CPU)
+    assert plain["a_sampling_milliseconds"] == pytest.approx(74 * plain["outside_milliseconds"])
+    assert project["a_sampling_milliseconds"] == pytest.approx(24 * project["outside_milliseconds"])
+    ratio = project["a_sampling_milliseconds"] / plain["a_sampling_milliseconds"]
+    assert project["of_the_plain_sampling"] == pytest.approx(ratio)
+
+
+def test_batches_are_prepared_by_as_many_threads_as_asked_for(tmp_path):
+    threads = set()
+
+    def batch(step, samples):
+        threads.add(threading.current_thread().name)
+        time.sleep(0.01)
+        return {"x": torch.zeros(len(samples))}
+
+    loaded = loader.Loaded("test", SimpleNamespace(batch=batch), 2, 20, (), 2)
+    for count in loader.THREADS:
+        threads.clear()
+        assert 0 < loader._rate(loaded, count, CPU) <= count * 2 / 0.01
+        assert len(threads) == count
+    assert loader._cold(loaded, 1, CPU) is None

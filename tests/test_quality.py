@@ -39,6 +39,16 @@ def test_a_curve_that_lies_higher_by_a_share_differs_by_that_share():
     assert row["loss_in_the_last_quarter"] == pytest.approx(1.02 * plain[-10:].mean())
 
 
+def test_what_is_trained_otherwise_lies_elsewhere(tmp_path, monkeypatch):
+    ways = [quality.folder(tmp_path, way, torch.device("cpu")) for way in quality.WAYS]
+    assert len(set(ways)) == len(ways) and ways[0].name.startswith("float32-cpu-")
+    assert quality.folder(tmp_path, "bf16", torch.device("cpu")) == ways[1]
+    other = quality.folder(tmp_path, "bf16", torch.device("mps"))
+    monkeypatch.setattr(quality, "JUDGED", [*quality.JUDGED, "sample.steps=12"])
+    changed = quality.folder(tmp_path, "bf16", torch.device("cpu"))
+    assert len({ways[1], other, changed}) == 3
+
+
 def test_noise_of_single_steps_is_smoothed_away():
     curve = np.ones(40)
     curve[::5] += 0.1

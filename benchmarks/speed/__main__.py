@@ -5,21 +5,24 @@
 Ways that are compared run in turn (A B A B …) in one process on the same inputs; the best of several times counts, so
 that a busy machine does not favour one. Prints Markdown tables and writes speed.json and speed.png. Networks have
 random weights, as times do not depend on them; velocity errors are those of the demo model, which is trained.
-On a GPU the larger sizes run, and guided sampling beside the published settings. docs/performance.md explains; with
---publish the tables of the sections that ran are written anew.
+On a GPU the larger sizes run, and guided sampling beside the published settings. docs/performance.md explains.
+
+Each section is written as soon as it is measured, in place of what speed.json had of it; with --publish the tables and
+figures of docs/ as well. A section that fails is reported, and the others go on; the command then ends with code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +42,7 @@ from benchmarks.speed import (
     training,
 )
 from benchmarks.speed.measuring import Row, Setting, machine
-from benchmarks.speed.report import draw, publish, table
+from benchmarks.speed.report import check_place, draw, keep, publish, table
 from sfd.errors import SFDError
 from sfd.models.transformer import SIZES
 from sfd.resources import choose_device
@@ -51,6 +54,7 @@ class Section(NamedTuple):
     rows: Callable[[Setting], list[Row]]
     long: bool = False  # not with --quick
     cuda: bool = False  # only on a GPU
+    keep: Callable[[Setting], None] = lambda setting: None  # what --publish keeps beside the table
 
 
 SECTIONS = {
@@ -72,7 +76,7 @@ SECTIONS = {
     "start_up": Section(commands.start_up),
     "loop": Section(commands.loop),
     "solvers": Section(commands.solvers, long=True),
-    "curves": Section(quality.curves, long=True),
+    "curves": Section(quality.curves, long=True, keep=quality.keep),
     "sample_metrics": Section(quality.sample_metrics, long=True),
     "guided": Section(sampling.guided, cuda=True),
 }
@@ -93,26 +97,31 @@ def chosen(only: str, setting: Setting) -> list[str]:
     return wanted or [name for name in able if not (setting.quick and SECTIONS[name].long)]
 
 
-def measure(names: list[str], setting: Setting) -> dict[str, Any]:
-    """Measure sections, one after the other, and print each table; `machine` says where, for each.
+def measure(names: list[str], setting: Setting, published: bool = False) -> list[str]:
+    """Measure sections, one after the other, keep and print each at once; give those that failed.
 
-    What is measured is written at once, to `speed.json`. A section that does not fit into a GPU's memory is left out.
+    `machine` says where each was measured.
     """
-    results: dict[str, Any] = {"machine": []}
+    failed, device = [], setting.device.type
     for name in names:
         start = time.monotonic()
         try:
-            results[name] = SECTIONS[name].rows(setting)
-        except torch.cuda.OutOfMemoryError as error:
-            print(f"\n## {name}\n\nleft out: {error}", file=sys.stderr, flush=True)
-            continue
+            rows = SECTIONS[name].rows(setting)
+            results = {"machine": [{"section": name} | machine(setting.device)], name: rows}
+            kept = keep(setting.out / "speed.json", results, device)
+            draw(kept if device == "cpu" else kept[device], setting.out / "speed.png")
+            print(f"\n## {name} ({time.monotonic() - start:.0f} s)\n\n{table(rows)}", flush=True)
+            if published:
+                publish(results, device)
+                SECTIONS[name].keep(setting)
+        except Exception as error:  # whatever it is, the other sections do not depend on it
+            failed.append(name)
+            said = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
+            print(f"\n## {name} failed\n\n{traceback.format_exc()}\n{said or ''}", file=sys.stderr, flush=True)
         finally:
             torch._dynamo.reset()
             gc.collect()
-        results["machine"].append({"section": name} | machine(setting.device))
-        (setting.out / "speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"\n## {name} ({time.monotonic() - start:.0f} s)\n\n{table(results[name])}", flush=True)
-    return results
+    return failed
 
 
 def sizes(text: str) -> tuple[tuple[str, int], ...]:
@@ -139,7 +148,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/speed"), help="folder to write to")
     parser.add_argument("--publish", action="store_true", help="keep the results for docs/performance.md")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.quick and arguments.publish:
+        parser.error("the figures that are kept are those of the full run; leave out --quick or --publish")
+    if arguments.repeats is not None and arguments.repeats < 1:
+        parser.error(f"--repeats must be at least 1, not {arguments.repeats}")
     try:
         setting = Setting(
             device=choose_device(arguments.device),
@@ -148,14 +160,15 @@ def main() -> None:
             out=arguments.out,
             asked=sizes(arguments.sizes),
         )
-        results = measure(chosen(arguments.only, setting), setting)
+        names = chosen(arguments.only, setting)
+        if arguments.publish:
+            check_place(setting.device.type)
     except SFDError as error:
         parser.error(str(error))
-    draw(results, arguments.out / "speed.png")
-    if arguments.publish:
-        publish(results, setting.device.type)
-        if "curves" in results:
-            quality.keep(setting.out)
+    setting.out.mkdir(parents=True, exist_ok=True)
+    failed = measure(names, setting, arguments.publish)
+    if failed:
+        sys.exit(f"these sections failed: {', '.join(failed)}; what they said stands above")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def start_up(setting: Setting) -> list[Row]:
         for turn in range(3):
             extra = [str(setting.out / f"image-{time.time_ns()}-{turn}")] if command is image else []
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "sfd", *command, *extra], check=True, capture_output=True)
+            subprocess.run([sys.executable, "-m", "sfd", *command, *extra], check=True, capture_output=True, text=True)
             times.append(time.perf_counter() - start)
         rows.append({"what": what, "seconds": min(times)})
     return rows

@@ -21,7 +21,7 @@ def command(name: str, folder: Path, *overrides: str, device: str = "cpu") -> li
 
 def stage(name: str, folder: Path, *overrides: str, device: str = "cpu") -> None:
     """Run one stage of the demo's recipe in a folder; one that is done is not done again."""
-    subprocess.run(command(name, folder, *overrides, device=device), check=True, capture_output=True)
+    subprocess.run(command(name, folder, *overrides, device=device), check=True, capture_output=True, text=True)
 
 
 def prepared(folder: Path) -> Path:

@@ -12,20 +12,18 @@ from sfd.data.latents import FEATURES, FLIP, LatentSet, Manifest, shard_path
 from sfd.models.transformer import Transformer
 from sfd.training.diffusion import DiffusionTask, LossSettings
 
-COUNT, CHANNELS = 512, 768
+SHARDS, IMAGES = 16, 32  # of each shard: as in ImageNet's, a batch reads from many of them
+CHANNELS = 768
 
 
 def like_published(folder: Path) -> LatentSet:
-    """Write a shard, if it is not there, and open it."""
-    path = shard_path(folder, 0)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        shapes = {s.name: (s.channels, s.grid, s.grid) for s in COMPOSITE.streams} | {FEATURES: (CHANNELS, 16, 16)}
-        tensors = {"labels": torch.arange(COUNT) % 1000}
-        for name, shape in shapes.items():
-            dtype = torch.float16 if name == FEATURES else torch.float32
-            tensors |= {name + suffix: torch.randn(COUNT, *shape).to(dtype) for suffix in ("", FLIP)}
-        files.write_tensors(path, tensors)
+    """Write shards, where they are not there, and open them."""
+    folder = folder / f"{SHARDS}-shards-of-{IMAGES}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [shard_path(folder, number) for number in range(SHARDS)]
+    for number, path in enumerate(paths):
+        if not path.exists():
+            _write_shard(path, number)
     streams = {
         s.name: {
             "channels": s.channels,
@@ -39,14 +37,25 @@ def like_published(folder: Path) -> LatentSet:
     record = {
         "format": 1,
         "data": "random",
-        "count": COUNT,
+        "count": SHARDS * IMAGES,
         "classes": tuple(map(str, range(1000))),
         "dtype": "float32",
         "streams": streams,
         "features": {"channels": CHANNELS},
-        "shards": ({"file": path.name, "count": COUNT, "bytes": path.stat().st_size, "sha256": None},),
+        "shards": tuple(
+            {"file": path.name, "count": IMAGES, "bytes": path.stat().st_size, "sha256": None} for path in paths
+        ),
     }
     return LatentSet(folder, Manifest.model_validate(record))
+
+
+def _write_shard(path: Path, number: int) -> None:
+    shapes = {s.name: (s.channels, s.grid, s.grid) for s in COMPOSITE.streams} | {FEATURES: (CHANNELS, 16, 16)}
+    tensors = {"labels": torch.arange(number * IMAGES, (number + 1) * IMAGES) % 1000}
+    for name, shape in shapes.items():
+        dtype = torch.float16 if name == FEATURES else torch.float32
+        tensors |= {name + suffix: torch.randn(IMAGES, *shape).to(dtype) for suffix in ("", FLIP)}
+    files.write_tensors(path, tensors)
 
 
 def task_like_published(size: str, batch: int, folder: Path) -> DiffusionTask:

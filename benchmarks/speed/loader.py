@@ -31,6 +31,8 @@ from sfd.training.loop import Task
 from sfd.training.settings import TrainSettings
 
 JPEGS, FILE_SIZE, IMAGE_SIZE = 256, (320, 288), 256
+LATENTS = 64  # images of a batch of latents as published: a GPU's share of one
+THREADS = (1, 2)
 
 
 class Loaded(NamedTuple):
@@ -41,25 +43,25 @@ class Loaded(NamedTuple):
     batch: int
     images: int  # in the data set
     files: tuple[Path, ...]  # (): from memory
+    trained: int  # images of a training step: as many as its memory allows
 
 
 def loader(setting: Setting) -> list[Row]:
-    """Images a second of a thread that prepares batches, and of training in bf16, which uses them up.
+    """Images a second of threads that prepare batches, and of training in bf16, which uses them up.
 
-    Cold: of files that the system no longer holds in memory; what the disk itself remembers is not in its power.
+    Cold: of files that the system no longer holds in memory; what the disk itself remembers is not in its power. The
+    share of a core is what a single thread spends on what training takes.
     """
     rows = []
     for each in _loaded(setting):
-        settings = TrainSettings(steps=max(each.images // each.batch, 1), batch_size=each.batch, learning_rate=1e-5)
-        row: Row = {"what": each.what, "batch": each.batch, "cold": None}
-        if each.files and hasattr(os, "posix_fadvise"):
-            for path in each.files:
-                _forget(path)
-            row["cold"] = _rate(each.task, settings, setting.device, 0)
-        row["warm"] = max(_rate(each.task, settings, setting.device, 0) for _ in range(max(setting.repeats, 2)))
-        step = _step(each.task, each.batch, setting.device)
-        row["training"] = each.batch / best_times({"": step}, max(setting.repeats // 2, 1), setting.device)[""]
-        rows.append(row | {"share_of_a_core": row["training"] / row["warm"]})
+        step = _step(each.task, each.trained, setting.device)
+        training = each.trained / best_times({"": step}, max(setting.repeats // 2, 1), setting.device)[""]
+        for threads in THREADS:
+            row: Row = {"what": each.what, "batch": each.batch, "threads": threads}
+            row["cold"] = _cold(each, threads, setting.device)
+            row["warm"] = max(_rate(each, threads, setting.device) for _ in range(max(setting.repeats, 2)))
+            row |= {"training": training, "share_of_a_core": training / row["warm"] if threads == 1 else None}
+            rows.append(row)
     return rows
 
 
@@ -71,10 +73,10 @@ def _loaded(setting: Setting) -> Iterator[Loaded]:
     schedule = build_schedule(recipe.schedule, config.composite.names)
     many = recipe.train.batch_size
     demo = DiffusionTask(Transformer(config), latents, schedule, recipe.loss, seed=0, batch_size=many)
-    yield Loaded("the demo's latents", demo, many, len(latents), tuple(latents.folder.glob("*.safetensors")))
-    like = task_like_published(size, batch, setting.out / "published")
+    yield Loaded("the demo's latents", demo, many, len(latents), tuple(latents.folder.glob("*.safetensors")), many)
+    like = task_like_published(size, LATENTS, setting.out / "published")
     shards = tuple(like.latents.folder.glob("*.safetensors"))
-    yield Loaded(f"latents and features as published, {size}", like, batch, len(like.latents), shards)
+    yield Loaded(f"latents and features as published, {size}", like, LATENTS, len(like.latents), shards, batch)
     folder = _jpegs(setting.out / "jpegs")
     for what, budget, files in (
         ("JPEGs, decoded at each step", 0, tuple(folder.iterdir())),
@@ -83,7 +85,7 @@ def _loaded(setting: Setting) -> Iterator[Loaded]:
         source = FolderSource(folder, IMAGE_SIZE, budget=budget)
         encoder = autoencoder_kl.build(autoencoder_kl.Config())
         texture = TextureTask(encoder, source, autoencoder_kl.Objective(), seed=0, batch_size=8)
-        yield Loaded(f"{what}, texture encoder", texture, 8, len(source), files)
+        yield Loaded(f"{what}, texture encoder", texture, 8, len(source), files, 8)
 
 
 def _jpegs(folder: Path) -> Path:
@@ -107,14 +109,25 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _rate(task: Task, settings: TrainSettings, device: torch.device, step: int) -> float:
-    """Images a second over all batches of the settings."""
-    with closing(Batches(task.batch, settings, pinned=device.type == "cuda")) as batches:
+def _cold(loaded: Loaded, threads: int, device: torch.device) -> float | None:
+    """Images a second after the system has forgotten the files; None if there are none, or it cannot."""
+    if not loaded.files or not hasattr(os, "posix_fadvise"):
+        return None
+    for path in loaded.files:
+        _forget(path)
+    return _rate(loaded, threads, device)
+
+
+def _rate(loaded: Loaded, threads: int, device: torch.device) -> float:
+    """Images a second over all batches of the data set."""
+    steps = max(loaded.images // loaded.batch, 1)
+    settings = TrainSettings(steps=steps, batch_size=loaded.batch, learning_rate=1e-5)
+    with closing(Batches(loaded.task.batch, settings, threads=threads, pinned=device.type == "cuda")) as batches:
         start = time.perf_counter()
-        batches.start(step, 0)
-        for _ in range(settings.steps):
+        batches.start(0, 0)
+        for _ in range(steps):
             batches.next()
-        return settings.steps * settings.batch_size / (time.perf_counter() - start)
+        return steps * loaded.batch / (time.perf_counter() - start)
 
 
 def _step(task: Task, batch: int, device: torch.device) -> Callable[[], None]:

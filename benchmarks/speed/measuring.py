@@ -95,23 +95,31 @@ def best_times(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.d
         for name, way in ways.items():
             start = time.perf_counter()
             way()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait(device)
             if turn:
                 times[name].append(time.perf_counter() - start)
     return {name: min(each) for name, each in times.items()}
 
 
+def wait(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def machine(device: torch.device) -> Row:
-    """What figures were measured on."""
-    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
+    """What figures were measured on; for an NVIDIA GPU with the versions of CUDA and cuDNN that PyTorch brings."""
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "mps":
+        name = f"{name}, Apple's MPS"
+    row = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device.type == "cuda":
+        row |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return row | {"python": platform.python_version(), "date": datetime.date.today().isoformat()}
 
 
 def working_memory(way: Callable[[], Any], device: torch.device) -> int | None:
@@ -123,7 +131,7 @@ def working_memory(way: Callable[[], Any], device: torch.device) -> int | None:
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         way()

@@ -1,13 +1,14 @@
 """What speed costs in quality: whole loss curves, trained models and samples, each way beside plain float32.
 
 Beside each difference stands the size of noise: what another seed changes. Folders are kept: the same command goes on
-where it was stopped, and a changed program needs another --out.
+where it was stopped. Their names tell devices, recipes and versions of PyTorch apart, but not versions of this program:
+a changed one needs another --out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from benchmarks.offset_sweep import judged, trained
 from benchmarks.solvers_trained import MODEL, judge, sample, texture_errors
-from benchmarks.speed.measuring import ROOT, Row, Setting
+from benchmarks.speed.demo import RECIPE
+from benchmarks.speed.measuring import Row, Setting, machine
+from benchmarks.speed.report import draw_figure, keep_file
 from sfd.assessment import reference
-from sfd.config import load_recipe
+from sfd.config import Recipe, dump_recipe, load_recipe
 from sfd.data.latents import LatentSet
 from sfd.data.prepare import LatentSettings, prepare
-from sfd.evaluation.evaluate import evaluate
+from sfd.evaluation.evaluate import Reference, evaluate
 from sfd.files import write_json
 from sfd.generate import SampleSettings
 from sfd.model import Model, load_model
@@ -48,27 +51,35 @@ GUIDED = SampleSettings(steps=24, guidance=2.0, compile="off")
 
 def curves(setting: Setting) -> list[Row]:
     """Train the demo's transformer each way on the same latents, batches and first weights; judge what comes out."""
-    out, able = setting.out / "curves", cannot_compile(setting.device) is None
-    judgements = {way: judgement(way, out, setting.device) for way in WAYS if able or "compiled" not in way}
-    logs = {way: (folder(out, way) / "log.jsonl").read_text().splitlines() for way in judgements}
+    out, device = curves_folder(setting), setting.device
+    able = cannot_compile(device) is None
+    judgements = {way: judgement(way, out, device) for way in WAYS if able or "compiled" not in way}
+    logs = {way: (folder(out, way, device) / "log.jsonl").read_text().splitlines() for way in judgements}
     losses = {way: [json.loads(line)["loss"] for line in lines] for way, lines in logs.items()}
     steps = [json.loads(line)["step"] for line in logs["float32"]]
     write_json(out / CURVES, {"steps": steps, "smoothed": SMOOTHED, "loss": losses})
     return [{"way": way} | compared(losses[way], losses["float32"]) | row for way, row in judgements.items()]
 
 
-def keep(out: Path) -> None:
-    """Keep the curves that were measured for `python docs/figures/make.py training_curves`."""
-    shutil.copyfile(out / "curves" / CURVES, ROOT / "docs" / "results" / CURVES)
+def curves_folder(setting: Setting) -> Path:
+    """Where what is trained on a type of device lies."""
+    return setting.out / f"curves-{setting.device.type}"
+
+
+def keep(setting: Setting) -> None:
+    """Keep the curves that were measured; the CPU's are drawn."""
+    keep_file(curves_folder(setting) / CURVES, CURVES, setting.device.type)
+    if setting.device.type == "cpu":
+        draw_figure("training_curves")
 
 
 def judgement(way: str, out: Path, device: torch.device) -> Row:
     """Train one way and judge the model, unless that is done."""
-    path = folder(out, way) / "judgement.json"
+    path = folder(out, way, device) / "judgement.json"
     if not path.exists():
-        seed, how = WAYS[way]
-        pipeline = demo(out / "parts", device, how)
-        model = trained(pipeline, float(pipeline.recipe.schedule["delta"]), seed, folder(out, way))
+        seed = WAYS[way][0]
+        pipeline = demo(out / "parts", device, recipe_of(way))
+        model = trained(pipeline, float(pipeline.recipe.schedule["delta"]), seed, path.parent)
         torch._dynamo.reset()
         seen = judged(pipeline, model, reference(pipeline), way)
         row = {"held_out_velocity_loss": loss(model, held_out(pipeline, out / "held-out"))}
@@ -76,14 +87,21 @@ def judgement(way: str, out: Path, device: torch.device) -> Row:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def folder(out: Path, way: str) -> Path:
-    """Where a way's training lies."""
-    return out / way.replace(",", "").replace(" ", "-")
+def folder(out: Path, way: str, device: torch.device) -> Path:
+    """Where a way's training lies: another device, recipe, seed or PyTorch trains elsewhere."""
+    where = machine(device)
+    decides = [WAYS[way][0], dump_recipe(recipe_of(way)), where["device"], where["torch"]]
+    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+    return out / f"{way.replace(',', '').replace(' ', '-')}-{device.type}-{digest}"
 
 
-def demo(root: Path, device: torch.device, how: list[str]) -> Pipeline:
+def recipe_of(way: str) -> Recipe:
+    """The demo's recipe for a way."""
+    return load_recipe(RECIPE, [*TRAINED, *LOGGED, *JUDGED, *WAYS[way][1]])
+
+
+def demo(root: Path, device: torch.device, recipe: Recipe) -> Pipeline:
     """The demo's run, all of its parts made but the transformer."""
-    recipe = load_recipe(ROOT / "recipes" / "shapes-demo.yaml", [*TRAINED, *LOGGED, *JUDGED, *how])
     pipeline = Pipeline(recipe, root, device)
     for stage in ("train_texture", "train_semantic", "train_compressor", "prepare", "train_evaluator"):
         getattr(pipeline, stage)()
@@ -133,9 +151,14 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     return np.convolve(losses, np.full(width, 1 / width), mode="valid")
 
 
+def evaluator(setting: Setting) -> Reference:
+    """The classifier that judges samples of models/shapes, trained once on a type of device, and its real images."""
+    return judge(setting.out / f"evaluator-{setting.device.type}", setting.device)
+
+
 def sample_metrics(setting: Setting, count: int = 1000) -> list[Row]:
     """Sample models/shapes each way from the same seeds and classes, and judge by one classifier."""
-    model, against = load_model(MODEL, setting.device), judge(setting.out / "evaluator", setting.device)
+    model, against = load_model(MODEL, setting.device), evaluator(setting)
     labels = [k % len(model.classes) for k in range(count)]
     rows: list[Row] = []
     for way, first, chosen in ways_to_sample(setting.device, count):

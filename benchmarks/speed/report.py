@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.measuring import ROOT, Row
+from sfd import files
+from sfd.errors import SFDError
 
-RESULTS, PAGE = ROOT / "docs" / "results" / "performance.json", ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "docs" / "results" / "performance.json"
+PAGES = ROOT / "docs" / "performance.md", ROOT / "docs" / "sampling.md"  # the first has a place for every section
 FIGURE = ROOT / "docs" / "figures" / "speed.png"
 
 
@@ -26,7 +32,7 @@ def _cell(name: str, value: Any) -> str:
         return "—"
     if name.startswith("share") or name == "waiting":
         return f"{value:.1%}" if name == "share_outside" else f"{value:.0%}"
-    if name in ("ratio", "of_the_plain_paths") or (name.endswith("seconds") and not name.endswith("milliseconds")):
+    if name == "ratio" or name.startswith("of_the_plain") or (name.endswith("seconds") and "milliseconds" not in name):
         return f"{value:.2f}"
     if name == "flops_per_second":
         return f"{value / 1e9:,.0f} G"
@@ -37,19 +43,40 @@ def _cell(name: str, value: Any) -> str:
     return str(value)
 
 
-def publish(results: dict[str, Any], device: str = "cpu") -> None:
-    """Keep the sections that ran, in place of what was kept of them, and write the page's tables anew.
+def keep(path: Path, results: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """Write the sections that ran to a file, in place of what it had of them; give all that it has now.
 
     Those of a type of device other than the CPU are kept apart, under its name.
     """
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"machine": []}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": []}
     if device == "cpu":
         kept = _merged(kept, results)
     else:
         kept[device] = _merged(kept.get(device, {"machine": []}), results)
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    files.write_text(path, json.dumps(kept, indent=1) + "\n")
+    return kept
+
+
+def publish(results: dict[str, Any], device: str = "cpu") -> None:
+    """Keep the sections that ran for the pages, and write the tables of these anew."""
+    kept = keep(RESULTS, results, device)
+    for each in PAGES:
+        files.write_text(each, page(each.read_text(encoding="utf-8"), kept))
     draw(kept, FIGURE)
+
+
+def check_place(device: str) -> None:
+    """See that the page has a place for figures of a type of device.
+
+    Raises:
+        SFDError: it has none.
+    """
+    marker = f"<!-- {device} -->"
+    if device != "cpu" and marker not in PAGES[0].read_text(encoding="utf-8"):
+        raise SFDError(
+            f"{PAGES[0].name} has no place for figures of {device}: write `{marker}` and `<!-- end of {device} -->` "
+            "into it, or leave --publish out"
+        )
 
 
 def _merged(kept: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +86,7 @@ def _merged(kept: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
 
 
 def page(text: str, results: dict[str, Any]) -> str:
-    """Put the tables of the results into the page, between its markers; of another device all tables in one place."""
+    """Put the tables of the results into a page, between its markers; of another device all tables in one place."""
     for name, rows in results.items():
         if isinstance(rows, list):
             text = _between(text, name, table(rows))
@@ -71,6 +98,17 @@ def page(text: str, results: dict[str, Any]) -> str:
 def _between(text: str, name: str, shown: str) -> str:
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{shown}\n{end}", text, flags=re.S)
+
+
+def keep_file(path: Path, name: str, device: str) -> None:
+    """Keep a file of numbers in docs/results; a device other than the CPU has its own."""
+    kept = RESULTS.parent / name
+    shutil.copyfile(path, kept if device == "cpu" else kept.with_stem(f"{kept.stem}-{device}"))
+
+
+def draw_figure(name: str) -> None:
+    """Draw a figure of docs/figures/make.py anew."""
+    subprocess.run([sys.executable, str(FIGURE.parent / "make.py"), name], check=True)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
