@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,16 @@ def test_autoguidance_from_end_to_end(small, tmp_path):
     assert record["weak"] == weak.model.identity and record["sampling"]["guidance"] == 1.5
     assert read_images(strong.folder.samples / "guided", range(10)).shape == (10, 32, 32, 3)
     assert strong.folder.report.exists() and not strong.folder.evaluator.exists()
+
+
+@pytest.mark.parametrize("size", ["XL", "XXL"])
+def test_the_page_of_figures_says_what_the_published_batch_takes(size):
+    page = (FOLDER.parent / "docs" / "performance.md").read_text()
+    shown = re.search(rf"^\| {size} ((\| \d+ )+)\|$", page, re.MULTILINE)
+    ways = [(accumulate, kept) for accumulate in (1, 4) for kept in ("false", "selective", "true")]
+    counted = [
+        estimate(imagenet(f"{size.lower()}-80", f"train.accumulate={n}", f"transformer.checkpointing={kept}")).memory
+        for n, kept in ways
+    ]
+    assert shown is not None
+    assert [int(cell) for cell in shown[1].split("|") if cell.strip()] == [round(memory / 1e9) for memory in counted]
