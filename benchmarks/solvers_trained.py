@@ -1,18 +1,19 @@
 """Error and sample quality over evaluations of each solver, on the trained model that ships with the project.
 
-    python benchmarks/solvers_trained.py --images 2000 --out runs/benchmarks/solvers_trained
+    python -m benchmarks.solvers_trained --images 2000 --out runs/benchmarks/solvers_trained
 
 The same seeds and classes throughout, guidance 2 by the null class. Error: the median over images of the texture's
 relative error against dopri5 at a tolerance of 1e-4, restarted at knots. Quality: Fréchet distance and class accuracy
-through a classifier that is trained here on first use, on images that the model never saw. Then what evaluations of
-the weak model are worth: `weak_every`. Evaluations are those of the strong model. Writes solvers_trained.json.
+through a classifier that is trained here on first use, on images that the model never saw. Samples of `sde` are others
+than the converged ones by intent, so they have a quality and no error. Then what evaluations of the weak model are
+worth: `weak_every`. Evaluations are those of the strong model. Writes solvers_trained.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.guided_model import solve, texture_errors
 from sfd.data.shapes import ShapesSource
 from sfd.evaluation.evaluate import Reference, evaluate, measure
 from sfd.evaluation.extractors import classifier
-from sfd.generate import SampleSettings, generate
-from sfd.model import TEXTURE_STREAM, Model, load_model
+from sfd.generate import SampleSettings, decode, generate
+from sfd.model import Model, load_model
 from sfd.resources import choose_device
 
 MODEL = Path(__file__).parent.parent / "models" / "shapes"
 HELD_OUT, HELD_OUT_SEED = 20_000, 1_000_003  # the model's data are of seed 0
+AT_ONCE = 250  # images; a multiple of the number of classes
+BLIND = "dopri5, blind to knots"
 STEPS = (6, 9, 12, 18, 24, 36, 50)
 CONVERGED = SampleSettings(solver="dopri5", options={"rtol": 1e-4, "atol": 1e-6}, guidance=2.0)
 
@@ -41,6 +45,7 @@ def settings(numbers: Sequence[int]) -> Iterator[tuple[str, SampleSettings]]:
         yield "euler", SampleSettings(solver="euler", steps=steps, guidance=2.0)
         if steps % 2 == 0:
             yield "heun", SampleSettings(solver="heun", steps=steps // 2, guidance=2.0)
+            yield "sde", SampleSettings(solver="sde", steps=steps // 2, options={"noise": 0.5}, guidance=2.0)
         for order in (2, 3):
             method: dict[str, Any] = {"solver": "multistep", "options": {"order": order}, "guidance": 2.0}
             yield f"multistep, order {order}", SampleSettings(**method, steps=steps)
@@ -54,14 +59,39 @@ def settings(numbers: Sequence[int]) -> Iterator[tuple[str, SampleSettings]]:
 def sample(model: Model, count: int, chosen: SampleSettings, first: int = 0) -> tuple[np.ndarray, Tensor, int, int]:
     """Images from seeds `first`, …, latents, evaluations of the strong model and those with the weak one."""
     labels, seeds = [k % len(model.classes) for k in range(count)], range(first, first + count)
-    batches = list(generate(model, labels, seeds, chosen.model_copy(update={"batch_size": 250})))
+    batches = list(generate(model, labels, seeds, chosen.model_copy(update={"batch_size": AT_ONCE})))
     images, latents = np.concatenate([b.images for b in batches]), torch.cat([b.latents for b in batches])
     return images, latents, max(b.evaluations for b in batches), max(b.weak_evaluations for b in batches)
 
 
-def texture_errors(model: Model, x: Tensor, reference: Tensor) -> Tensor:
-    ours, theirs = (model.composite.split(t)[TEXTURE_STREAM].flatten(1) for t in (x, reference))
-    return (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+def sample_blind(model: Model, count: int, chosen: SampleSettings) -> tuple[np.ndarray, Tensor, int, int]:
+    """Sample as `sample` does, but over the whole interval at once, blind to the knots."""
+    sizes = [min(AT_ONCE, count - first) for first in range(0, count, AT_ONCE)]
+    parts = [solve(model, n, chosen, first=AT_ONCE * k, knots=False) for k, n in enumerate(sizes)]
+    latents = torch.cat([part.latents for part in parts])
+    return decode(model, latents), latents, max(p.evaluations for p in parts), max(p.weak_evaluations for p in parts)
+
+
+def judged(
+    model: Model, reference: Reference, count: int, methods: Iterable[tuple[str, SampleSettings]]
+) -> Iterator[dict[str, Any]]:
+    """Sample each way and judge the samples: a row for the converged ones, then one for each method."""
+    labels = [k % len(model.classes) for k in range(count)]
+    exact: Tensor | None = None
+    for name, chosen in (("converged", CONVERGED), *methods):
+        way = sample_blind if name == BLIND else sample
+        images, latents, evaluations, weak = way(model, count, chosen)
+        exact = latents if exact is None else exact
+        error = None if chosen.solver == "sde" else texture_errors(model, latents, exact).median().item()
+        metrics = evaluate(images, labels, reference, name=name)
+        yield {
+            "method": name,
+            "evaluations": evaluations,
+            "weak_evaluations": weak,
+            "error": error,
+            "frechet_distance": metrics.frechet_distance,
+            "class_accuracy": metrics.class_accuracy,
+        }
 
 
 def judge(folder: Path, device: torch.device) -> Reference:
@@ -84,24 +114,11 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = choose_device("auto")
     model, reference = load_model(MODEL, device), judge(arguments.out / "evaluator", device)
-    labels = [k % len(model.classes) for k in range(arguments.images)]
     numbers = [int(text) for text in arguments.evaluations.split(",")]
     wanted = set((arguments.methods or "").split(";")) - {""}
     rows: list[dict[str, Any]] = []
-    exact: Tensor | None = None
     chosen_methods = [(name, chosen) for name, chosen in settings(numbers) if not wanted or name in wanted]
-    for name, chosen in (("converged", CONVERGED), *chosen_methods):
-        images, latents, evaluations, weak = sample(model, arguments.images, chosen)
-        exact = latents if exact is None else exact
-        metrics = evaluate(images, labels, reference, name=name)
-        row = {
-            "method": name,
-            "evaluations": evaluations,
-            "weak_evaluations": weak,
-            "error": texture_errors(model, latents, exact).median().item(),
-            "frechet_distance": metrics.frechet_distance,
-            "class_accuracy": metrics.class_accuracy,
-        }
+    for row in judged(model, reference, arguments.images, chosen_methods):
         rows.append(row)
         print(" | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
         # After every row, since a CPU takes its time.

@@ -176,14 +176,15 @@ def solvers_trained() -> Figure:
     error, distance = figure.subplots(1, 2)
     for index, method in enumerate(sorted({row["method"] for row in rows[1:]})):
         chosen = [row for row in rows if row["method"] == method]
+        again, colour = divmod(index, len(COLOURS))
         for axis, key in ((error, "error"), (distance, "frechet_distance")):
             x, y = [row["evaluations"] for row in chosen], [row[key] for row in chosen]
-            axis.plot(x, y, marker="o", color=COLOURS[index], label=method)
+            axis.plot(x, np.array(y, float), marker="os"[again], color=COLOURS[colour], label=method)
     error.set_yscale("log")
     distance.axhline(rows[0]["frechet_distance"], color="#666666", linestyle="--", linewidth=1)
     plain(error, "median relative error of the texture", "evaluations")
     plain(distance, "Fréchet distance (dashed: converged)", "evaluations")
-    distance.legend(frameon=False)
+    distance.legend(frameon=False, fontsize=8)
     return figure
 
 
