@@ -14,12 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import solvers as exact
+from benchmarks import solvers_trained
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import checkpoints, latents, loader, measuring, overhead, report
+from benchmarks.speed import checkpoints, latents, loader, measuring, overhead, report, solving
 from benchmarks.speed.__main__ import SECTIONS, chosen, sizes
 from benchmarks.speed.measuring import Setting
 from benchmarks.speed.training import Training
 from sfd.errors import SFDError
+from sfd.evaluation.metrics import frechet_distance, gaussian
+from sfd.model import load_model
 from sfd.sampling import initial_noise
 
 CPU = torch.device("cpu")
@@ -285,3 +289,42 @@ def test_batches_are_prepared_by_as_many_threads_as_asked_for(tmp_path):
         assert 0 < loader._rate(loaded, count, CPU) <= count * 2 / 0.01
         assert len(threads) == count
     assert loader._cold(loaded, 1, CPU) is None
+
+
+def test_samples_of_a_stochastic_solver_are_judged_by_their_distribution(monkeypatch):
+    monkeypatch.setattr(exact, "DISTRIBUTION_STEPS", (4,))
+    monkeypatch.setattr(exact, "AT_ONCE", 100)
+    rows = exact.distribution(count=200)
+    assert [(row["method"], row["evaluations"]) for row in rows if "dopri5" not in row["method"]] == [
+        ("drawn from the mixture", 0),
+        ("heun", 8),
+        ("sde, noise 0.5", 8),
+    ]
+    truth, drawn = exact.moments(exact.data()), gaussian(exact.data().sample(20_000, seed=1).numpy())
+    assert frechet_distance(truth, drawn) < min(row["frechet_distance"] for row in rows) / 10  # many are near the truth
+    assert rows[-1]["log_density"] < rows[0]["log_density"] - 1  # steps as long as these miss the modes
+
+
+def test_each_way_of_sampling_the_trained_model_is_judged_and_noise_has_no_error(monkeypatch):
+    model = load_model(solvers_trained.MODEL, CPU)
+    seen = SimpleNamespace(frechet_distance=1.0, class_accuracy=0.5)
+    monkeypatch.setattr(solvers_trained, "evaluate", lambda images, labels, reference, name: seen)
+    monkeypatch.setattr(solvers_trained, "AT_ONCE", 10)
+    monkeypatch.setattr(solving, "EVALUATIONS", (12,))
+    rows = {row["method"]: row for row in solvers_trained.judged(model, None, 12, solving.methods())}
+    assert set(rows) == {"converged", "dopri5, blind to knots", "dopri5", *solving.METHODS}
+    assert rows["sde"]["error"] is None and rows["sde"]["evaluations"] == rows["euler"]["evaluations"] == 12
+    assert rows["dopri5"]["error"] < rows["dopri5, blind to knots"]["error"] < rows["euler"]["error"]
+
+
+def test_numbers_of_the_trained_model_are_kept_and_drawn(pages, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(solving, "draw_figure", drawn.append)
+    (tmp_path / solving.ROWS).write_text("[]")
+    for device in (CPU, torch.device("meta")):
+        solving.keep_trained(Setting(device, quick=False, repeats=1, out=tmp_path))
+    assert sorted(path.name for path in (tmp_path / "docs").glob("*.json")) == [
+        "solvers-trained-meta.json",
+        "solvers-trained.json",
+    ]
+    assert drawn == ["solvers_trained"]

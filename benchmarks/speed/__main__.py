@@ -39,6 +39,7 @@ from benchmarks.speed import (
     pixels,
     quality,
     sampling,
+    solving,
     training,
 )
 from benchmarks.speed.measuring import Row, Setting, machine
@@ -75,7 +76,9 @@ SECTIONS = {
     "checkpoints": Section(checkpoints.checkpoints),
     "start_up": Section(commands.start_up),
     "loop": Section(commands.loop),
-    "solvers": Section(commands.solvers, long=True),
+    "solvers": Section(solving.solvers, long=True, keep=solving.keep_solvers),
+    "stochastic": Section(solving.stochastic, long=True),
+    "trained": Section(solving.trained, long=True, keep=solving.keep_trained),
     "curves": Section(quality.curves, long=True, keep=quality.keep),
     "sample_metrics": Section(quality.sample_metrics, long=True),
     "guided": Section(sampling.guided, cuda=True),

@@ -39,14 +39,3 @@ def loop(setting: Setting) -> list[Row]:
     stage("train", folder, *settings, device=str(setting.device))
     lines = [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
     return [{name: median(line[name] for line in lines[1:]) for name in ("images_per_second", "waiting")}]
-
-
-def solvers(setting: Setting) -> list[Row]:
-    """Evaluations of each solver at equal error, on the exact velocity field of benchmarks/solvers.py."""
-    script = str(ROOT / "benchmarks" / "solvers.py")
-    subprocess.run([sys.executable, script, "--out", str(setting.out)], check=True)
-    equal = json.loads((setting.out / "solvers.json").read_text())["evaluations_at_equal_error"]
-    return [
-        {"method": name} | {error: None if n is None else round(n) for error, n in row.items()}
-        for name, row in equal.items()
-    ]
