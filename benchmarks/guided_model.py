@@ -24,7 +24,7 @@ class Solved(NamedTuple):
 def solve(
     model: Model, count: int, how: SampleSettings, *, first: int = 0, knots: bool = True, jumps: bool = True
 ) -> Solved:
-    """Integrate from seeds `first`, …, classes in turn, as one batch, in float32; the null class is the weak model.
+    """Integrate seeds `first`, …, each of the class that is its turn, as one batch; the null class is the weak model.
 
     Args:
         model: a model with classes.
@@ -35,7 +35,7 @@ def solve(
         jumps: whether to stop where a guidance interval ends; False compares times with it at each evaluation.
     """
     network = model.inference("float32", False)
-    labels = torch.arange(count, device=model.device) % len(model.classes)
+    labels = torch.arange(first, first + count, device=model.device) % len(model.classes)
     null = torch.full_like(labels, model.transformer.null_class)
     guided = guide(
         velocity_field(network, labels),

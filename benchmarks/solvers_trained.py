@@ -31,7 +31,7 @@ from sfd.resources import choose_device
 
 MODEL = Path(__file__).parent.parent / "models" / "shapes"
 HELD_OUT, HELD_OUT_SEED = 20_000, 1_000_003  # the model's data are of seed 0
-AT_ONCE = 250  # images; a multiple of the number of classes
+AT_ONCE = 250  # images
 BLIND = "dopri5, blind to knots"
 STEPS = (6, 9, 12, 18, 24, 36, 50)
 CONVERGED = SampleSettings(solver="dopri5", options={"rtol": 1e-4, "atol": 1e-6}, guidance=2.0)
