@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import guided_model, sampling_choices, solvers_trained
 from benchmarks import solvers as exact
-from benchmarks import solvers_trained
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import checkpoints, latents, loader, measuring, overhead, report, solving
 from benchmarks.speed.__main__ import SECTIONS, chosen, sizes
@@ -23,6 +23,7 @@ from benchmarks.speed.measuring import Setting
 from benchmarks.speed.training import Training
 from sfd.errors import SFDError
 from sfd.evaluation.metrics import frechet_distance, gaussian
+from sfd.generate import SampleSettings, generate
 from sfd.model import load_model
 from sfd.sampling import initial_noise
 
@@ -328,3 +329,32 @@ def test_numbers_of_the_trained_model_are_kept_and_drawn(pages, tmp_path, monkey
         "solvers-trained.json",
     ]
     assert drawn == ["solvers_trained"]
+
+
+def test_the_tables_that_sampling_is_chosen_by_are_those_of_the_results():
+    kept, text = json.loads(sampling_choices.RESULTS.read_text()), sampling_choices.PAGE.read_text()
+    assert set(kept) == set(sampling_choices.TABLES)
+    assert not set(kept) & set(SECTIONS), "two commands would write the same table"
+    assert all(text.count(report.table(rows)) == 1 for rows in kept.values())
+    assert report.page(text, kept) == text
+
+
+def test_publishing_a_table_keeps_the_others(tmp_path):
+    results, path = tmp_path / "results.json", tmp_path / "page.md"
+    path.write_text("<!-- a -->\n<!-- end of a -->\n<!-- b -->\n<!-- end of b -->\n")
+    for name, error in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
+        sampling_choices.publish({name: [{"error": error}]}, results, path)
+    assert json.loads(results.read_text()) == {"a": [{"error": 3.0}], "b": [{"error": 2.0}]}
+    assert "| 3 |" in path.read_text() and "| 2 |" in path.read_text() and "| 1 |" not in path.read_text()
+
+
+def test_a_batch_has_the_same_images_whatever_images_are_sampled_beside_them():
+    model, how = load_model(solvers_trained.MODEL, CPU), SampleSettings(solver="euler", steps=3, guidance=2.0)
+    whole, part = guided_model.solve(model, 4, how), guided_model.solve(model, 2, how, first=2)
+    torch.testing.assert_close(whole.latents[2:], part.latents, rtol=1e-3, atol=1e-4)
+    labels, seeds = [2, 3], [2, 3]
+    (ours,) = generate(model, labels, seeds, how)
+    torch.testing.assert_close(part.latents, ours.latents, rtol=0, atol=0)
+    assert part.evaluations == part.weak_evaluations == ours.evaluations == 3
+    blind = guided_model.solve(model, 2, how, first=2, knots=False)
+    assert guided_model.texture_errors(model, blind.latents, part.latents).min() > 0
