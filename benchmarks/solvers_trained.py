@@ -23,9 +23,10 @@ from torch import Tensor
 
 from benchmarks.guided_model import solve, texture_errors
 from sfd.data.shapes import ShapesSource
+from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Reference, evaluate, measure
 from sfd.evaluation.extractors import classifier
-from sfd.generate import SampleSettings, decode, generate
+from sfd.generate import SampleSettings, check_sampling, decode, generate
 from sfd.model import Model, load_model
 from sfd.resources import choose_device
 
@@ -104,6 +105,35 @@ def judge(folder: Path, device: torch.device) -> Reference:
     return measure(classifier.divide(held_out, how)[1], extractor, "held-out real images")
 
 
+def whole_numbers(text: str) -> list[int]:
+    """Read "12,18,24".
+
+    Raises:
+        SFDError: one of them is no whole number of at least 1.
+    """
+    for part in text.split(","):
+        if not (part.strip().isdecimal() and int(part) > 0):
+            raise SFDError(f"--evaluations {text!r}: {part!r} is no number of evaluations; give some such as 12,18,24")
+    return [int(part) for part in text.split(",")]
+
+
+def choose(model: Model, numbers: Sequence[int], wanted: set[str]) -> list[tuple[str, SampleSettings]]:
+    """Pick what is measured beside `CONVERGED`: of the methods that are wanted, or of all, if none is named.
+
+    Raises:
+        SFDError: an unknown method, or one that no number of evaluations fits; or a number too small for a method.
+    """
+    chosen = [(name, how) for name, how in settings(numbers) if not wanted or name in wanted]
+    for name in sorted(wanted - {name for name, _ in chosen}):
+        known = dict(settings(STEPS))
+        if name not in known:
+            raise SFDError(f"there is no method {name!r}; --methods takes some of '{';'.join(known)}'")
+        raise SFDError(f"{name} takes two evaluations a step, so give --evaluations an even number")
+    for _, how in chosen:
+        check_sampling(model.schedule, model.composite, how, has_weak=True)
+    return chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Error and sample quality over evaluations on models/shapes.")
     parser.add_argument("--images", type=int, default=2000)
@@ -111,13 +141,18 @@ def main() -> None:
     parser.add_argument("--evaluations", default=",".join(map(str, STEPS)), help="of the fixed-step methods")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/solvers_trained"), help="folder to write to")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.images < 1:
+        parser.error(f"--images must be at least 1, not {arguments.images}")
     device = choose_device("auto")
-    model, reference = load_model(MODEL, device), judge(arguments.out / "evaluator", device)
-    numbers = [int(text) for text in arguments.evaluations.split(",")]
-    wanted = set((arguments.methods or "").split(";")) - {""}
+    model = load_model(MODEL, device)
+    try:
+        numbers, wanted = whole_numbers(arguments.evaluations), (arguments.methods or "").split(";")
+        chosen_methods = choose(model, numbers, {name.strip() for name in wanted} - {""})
+    except SFDError as error:
+        parser.error(str(error))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    reference = judge(arguments.out / "evaluator", device)
     rows: list[dict[str, Any]] = []
-    chosen_methods = [(name, chosen) for name, chosen in settings(numbers) if not wanted or name in wanted]
     for row in judged(model, reference, arguments.images, chosen_methods):
         rows.append(row)
         print(" | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)

@@ -7,8 +7,8 @@ All of them take about half a minute. The phases of a sample are drawn by `sfd s
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from sfd import flow
 from sfd.analytic import GaussianMixture
+from sfd.errors import unknown
 from sfd.evaluation.figures import COLOURS
 from sfd.sampling import initial_noise, integrate
 from sfd.schedules import Schedule, build_schedule
@@ -218,7 +219,19 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "training_curves": training_curves,
 }
 
-if __name__ == "__main__":
-    for name in sys.argv[1:] or FIGURES:
+
+def main() -> None:
+    """Draw the figures that the command line names, or all."""
+    parser = argparse.ArgumentParser(description="Draw the figures of docs/*.md.")
+    parser.add_argument("names", nargs="*", metavar="figure", help=f"{', '.join(FIGURES)}  [default: all]")
+    names = parser.parse_args().names
+    for name in names:
+        if name not in FIGURES:
+            parser.error(str(unknown("figure", name, FIGURES)))
+    for name in names or FIGURES:
         FIGURES[name]().savefig(HERE / f"{name}.png", **PIXELS)
         print(HERE / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -62,12 +62,13 @@ def _stage(
     tflops: float | None,
     device: str,
     shared: bool = False,
+    whole: bool = False,
 ) -> None:
-    """Do a stage's work alone in the run's folder; or `shared` with other processes, if the work sees to that."""
+    """Do a stage's work, or a `whole` run's, alone in its folder; or `shared`, if the work sees to that."""
     from sfd import files, stopping
     from sfd.config import load_recipe
     from sfd.pipeline import Pipeline
-    from sfd.plan import check
+    from sfd.plan import check, check_machine
     from sfd.resources import choose_device
 
     resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
@@ -81,6 +82,8 @@ def _stage(
         raise SFDError("--tflops says how fast training would be; give it together with --dry-run")
     check(resolved)
     chosen = choose_device(processes.join(device))
+    if whole:
+        check_machine(resolved, chosen)
     with ExitStack() as held:
         held.enter_context(stopping.limit(max_hours))
         if processes.leads() and not shared:
@@ -112,7 +115,7 @@ def run(**arguments: Any) -> None:
         if processes.leads():
             click.echo(f"report: {pipeline.folder.report}")
 
-    _stage(work, **arguments)
+    _stage(work, whole=True, **arguments)
 
 
 @main.command("train-texture")
@@ -191,7 +194,7 @@ def report(**arguments: Any) -> None:
 @click.option("--steps", type=int, help="solver steps; leave out for an adaptive solver  [default: 25]")
 @click.option("--solver", default="multistep", show_default=True, help="euler, heun, dopri5, or any of sfd.solvers")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="of the solver, such as rtol=1e-4")
-@click.option("--shift", type=float, default=1.0, show_default=True, help="time shift of the steps")
+@click.option("--shift", type=float, default=1.0, show_default=True, help="time shift of the steps, 0.01 to 100")
 @click.option(
     "--budget", default="length", show_default=True, help="steps by segment: length, equal, time, or weights: 1,2,1"
 )

@@ -204,9 +204,10 @@ class Recipe(Settings):
             )
         if self.loss.repa and self.transformer.repa_block is None:
             raise SFDError("loss.repa is set, but transformer.repa_block is null; set it, or set loss.repa to 0")
-        if self.evaluation.weak is not None and self.sample.guidance in (1.0, {}):
+        if self.evaluation.weak is not None and not self.sample.guides:
             raise SFDError(
-                "evaluation.weak is set, but sample.guidance is 1, so it would do nothing; give a scale, such as 1.5"
+                "evaluation.weak is set, but sample.guidance is 1 for every stream, so it would do nothing; give a "
+                "scale, such as 1.5"
             )
         self._check_data()
         return self

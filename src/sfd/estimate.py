@@ -229,7 +229,7 @@ def _evaluation(recipe: Recipe, known: Estimate) -> str:
     """What one velocity of one image costs, guided or not."""
     weak, guidance = recipe.evaluation.weak, recipe.sample.guidance
     strong = f"{known.forward / 1e9:.4g} GFLOP a velocity"
-    if guidance in (1.0, {}):
+    if not recipe.sample.guides:
         return f"unguided, {strong}"
     if weak is None:
         return f"guidance {guidance} by the null class, {2 * known.forward / 1e9:.4g} GFLOP a velocity"

@@ -7,15 +7,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from sfd.data.images import to_pixels
 from sfd.errors import SFDError
 from sfd.guidance import Guided, Pair, VelocityField, guide
 from sfd.model import TEXTURE_STREAM, Model
-from sfd.models.inference import Compile, Inference, Precision, compiling_pays
+from sfd.models.inference import Compile, Inference, Precision, compiling_pays, require_compiler
 from sfd.models.transformer import flops
+from sfd.pieces import LEAST_SHIFT, MOST_SHIFT, SLIVER
 from sfd.sampling import Progress, check_plan, check_seeds, initial_noise, integrate
 from sfd.schedules import Schedule
 from sfd.settings import Settings
@@ -36,7 +37,9 @@ class SampleSettings(Settings):
         None, description="over the whole interval; null: 25, or the solver's own choice if it is adaptive"
     )
     options: dict[str, Any] = Field({}, description="of the solver, such as rtol")
-    shift: float = Field(1.0, description="time shift; below 1 puts more steps near noise")
+    shift: float = Field(
+        1.0, ge=LEAST_SHIFT, le=MOST_SHIFT, description="time shift; below 1 puts more steps near noise"
+    )
     budget: Literal["length", "equal", "time"] | tuple[float, ...] = Field(
         "length",
         description="steps of each segment between knots: by its length, equal, by stream time travelled, or weights",
@@ -61,6 +64,18 @@ class SampleSettings(Settings):
         "auto", description="the network, which takes a minute or two; auto: where that is less than it saves"
     )
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _read_compile(cls, value: Any) -> Any:
+        # YAML reads a plain `on` and `off` as booleans.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @property
+    def guides(self) -> bool:
+        """Whether a stream is guided: its scale is other than 1."""
+        scales = self.guidance.values() if isinstance(self.guidance, dict) else (self.guidance,)
+        return any(scale != 1 for scale in scales)
+
     @property
     def resolved_steps(self) -> int | None:
         """The number of steps that will be taken; None for a solver that chooses its own."""
@@ -80,7 +95,7 @@ def with_compile(settings: SampleSettings, model: Model, weak: Model | None, ima
     if settings.compile != "auto":
         return settings
     operations = flops(model.transformer.config)
-    if settings.guidance != 1.0:
+    if settings.guides:
         operations += flops((weak or model).transformer.config) // settings.weak_every
     operations *= images * (settings.resolved_steps or ADAPTIVE_EVALUATIONS)
     return settings.model_copy(update={"compile": "on" if compiling_pays(operations, model.device) else "off"})
@@ -116,9 +131,11 @@ def generate(
         callback: called after each solver step of each batch.
 
     Raises:
-        SFDError: settings that do not fit the model or each other. Raised before anything is computed.
+        SFDError: settings that do not fit the model, each other or this machine. Raised before anything is computed.
     """
     check_sampling(model.schedule, model.composite, settings, has_weak=weak is not None or bool(model.classes))
+    if settings.compile == "on":
+        require_compiler(model.device)
     if len(labels) != len(seeds):
         raise SFDError(f"{len(labels)} labels were given for {len(seeds)} seeds; give one label a seed")
     check_seeds(seeds)
@@ -134,18 +151,23 @@ def check_sampling(schedule: Schedule, composite: Composite, settings: SampleSet
     """Check that solver, steps, shift and guidance fit the schedule, the streams and each other.
 
     Raises:
-        SFDError: they do not; also guidance without anything to be guided away from (`has_weak`).
+        SFDError: they do not, or one of them would do nothing; also guidance without anything to be guided away from
+            (`has_weak`).
     """
 
     def still(x: Tensor, times: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
     guided = guide(still, still if has_weak else None, settings.guidance, composite, settings.interval)
-    if settings.interval is not None and guided is still:
-        raise SFDError("a guidance interval was given, but no guidance scale other than 1; give both or neither")
-    if guided is still and (settings.weak_every > 1 or settings.paired):
+    _check_interval(settings)
+    if not settings.guides and (settings.weak_every > 1 or settings.paired):
         raise SFDError(
             "weak_every or paired was given, but no guidance scale other than 1: there is no weak model to ask"
+        )
+    if settings.weak_between != "hold" and settings.weak_every == 1:
+        raise SFDError(
+            f"weak_between is {settings.weak_between!r}, but weak_every is 1, so that nothing lies in between; "
+            "give weak_every 2 or more, or leave weak_between out"
         )
     if settings.weak_every > 1 and settings.resolved_steps is None:
         raise SFDError(
@@ -161,6 +183,27 @@ def check_sampling(schedule: Schedule, composite: Composite, settings: SampleSet
         settings.budget,
         guided.jumps if isinstance(guided, Guided) else None,
     )
+
+
+def _check_interval(settings: SampleSettings) -> None:
+    """Refuse an interval that guides nothing; `guide` has checked its names and the order of its ends."""
+    scale, interval = settings.guidance, settings.interval
+    if interval is None:
+        return
+    if not settings.guides:
+        raise SFDError("a guidance interval was given, but no guidance scale other than 1; give both or neither")
+    for name in interval if isinstance(interval, dict) else ():
+        if isinstance(scale, dict) and scale.get(name, 1.0) == 1:
+            raise SFDError(
+                f"a guidance interval was given for stream {name!r}, but its guidance scale is 1, so it would do "
+                "nothing; give the stream a scale too, or leave its interval out"
+            )
+    for low, high in interval.values() if isinstance(interval, dict) else (interval,):
+        if high - low <= SLIVER:
+            raise SFDError(
+                f"a guidance interval from {low} to {high} would guide nothing; give one such as 0.2 to 0.8, or leave "
+                "guidance out"
+            )
 
 
 def _batches(

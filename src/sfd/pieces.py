@@ -27,6 +27,8 @@ Budget = str | Sequence[float]
 Jumps = Sequence[Sequence[float]]
 """Stream times at which a velocity jumps: for each stream, in packed order, any number of them."""
 
+LEAST_SHIFT, MOST_SHIFT = 0.01, 100.0  # beyond, steps all but coincide at one end of time
+
 SLIVER = 1e-9  # stops between which no stream's time moves by more than this are one, rounded apart
 
 
@@ -116,8 +118,8 @@ def grids(
     Raises:
         SFDError: solver, steps, shift and budget do not fit the pieces or each other.
     """
-    if not (math.isfinite(shift) and shift > 0):
-        raise SFDError(f"the time shift must be finite and greater than 0 (1: none), got {shift}")
+    if not LEAST_SHIFT <= shift <= MOST_SHIFT:
+        raise SFDError(f"the time shift must be from {LEAST_SHIFT:g} to {MOST_SHIFT:g} (1: none), got {shift}")
     check_steps(method, name, steps, len(parts), _stops(schedule, jumps))
     if steps is None:
         if shift != 1:

@@ -37,7 +37,7 @@ from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import fit_pca
 from sfd.models.semvae import SemVAE
 from sfd.models.transformer import Transformer, TransformerConfig, parameter_count
-from sfd.plan import architecture, given_compressor, trainings
+from sfd.plan import architecture, check_machine, given_compressor
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import parse
 from sfd.shares import WHOLE, Share
@@ -45,7 +45,6 @@ from sfd.stages import Stage
 from sfd.streams import Composite
 from sfd.training.diffusion import DiffusionTask
 from sfd.training.loop import fit
-from sfd.training.parallel import check
 from sfd.training.semvae import SemVAETask
 from sfd.training.settings import TrainSettings, extent, lasting
 from sfd.weights import CONFIG_FILE, WEIGHTS_FILE, Part
@@ -73,9 +72,8 @@ class Pipeline:
             self.train_evaluator()
 
     def _check_given(self) -> None:
-        """Load what comes from elsewhere, and see what cannot be trained: neither should be found out after hours."""
-        for settings in trainings(self.recipe):
-            check(settings, self.device)
+        """Load what comes from elsewhere, and see what cannot be done here: neither should be found out after hours."""
+        check_machine(self.recipe, self.device)
         if self.recipe.texture.pretrained is not None:
             _ = self.texture
         if self.recipe.latents.published is None:
@@ -296,8 +294,8 @@ class Pipeline:
 
     def sample_settings(self, model: Model) -> SampleSettings:
         """The recipe's way of sampling; without guidance where nothing is there to be guided away from."""
-        guided = bool(model.classes) or self.recipe.evaluation.weak is not None
-        return self.recipe.sample if guided else without_guidance(self.recipe.sample)
+        sample, able = self.recipe.sample, bool(model.classes) or self.recipe.evaluation.weak is not None
+        return sample if sample.guides and able else without_guidance(sample)
 
     @cached_property
     def model(self) -> Model:

@@ -19,12 +19,14 @@ from sfd.errors import SFDError
 from sfd.generate import check_sampling
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.convnet import ConvNet
+from sfd.models.inference import require_compiler
 from sfd.models.pca import PCA
 from sfd.models.semvae import SemVAE
 from sfd.models.transformer import SIZES, TransformerConfig
 from sfd.schedules import Schedule, build_schedule
 from sfd.settings import Settings, explain, parse
 from sfd.streams import Composite, Stream
+from sfd.training import parallel
 from sfd.training.settings import TrainSettings
 from sfd.weights import Part
 
@@ -56,6 +58,18 @@ def check(recipe: Recipe, *, dry: bool = False) -> TransformerConfig:
     if recipe.loss.repa:
         _check_repa(recipe, composite)
     return config
+
+
+def check_machine(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a whole run of a recipe that this machine cannot do to its end.
+
+    Raises:
+        SFDError: a training that its processes or its device cannot do, or networks to be compiled where none can be.
+    """
+    for settings in trainings(recipe):
+        parallel.check(settings, device)
+    if recipe.sample.compile == "on":
+        require_compiler(device)
 
 
 def trainings(recipe: Recipe) -> list[TrainSettings]:

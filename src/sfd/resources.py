@@ -68,13 +68,15 @@ def measured(device: torch.device) -> Iterator[Usage]:
 
 
 def slow_bf16(device: torch.device) -> str | None:
-    """Say why bf16 is slower than float32 on a device, though it gives the right numbers; None: it is not."""
+    """Say why bf16 is slower than float32 on a device, or not known to be any good there; None: it is neither."""
     if device.type == "cpu":
         known = torch.cpu.get_capabilities()
         if not any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
             return "this CPU has no bf16 instructions, so bf16 takes longer here than float32"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has no bf16 units, so bf16 takes longer here than float32"
+    if device.type == "mps":
+        return "bf16 is untried on Apple's GPUs; float32 is the safe choice here"
     return None
 
 
@@ -87,17 +89,45 @@ def choose_device(name: str) -> torch.device:
         SFDError: the device is not there.
     """
     torch.backends.cudnn.allow_tf32 = False
+    present = _present()
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(present[-1])
+    reason = _absent(name)
+    if reason is None:
+        device = torch.device(name)
+        try:
+            torch.zeros(1, device=device).item()  # computes there: a GPU may be seen that this PyTorch has no code for
+            if device.type == "cuda" and device.index is not None:
+                # So that everything that asks for "the" GPU gets this one, accelerate among it.
+                torch.cuda.set_device(device)
+            return device
+        except (RuntimeError, AssertionError, ImportError) as error:
+            # What it says of other kinds names its own parts, and nothing that a user could change.
+            said = f": {str(error).splitlines()[0].split('. ')[0]}" if device.type == "cuda" else ""
+            reason = f"PyTorch cannot compute on it{said}"
+    raise SFDError(
+        f"there is no device {name!r} here ({reason}); use {', '.join(['auto', *present[:-1]])} or {present[-1]}"
+    )
+
+
+def _present() -> list[str]:
+    """Name the kinds of device that are there, the one that is wanted most last."""
+    apple, nvidia = torch.backends.mps.is_available(), torch.cuda.is_available()
+    return ["cpu", *["mps"] * apple, *["cuda"] * nvidia]
+
+
+def _absent(name: str) -> str | None:
+    """Say why this machine has no device of a name; None: it may have one."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # computes there: a GPU may be seen that this PyTorch has no code for
-        if device.type == "cuda" and device.index is not None:
-            # So that everything that asks for "the" GPU gets this one, accelerate among it.
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]  # PyTorch goes on to list all that it knows
-        raise SFDError(f"there is no device {name!r} here ({reason}); use auto, cpu, cuda or mps") from None
-    return device
+    except RuntimeError:
+        return "that is no device's name"
+    if device.type == "cpu" and name not in ("cpu", "cpu:0"):
+        return "the CPU is a single device, and has no number"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no GPU" if torch.backends.cuda.is_built() else "this PyTorch is built without CUDA"
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return f"GPUs are numbered from 0, and PyTorch sees {torch.cuda.device_count()}"
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return "PyTorch sees no GPU of Apple's"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sfd.evaluation.figures import strip_picture
 from sfd.generate import SampleSettings
 from sfd.model import Model, load_model, model_folder
 from sfd.phases import class_labels, phase_strip
-from sfd.resources import choose_device, slow_bf16
+from sfd.resources import choose_device
 from sfd.sample_folder import write_grid, write_samples
 from sfd.settings import parse
 from sfd.shares import choose_share, own_device
@@ -41,8 +42,6 @@ def sample_images(
     settings = sample_settings(**options)
     chosen_seeds = parse_seeds(seeds)
     where = choose_device(own_device(device))
-    if settings.precision == "bf16" and (reason := slow_bf16(where)):
-        click.echo(f"note: {reason}", err=True)
     loaded = load_model(model_folder(model), where)
     weaker = load_model(model_folder(weak), where) if weak else None
     labels = asked_labels(loaded, classes)
@@ -50,8 +49,10 @@ def sample_images(
         pairs = [(labels[i % len(labels)], seed) for i, seed in enumerate(chosen_seeds)]
     else:
         pairs = [(label, seed) for label in labels for seed in chosen_seeds]
-    if weaker is not None and settings.guidance in (1.0, {}):
-        raise SFDError("--weak was given, but --guidance is 1, so it would do nothing; give a scale, such as 1.5")
+    if weaker is not None and not settings.guides:
+        raise SFDError(
+            "--weak was given, but --guidance is 1 for every stream, so it would do nothing; give a scale, such as 1.5"
+        )
     labels_of, seeds_of = [label for label, _ in pairs], [seed for _, seed in pairs]
     missing = write_samples(out, loaded, labels_of, seeds_of, settings, weak=weaker, share=share)
     if missing:
@@ -89,10 +90,10 @@ def sample_settings(**options: Any) -> SampleSettings:
     values = {
         **options,
         "batch_size": _batch_size(options["batch_size"]),
-        "options": dict(_assignment(text) for text in options.pop("options")),
+        "options": _by_name(map(_assignment, options.pop("options")), "--option"),
         "budget": budget if budget.isalpha() else [_number(part) for part in budget.split(",")],
-        "guidance": _by_stream(options["guidance"], _number),
-        "interval": _by_stream(interval, _range) if interval else None,
+        "guidance": _by_stream(options["guidance"], _number, "--guidance"),
+        "interval": None if interval is None else _by_stream(interval, _range, "--interval"),
     }
     return parse(SampleSettings, values, "sfd sample")
 
@@ -120,10 +121,24 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
-def _by_stream(text: str, read: Any) -> Any:
+def _by_stream(text: str, read: Callable[[str], Any], option: str) -> Any:
     if "=" not in text:
         return read(text)
-    return {name: read(value) for name, value in (_pair(part) for part in text.split(","))}
+    return {name: read(value) for name, value in _by_name(map(_pair, text.split(",")), option).items()}
+
+
+def _by_name(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Collect what an option names.
+
+    Raises:
+        SFDError: it gives a name twice.
+    """
+    named: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in named:
+            raise SFDError(f"{option} gives {name!r} twice, as {named[name]} and as {value}; give it once")
+        named[name] = value
+    return named
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -25,7 +25,8 @@ from sfd.errors import SFDError
 from sfd.evaluation.figures import image_grid
 from sfd.generate import SampleSettings, generate, with_compile
 from sfd.model import TEXTURE_STREAM, Model
-from sfd.progress import bar
+from sfd.progress import bar, console
+from sfd.resources import slow_bf16
 from sfd.shares import WHOLE, Share
 from sfd.stages import first_difference
 
@@ -79,6 +80,8 @@ def write_samples(
         _remove_partials(folder, batches)
         sampler = Sampler(model, settings, weak)
         total, left = sum(map(len, batches)), sum(number in missing for batch in batches for number in batch)
+        if left and settings.precision == "bf16" and (slowness := slow_bf16(model.device)):
+            console.print(f"{_description(share)}: {slowness}", style="yellow", markup=False, soft_wrap=True)
         with (
             bar(_description(share), total, total - left) as shown,
             ThreadPoolExecutor(WRITERS) as pool,

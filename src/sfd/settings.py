@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -45,7 +46,8 @@ def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDErro
         return SFDError(f"{prefix}{error}")
     # A misspelt field is unknown under one name and missing under another; the first says more.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    location = [str(part) for part in first["loc"]]
+    # Where a choice of names is one of several types, its place ends in that type.
+    location = [str(part) for part in first["loc"] if not str(part).startswith("literal[")]
     field = ".".join(location)
     if first["type"] == "extra_forbidden":
         parent = _owner(kind, location[:-1])
@@ -53,6 +55,9 @@ def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDErro
         return SFDError(f"{prefix}field {field!r}: {unknown('field', location[-1], choices)}")
     if first["type"] == "missing":
         return SFDError(f"{prefix}field {field!r} is missing; add it")
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        choices = re.findall("'([^']+)'", first["ctx"]["expected"])
+        return SFDError(f"{prefix}field {field!r}: {unknown(location[-1], first['input'], choices)}")
     given = json.dumps(first["input"], default=str)[:80]
     return SFDError(f"{prefix}field {field!r}: {first['msg']}, but {given} was given")
 

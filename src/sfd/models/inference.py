@@ -84,7 +84,10 @@ def require_compiler(device: torch.device) -> None:
     """
     reason = cannot_compile(device)
     if reason is not None:
-        raise SFDError(f"networks cannot be compiled here: {reason}; mend that, or leave `compile` off")
+        raise SFDError(
+            f"networks cannot be compiled here: {reason}; mend that, or do without: "
+            "`--compile off` for `sfd sample`, `compile: false` in a recipe"
+        )
 
 
 def cannot_compile(device: torch.device) -> str | None:
