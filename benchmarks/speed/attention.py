@@ -30,15 +30,21 @@ def products_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention(setting: Setting) -> list[Row]:
-    """Milliseconds, forward and backward: the fused kernel, and two products with a float32 softmax between them."""
+    """Milliseconds of the fused kernel, and of two products with a float32 softmax between them."""
     rows = []
     for shape in SHAPES:
         q, k, v = (torch.randn(shape, device=setting.device, requires_grad=True) for _ in range(3))
-        ways = {each.__name__: partial(_both, each, q, k, v) for each in (fused_float32, fused_bf16, products_bf16)}
-        times = best_times(ways, 3 * setting.repeats, setting.device)
-        row = {"tokens": shape[2], "heads": shape[1], "batch": shape[0]}
-        rows.append(row | {name: 1e3 * seconds for name, seconds in times.items()})
+        for what, do in (("forward", _forward), ("forward and backward", _both)):
+            ways = {each.__name__: partial(do, each, q, k, v) for each in (fused_float32, fused_bf16, products_bf16)}
+            times = best_times(ways, 3 * setting.repeats, setting.device)
+            row = {"tokens": shape[2], "heads": shape[1], "batch": shape[0], "what": what}
+            rows.append(row | {name: 1e3 * seconds for name, seconds in times.items()})
     return rows
+
+
+@torch.no_grad()
+def _forward(attend: Callable[..., Tensor], *inputs: Tensor) -> None:
+    attend(*inputs)
 
 
 def _both(attend: Callable[..., Tensor], *inputs: Tensor) -> None:
