@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sfd import randomness
 
@@ -21,3 +23,16 @@ def test_generators_are_numpys_for_the_list_of_the_key(key):
 def test_negative_keys_are_refused():
     with pytest.raises(ValueError, match="non-negative"):
         randomness.generator(0, "noise", -1)
+
+
+@given(
+    seed=st.integers(0, 2**70),
+    key=st.lists(st.integers(0, 2**40), max_size=4),
+    start=st.sampled_from([0, 5, 2**31, 2**32 - 9]),
+)
+def test_generators_are_those_that_numpy_seeds_one_by_one(seed, key, start):
+    last = range(start, start + 9)
+    for number, made in zip(last, randomness.generators(seed, "purpose", *key, last=last), strict=True):
+        alone = randomness.generator(seed, "purpose", *key, number)
+        drawn = [(g.random(2), g.integers(2**31, dtype=np.int32), g.standard_normal(5)) for g in (made, alone)]
+        assert all(np.array_equal(a, b) for a, b in zip(*drawn, strict=True))

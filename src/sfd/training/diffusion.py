@@ -97,8 +97,7 @@ class DiffusionTask:
         """Draw (B, 2) uniforms, for flip and label dropout, and (B, 1 + N) normals, for base time and noise."""
         uniforms = np.empty((len(samples), 2))
         normals = np.empty((len(samples), 1 + self.composite.size), dtype=np.float32)
-        for row, sample in enumerate(samples):
-            generator = randomness.generator(self.seed, "sample", step, sample)
+        for row, generator in enumerate(randomness.generators(self.seed, "sample", step, last=samples)):
             uniforms[row] = generator.random(2)
             generator.standard_normal(out=normals[row], dtype=np.float32)
         return uniforms, normals
