@@ -93,9 +93,9 @@ class Attention(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention of (B, H, T, D), in the dtype of `v`.
 
-    On a CPU the fused bf16 kernel is slow where tokens are few (5 to 7 times the float32 one's time at 16 of them), and
-    two plain products beat both there: 0.5 to 0.7 of the float32 kernel's time at 16 tokens, 0.7 to 1.1 at 64, 1.1 to
-    1.5 at 256 (forward and backward; `python -m benchmarks.speed --only attention`).
+    On a CPU the fused bf16 kernel is slow where tokens are few (5 to 9 times the float32 one's time at 16 of them), and
+    two plain products beat both there: 0.5 to 0.7 of the float32 kernel's time at 16 tokens, 0.6 to 1.1 at 64, 0.8 to
+    1.5 at 256, with the backward pass (`python -m benchmarks.speed --only attention`); without, they are slower there.
     """
     if v.device.type != "cpu":
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
