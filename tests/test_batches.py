@@ -1,4 +1,5 @@
 import os
+import threading
 import time
 from contextlib import closing
 from itertools import count
@@ -76,6 +77,26 @@ def test_several_threads_prepare_several_batches_at_once():
             return time.monotonic() - start
 
     assert seconds(6) < 0.5 * seconds(1)
+
+
+def test_threads_of_several_compute_alone_and_leave_the_others_theirs():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+
+        def make(step, samples):
+            return {"threads": torch.tensor(torch.get_num_threads())}
+
+        with closing(Batches(make, SETTINGS, threads=4)) as made:
+            made.start(0, 0)
+            assert {int(made.next()["threads"]) for _ in KEYS} == {1}
+        new = []
+        thread = threading.Thread(target=lambda: new.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert torch.get_num_threads() == new[0] == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_number_of_threads_suits_the_device(monkeypatch):

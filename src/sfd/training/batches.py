@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,6 +53,19 @@ def workers(settings: TrainSettings, device: torch.device) -> int:
     return min(MOST_WORKERS, max(1, cores // processes.neighbours() - 1))
 
 
+def _keep_to_itself(others: int) -> None:
+    """Let PyTorch's operations use no other thread in this one; without, several would each use all cores at once.
+
+    Args:
+        others: the number of threads that operations of other threads use, and go on to.
+    """
+    torch.get_num_threads()  # a thread takes over the common number when it first asks, so that must lie behind it
+    torch.set_num_threads(1)  # this thread's number, and the common one
+    restoring = threading.Thread(target=torch.set_num_threads, args=(others,))
+    restoring.start()
+    restoring.join()
+
+
 class Batches:
     """This process's batches in order, from any step and attempt on."""
 
@@ -66,7 +81,8 @@ class Batches:
             pinned: put batches into memory that a GPU copies from while it computes.
         """
         self._make, self._settings, self._threads, self._pinned = make, settings, threads, pinned
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches")
+        begin = partial(_keep_to_itself, torch.get_num_threads()) if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches", initializer=begin)
         self._keys: Iterator[tuple[int, range]] = iter(())
         self._pending: deque[Future[Batch]] = deque()
         self._waited, self._since = 0.0, time.monotonic()
