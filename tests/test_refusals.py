@@ -116,6 +116,7 @@ def test_sampling_that_would_ignore_an_option(model_folder, tmp_path, options, w
         (["sample.precision=bf61"], "field 'sample.precision': there is no precision 'bf61'; did you mean 'bf16'"),
         (["sample.shift=1e17"], "sample.shift"),
         (["evaluation.weak=there", "sample.guidance={semantic: 1.0}"], "sample.guidance is 1 for every stream"),
+        (["evaluation.weak=there", "sample.guidance=2.0", "sample.paired=true"], "evaluation.weak is another"),
     ],
 )
 def test_a_recipe_that_would_ignore_a_field(tmp_path, fields, words):

@@ -209,6 +209,10 @@ class Recipe(Settings):
                 "evaluation.weak is set, but sample.guidance is 1 for every stream, so it would do nothing; give a "
                 "scale, such as 1.5"
             )
+        if self.evaluation.weak is not None and self.sample.paired:
+            raise SFDError(
+                "sample.paired evaluates one network once with both labels, but evaluation.weak is another; set one"
+            )
         self._check_data()
         return self
 

@@ -106,8 +106,8 @@ def integrate(
         solver: name of a module in `sfd.solvers`.
         steps: how many in all, at least one a piece; None for adaptive solvers.
         options: settings of the solver.
-        shift: s > 0 maps an even grid w of steps to u = s·w / (1 + (s − 1)·w); 1 keeps it even, less than 1 puts more
-            steps near noise. Adaptive solvers take no shift.
+        shift: s in [0.01, 100] maps an even grid w of steps to u = s·w / (1 + (s − 1)·w); 1 keeps it even, less than 1
+            puts more steps near noise. Adaptive solvers take no shift.
         budget: how steps are divided over the segments in which something moves: in proportion to their length in w
             ("length"), evenly ("equal"), in proportion to the stream time that all streams together travel in them
             ("time"), or to given weights, one a segment. The pieces of a segment share its steps by length. Adaptive
