@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfd.generate import SampleSettings, velocity_field
+from sfd.generation.generate import SamplingConfig, velocity_field
+from sfd.generation.model import TEXTURE_STREAM, Model
 from sfd.guidance import Guided, guide
-from sfd.model import TEXTURE_STREAM, Model
 from sfd.sampling import initial_noise, integrate
 
 
@@ -22,7 +22,7 @@ class Solved(NamedTuple):
 
 
 def solve(
-    model: Model, count: int, how: SampleSettings, *, first: int = 0, knots: bool = True, jumps: bool = True
+    model: Model, count: int, how: SamplingConfig, *, first: int = 0, knots: bool = True, jumps: bool = True
 ) -> Solved:
     """Integrate seeds `first`, …, each of the class that is its turn, as one batch; the null class is the weak model.
 

@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sfd import files
-from sfd.assessment import reference
-from sfd.config import load_recipe
-from sfd.data.latents import LatentSet
+from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, read_metrics
-from sfd.generate import generate, without_guidance
-from sfd.model import Model
-from sfd.models.transformer import Transformer
-from sfd.pipeline import Pipeline, transformer_config
-from sfd.resources import choose_device
+from sfd.generation.generate import generate, without_guidance
+from sfd.generation.model import Model
+from sfd.models.dit import LightningDiT
+from sfd.run.assessment import reference
+from sfd.run.pipeline import Pipeline, transformer_config
+from sfd.run.recipe import load_recipe
 from sfd.schedules import build_schedule
-from sfd.training.diffusion import DiffusionTask
-from sfd.training.loop import fit
+from sfd.training.tasks.diffusion import DiffusionTask
+from sfd.training.trainer import fit
+from sfd.utils import files
+from sfd.utils.device import choose_device
 
 OFFSETS = "0,0.1,0.3,0.5,0.7,1"
 MEASURED = {"n_samples", "class_accuracy", "frechet_distance", "precision", "recall"}
@@ -35,7 +35,7 @@ def trained(pipeline: Pipeline, delta: float, seed: int, folder: Path) -> Model:
     recipe, latents = pipeline.recipe, LatentSet(pipeline.folder.latents)
     config = transformer_config(recipe, latents)
     schedule = build_schedule({"name": "offset", "delta": delta}, config.composite.names)
-    network = Transformer(config, seed=seed)
+    network = LightningDiT(config, seed=seed)
     size = recipe.train.batch_size
     task = DiffusionTask(network, latents, schedule, recipe.loss, seed=seed, batch_size=size)
     network = fit(task, recipe.train, folder, device=pipeline.device)

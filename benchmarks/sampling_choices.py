@@ -27,13 +27,13 @@ from benchmarks.solvers_interval import DEVIATIONS, MEANS, SCALE
 from benchmarks.solvers_trained import MODEL
 from benchmarks.speed.measuring import ROOT, Row
 from benchmarks.speed.report import page, table
-from sfd import files
-from sfd.analytic import GaussianMixture
-from sfd.errors import unknown
-from sfd.generate import SampleSettings
+from sfd.generation.generate import SamplingConfig
+from sfd.generation.model import Model, load_model
 from sfd.guidance import VelocityField, guide
-from sfd.model import Model, load_model
+from sfd.models.toy import GaussianMixture
 from sfd.sampling import Result, initial_noise, integrate
+from sfd.utils import files
+from sfd.utils.errors import unknown
 
 PAGE = ROOT / "docs" / "sampling.md"
 RESULTS = ROOT / "docs" / "results" / "sampling-choices.json"
@@ -60,7 +60,7 @@ def multistep(steps: int, order: int = 3, **others: Any) -> dict[str, Any]:
 
 def guided(how: dict[str, Any], interval: tuple[float, float] | None = None, **blind: bool) -> Solved:
     """Sample models/shapes with guidance."""
-    return solve(shapes(), IMAGES, SampleSettings(**how, guidance=SCALE, interval=interval), **blind)
+    return solve(shapes(), IMAGES, SamplingConfig(**how, guidance=SCALE, interval=interval), **blind)
 
 
 @cache
@@ -108,7 +108,7 @@ def shapes_solvers() -> Iterator[Row]:
 
 def as_published() -> Row:
     """Errors of the published settings; the evaluations of a batch in the mean."""
-    how = SampleSettings(**dopri5(1e-3), guidance=SCALE)
+    how = SamplingConfig(**dopri5(1e-3), guidance=SCALE)
     found = [solve(shapes(), AT_ONCE, how, first=first, knots=False) for first in range(0, IMAGES, AT_ONCE)]
     errors = texture_errors(shapes(), torch.cat([part.latents for part in found]), converged())
     mean = round(sum(part.evaluations for part in found) / len(found))

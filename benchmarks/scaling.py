@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """As in sfd.models.transformer.SIZES."""
+    """As in sfd.models.dit.SIZES."""
 
     depth: int
     width: int
@@ -67,7 +67,7 @@ def parameters(size: Size, a: Assumptions) -> int:
 
 
 def forward_flops(size: Size, a: Assumptions) -> int:
-    """Operations of one image's forward pass, without the projector: what sfd.models.transformer.flops counts."""
+    """Operations of one image's forward pass, without the projector: what sfd.models.dit.flops counts."""
     d = size.width
     block = (4 * d + 3 * (8 * d // 3)) * d + 2 * a.tokens * d
     rest = 256 * d + d * d // 2 + (6 * size.depth + 2) * d * d

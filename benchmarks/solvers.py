@@ -29,15 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd import randomness
-from sfd.analytic import GaussianMixture
 from sfd.evaluation.metrics import Gaussian, frechet_distance, gaussian
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.toy import GaussianMixture
 from sfd.sampling import initial_noise, integrate
 from sfd.schedules import Schedule, build_schedule
-from sfd.streams import Composite, Stream
+from sfd.utils import rng
 
 STREAMS = (Stream(name="texture", channels=32, grid=1), Stream(name="semantic", channels=16, grid=1))
-COMPOSITE = Composite(streams=STREAMS)
+COMPOSITE = CompositeLatent(streams=STREAMS)
 COMPONENTS, SAMPLES, DELTA, FLIPPED = 16, 64, 0.3, 0.1
 TOLERANCES = [10**-e for e in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0)]
 STEPS = [6, 9, 12, 15, 18, 21, 24, 30, 36, 48, 60, 80, 100, 140, 200]
@@ -58,7 +58,7 @@ class Point(NamedTuple):
 
 def data(seed: int = 0) -> GaussianMixture:
     """The mixture: means of standard deviation 0.8, standard deviations from 0.3 to 0.9."""
-    generator = randomness.generator(seed, "solvers")
+    generator = rng.generator(seed, "solvers")
     shape = (COMPONENTS, COMPOSITE.size)
     means, stds = 0.8 * generator.standard_normal(shape), generator.uniform(0.3, 0.9, shape)
     return GaussianMixture(

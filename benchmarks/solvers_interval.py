@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.solvers import COMPOSITE, DELTA, SAMPLES, data, texture_errors
-from sfd.analytic import GaussianMixture
 from sfd.guidance import VelocityField, guide
+from sfd.models.toy import GaussianMixture
 from sfd.sampling import Result, initial_noise, integrate
 from sfd.schedules import build_schedule
 

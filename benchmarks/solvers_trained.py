@@ -23,41 +23,41 @@ from torch import Tensor
 
 from benchmarks.guided_model import solve, texture_errors
 from sfd.data.shapes import ShapesSource
-from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Reference, evaluate, measure
 from sfd.evaluation.extractors import classifier
-from sfd.generate import SampleSettings, check_sampling, decode, generate
-from sfd.model import Model, load_model
-from sfd.resources import choose_device
+from sfd.generation.generate import SamplingConfig, check_sampling, decode, generate
+from sfd.generation.model import Model, load_model
+from sfd.utils.device import choose_device
+from sfd.utils.errors import SFDError
 
 MODEL = Path(__file__).parent.parent / "models" / "shapes"
 HELD_OUT, HELD_OUT_SEED = 20_000, 1_000_003  # the model's data are of seed 0
 AT_ONCE = 250  # images
 BLIND = "dopri5, blind to knots"
 STEPS = (6, 9, 12, 18, 24, 36, 50)
-CONVERGED = SampleSettings(solver="dopri5", options={"rtol": 1e-4, "atol": 1e-6}, guidance=2.0)
+CONVERGED = SamplingConfig(solver="dopri5", options={"rtol": 1e-4, "atol": 1e-6}, guidance=2.0)
 
 
-def settings(numbers: Sequence[int]) -> Iterator[tuple[str, SampleSettings]]:
+def settings(numbers: Sequence[int]) -> Iterator[tuple[str, SamplingConfig]]:
     """Name each way of sampling with these numbers of evaluations; `CONVERGED` is measured before them."""
     for knobs in ({}, {"rtol": 1e-2}, {"rtol": 1e-4}):
-        yield "dopri5", SampleSettings(solver="dopri5", options=knobs, guidance=2.0)
+        yield "dopri5", SamplingConfig(solver="dopri5", options=knobs, guidance=2.0)
     for steps in numbers:
-        yield "euler", SampleSettings(solver="euler", steps=steps, guidance=2.0)
+        yield "euler", SamplingConfig(solver="euler", steps=steps, guidance=2.0)
         if steps % 2 == 0:
-            yield "heun", SampleSettings(solver="heun", steps=steps // 2, guidance=2.0)
-            yield "sde", SampleSettings(solver="sde", steps=steps // 2, options={"noise": 0.5}, guidance=2.0)
+            yield "heun", SamplingConfig(solver="heun", steps=steps // 2, guidance=2.0)
+            yield "sde", SamplingConfig(solver="sde", steps=steps // 2, options={"noise": 0.5}, guidance=2.0)
         for order in (2, 3):
             method: dict[str, Any] = {"solver": "multistep", "options": {"order": order}, "guidance": 2.0}
-            yield f"multistep, order {order}", SampleSettings(**method, steps=steps)
-            yield f"multistep, order {order}, budget time", SampleSettings(**method, steps=steps, budget="time")
+            yield f"multistep, order {order}", SamplingConfig(**method, steps=steps)
+            yield f"multistep, order {order}, budget time", SamplingConfig(**method, steps=steps, budget="time")
     for every in (2, 3, 4):
         for between in ("hold", "extrapolate"):
             reuse: dict[str, Any] = {"weak_every": every, "weak_between": between, "guidance": 2.0}
-            yield f"weak every {every}, {between}", SampleSettings(solver="multistep", steps=24, **reuse)
+            yield f"weak every {every}, {between}", SamplingConfig(solver="multistep", steps=24, **reuse)
 
 
-def sample(model: Model, count: int, chosen: SampleSettings, first: int = 0) -> tuple[np.ndarray, Tensor, int, int]:
+def sample(model: Model, count: int, chosen: SamplingConfig, first: int = 0) -> tuple[np.ndarray, Tensor, int, int]:
     """Images from seeds `first`, …, latents, evaluations of the strong model and those with the weak one."""
     labels, seeds = [k % len(model.classes) for k in range(count)], range(first, first + count)
     batches = list(generate(model, labels, seeds, chosen.model_copy(update={"batch_size": AT_ONCE})))
@@ -65,7 +65,7 @@ def sample(model: Model, count: int, chosen: SampleSettings, first: int = 0) -> 
     return images, latents, max(b.evaluations for b in batches), max(b.weak_evaluations for b in batches)
 
 
-def sample_blind(model: Model, count: int, chosen: SampleSettings) -> tuple[np.ndarray, Tensor, int, int]:
+def sample_blind(model: Model, count: int, chosen: SamplingConfig) -> tuple[np.ndarray, Tensor, int, int]:
     """Sample as `sample` does, but over the whole interval at once, blind to the knots."""
     sizes = [min(AT_ONCE, count - first) for first in range(0, count, AT_ONCE)]
     parts = [solve(model, n, chosen, first=AT_ONCE * k, knots=False) for k, n in enumerate(sizes)]
@@ -74,7 +74,7 @@ def sample_blind(model: Model, count: int, chosen: SampleSettings) -> tuple[np.n
 
 
 def judged(
-    model: Model, reference: Reference, count: int, methods: Iterable[tuple[str, SampleSettings]]
+    model: Model, reference: Reference, count: int, methods: Iterable[tuple[str, SamplingConfig]]
 ) -> Iterator[dict[str, Any]]:
     """Sample each way and judge the samples: a row for the converged ones, then one for each method."""
     labels = [k % len(model.classes) for k in range(count)]
@@ -117,7 +117,7 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def choose(model: Model, numbers: Sequence[int], wanted: set[str]) -> list[tuple[str, SampleSettings]]:
+def choose(model: Model, numbers: Sequence[int], wanted: set[str]) -> list[tuple[str, SamplingConfig]]:
     """Pick what is measured beside `CONVERGED`: of the methods that are wanted, or of all, if none is named.
 
     Raises:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from faults.commands import Failure
 from faults.runs import Place
 from faults.scenarios import Scenario
-from sfd import files
+from sfd.utils import files
 
 DAY = 86400.0
 

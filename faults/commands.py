@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfd.cli import main
+from sfd.cli.main import main
 
 SECONDS = 240.0
 Condition = Callable[[], None]

@@ -12,7 +12,7 @@ import torch
 from faults.commands import Failure
 from faults.runs import Place
 from faults.scenarios import Scenario
-from sfd import files
+from sfd.utils import files
 
 
 def poison(latents: Path, images: int) -> None:

@@ -14,7 +14,7 @@ from random import Random
 import torch
 
 from faults.commands import Command, Condition, Ended, Failure, plain
-from sfd.cli import main
+from sfd.cli.main import main
 
 TINY = Path(__file__).parent.parent / "tests" / "tiny.yaml"
 RECIPE = f"""

@@ -15,7 +15,7 @@ import psutil
 from faults.commands import Failure
 from faults.runs import Place
 from faults.scenarios import Scenario
-from sfd import files
+from sfd.utils import files
 
 # What a process waits for another in a collective operation before it takes it for lost; an hour in a real run.
 HANG_SECONDS = 15
@@ -69,7 +69,7 @@ _SHORTER = """
 import importlib.util, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != "sfd.processes":
+        if name != "sfd.utils.distributed":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from sfd.assessment import assess
-from sfd.config import load_recipe
-from sfd.pipeline import Pipeline
+from sfd.run.assessment import assess
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import load_recipe
 from tiny import write_recipe
 
 # A first call imports and warms up; how long an example takes on a busy machine is no property of the code.

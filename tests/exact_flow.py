@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from sfd.analytic import GaussianMixture
-from sfd.streams import Composite, Stream
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.toy import GaussianMixture
 
 STREAMS = ("texture", "semantic")
-COMPOSITE = Composite(
+COMPOSITE = CompositeLatent(
     streams=(Stream(name="texture", channels=1, grid=2, patch_size=2), Stream(name="semantic", channels=2, grid=1))
 )
 SCHEDULES = {

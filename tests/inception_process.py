@@ -26,7 +26,7 @@ for operator in ("nms", "qnms"):
 from click.testing import CliRunner  # noqa: E402
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: E402
 
-from sfd.cli import main  # noqa: E402
+from sfd.cli.main import main  # noqa: E402
 from sfd.evaluation.extractors._base import pretrained  # noqa: E402
 
 IMAGES = np.random.default_rng(0).integers(256, size=(6, 24, 24, 3), dtype=np.uint8)

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from sfd import randomness
 from sfd.encoders import autoencoder_kl
-from sfd.model import Model
-from sfd.models.transformer import Transformer, TransformerConfig
+from sfd.generation.model import Model
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.schedules import build_schedule
-from sfd.streams import Composite, Stream
+from sfd.utils import rng
 
 TEXTURE = Stream(name="texture", channels=2, grid=2, mean=(0.1, -0.2), std=(0.7, 0.5))
 SEMANTIC = Stream(name="semantic", channels=3, grid=2)
-COMPOSITE = Composite(streams=(TEXTURE, SEMANTIC))
+COMPOSITE = CompositeLatent(streams=(TEXTURE, SEMANTIC))
 CLASSES = ("disk", "ring", "star")
 DELTA = 0.3
 
 
-def random_model(seed: int, classes: tuple[str, ...] = CLASSES, composite: Composite = COMPOSITE, **schedule) -> Model:
+def random_model(
+    seed: int, classes: tuple[str, ...] = CLASSES, composite: CompositeLatent = COMPOSITE, **schedule
+) -> Model:
     """A model whose velocity depends on everything: no weight is zero."""
-    config = TransformerConfig(
+    config = DiTConfig(
         depth=1, width=16, heads=2, composite=composite, num_classes=len(classes), clocks=composite.names
     )
-    with randomness.seeded(seed, "test"):
+    with rng.seeded(seed, "test"):
         texture = autoencoder_kl.build(autoencoder_kl.Config(patch=2, widths=(8,), latent_channels=2))
-        network = Transformer(config)
+        network = LightningDiT(config)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     spec = schedule or {"name": "offset", "delta": DELTA}

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sfd.interop import transformer as published
-from sfd.models.transformer import Transformer
+from sfd.convert import transformer as published
+from sfd.models.dit import LightningDiT
 
 CONFIG = {
     "depth": 2,
@@ -42,8 +42,8 @@ CONFIG = {
 }
 
 
-def random_network(config: dict[str, Any], seed: int) -> Transformer:
-    network = Transformer(published.published_config(config)).eval()
+def random_network(config: dict[str, Any], seed: int) -> LightningDiT:
+    network = LightningDiT(published.published_config(config)).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -62,7 +62,7 @@ def write_transformer(
     composite = network.config.composite
     streams = len(composite.streams)
 
-    def velocity(x: Tensor, times: Tensor, labels: Tensor, network: Transformer = network) -> Tensor:
+    def velocity(x: Tensor, times: Tensor, labels: Tensor, network: LightningDiT = network) -> Tensor:
         return network(x.flatten(1), times[:, :streams], labels).velocity.view(x.shape).detach()
 
     strong = io["velocity"] = velocity(io["x"], times, io["y"])
@@ -103,14 +103,14 @@ def _inputs(config: dict[str, Any]) -> dict[str, Tensor]:
     return io
 
 
-def _save_weights(network: Transformer, config: dict[str, Any], path: Path) -> None:
+def _save_weights(network: LightningDiT, config: dict[str, Any], path: Path) -> None:
     state = published.to_published(network.state_dict(), network.config)
     if not config["class_dropout_prob"]:
         state[published.LABELS] = state[published.LABELS][:-1]
     save_file({key: value.contiguous() for key, value in state.items()}, path)
 
 
-def _add_losses(io: dict[str, Tensor], network: Transformer, config: dict[str, Any]) -> None:
+def _add_losses(io: dict[str, Tensor], network: LightningDiT, config: dict[str, Any]) -> None:
     delta, semantic = config["semfirst_delta_t"], config["semantic_chans"]
     u, x1, x0 = io["loss_base_time"], io["loss_x1"], io["loss_x0"]
     times = torch.stack([((1 + delta) * u - delta).clamp(min=0), ((1 + delta) * u).clamp(max=1)], dim=1)

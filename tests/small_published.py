@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sfd import randomness
+from sfd.utils import rng
 
 KL: dict[str, Any] = {
     "latent_channels": 3,
@@ -21,7 +21,7 @@ def save_kl(folder: Path, **changes: Any):
     """Save an `AutoencoderKL` that shrinks images by 2, and give it."""
     from diffusers import AutoencoderKL
 
-    with randomness.seeded(0, "kl"):
+    with rng.seeded(0, "kl"):
         model = AutoencoderKL(**{**KL, **changes}).eval()
     model.save_pretrained(folder)
     return model

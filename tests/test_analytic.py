@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfd.analytic import GaussianMixture
-from sfd.errors import SFDError
-from sfd.streams import Composite, Stream
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.toy import GaussianMixture
+from sfd.utils.errors import SFDError
 
-PAIR = Composite(streams=(Stream(name="texture", channels=1, grid=1), Stream(name="semantic", channels=1, grid=1)))
+PAIR = CompositeLatent(
+    streams=(Stream(name="texture", channels=1, grid=1), Stream(name="semantic", channels=1, grid=1))
+)
 
 
 def double(*values: object) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 
 from sfd.training import batches
 from sfd.training.batches import ATTEMPT_STEPS, Batches, workers
-from sfd.training.loop import fit
-from sfd.training.settings import TrainSettings
+from sfd.training.config import TrainSettings
+from sfd.training.trainer import fit
 from test_training import Regression, changed, log, same_weights
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, accumulate=2, learning_rate=1e-3)

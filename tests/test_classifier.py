@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from sfd import files, randomness
 from sfd.data.shapes import ShapesSource
 from sfd.data.split import split
-from sfd.errors import SFDError
 from sfd.evaluation.extractors import classifier
 from sfd.evaluation.extractors._base import load_extractor
 from sfd.evaluation.extractors.classifier import Classifier, ClassifierSettings, ClassifierTask, Config
 from sfd.evaluation.metrics import frechet_distance, gaussian
 from sfd.models.convnet import ConvNetConfig
-from sfd.training.settings import TrainSettings
+from sfd.training.config import TrainSettings
+from sfd.utils import files, rng
+from sfd.utils.errors import SFDError
 
 CPU = torch.device("cpu")
 NETWORK = ConvNetConfig(widths=(16, 32, 32))
@@ -145,12 +145,12 @@ def test_a_batch_is_a_function_of_its_step_and_slots():
 
 def test_augmentation_without_shift_and_flip_changes_nothing():
     images = SOURCE.load(range(5))
-    generators = [randomness.generator(0, "test", i) for i in range(5)]
+    generators = [rng.generator(0, "test", i) for i in range(5)]
     np.testing.assert_array_equal(classifier.augment(images, generators, 0, False), images)
 
 
 def test_identity_changes_with_weights_and_configuration():
-    with randomness.seeded(0, "test"):
+    with rng.seeded(0, "test"):
         one = Classifier(Config(image_size=16, network=NETWORK))
     before = one.identity
     other = Classifier(Config(image_size=32, network=NETWORK))

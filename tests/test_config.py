@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from sfd.config import dump_recipe, load_recipe
-from sfd.errors import SFDError
+from sfd.run.recipe import dump_recipe, load_recipe
+from sfd.utils.errors import SFDError
 from tiny import RECIPE, write_recipe
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reference_folder import CONFIG, random_network
-from sfd.cli import main
+from sfd.cli.main import main
+from sfd.convert import transformer as published
 from sfd.encoders import open_texture
-from sfd.interop import transformer as published
-from sfd.model import load_model
+from sfd.generation.model import load_model
 from sfd.models.compressor import load_compressor
 
 GOLDEN = Path(__file__).parent / "golden"

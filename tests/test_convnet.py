@@ -3,14 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfd import randomness
-from sfd.errors import SFDError
 from sfd.models.convnet import ConvNet, ConvNetConfig
-from sfd.settings import parse
+from sfd.utils import rng
+from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
 
 
 def network(**fields):
-    with randomness.seeded(0, "test"):
+    with rng.seeded(0, "test"):
         return ConvNet(ConvNetConfig(**fields)).eval()
 
 

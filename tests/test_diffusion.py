@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from sfd import flow, randomness
+from sfd import flow
+from sfd.data.encode import LatentSettings, prepare
 from sfd.data.folder import FolderSource
-from sfd.data.latents import FEATURES, LatentSet
-from sfd.data.prepare import LatentSettings, prepare
 from sfd.data.shapes import ShapesSource
-from sfd.errors import SFDError
-from sfd.models.transformer import Transformer, TransformerConfig
+from sfd.data.shards import FEATURES, LatentSet
+from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.schedules import build_schedule
-from sfd.training.diffusion import DiffusionTask, LossSettings
+from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
+from sfd.utils import rng
+from sfd.utils.errors import SFDError
 
 CPU = torch.device("cpu")
 STREAMS = ("texture", "semantic")
@@ -45,12 +46,10 @@ def make_model(latents, repa=True):
     composite = latents.composite({}, {"texture": 1.0, "semantic": 2.0})
     classes = len(latents.manifest.classes)
     fields = {"repa_block": 1, "repa_channels": 6, "repa_width": 16} if repa else {}
-    model = Transformer(
-        TransformerConfig(
-            depth=2, width=16, heads=2, composite=composite, num_classes=classes, clocks=STREAMS, **fields
-        )
+    model = LightningDiT(
+        DiTConfig(depth=2, width=16, heads=2, composite=composite, num_classes=classes, clocks=STREAMS, **fields)
     )
-    with randomness.seeded(0, "heads"):  # they start at zero, where all velocities are alike
+    with rng.seeded(0, "heads"):  # they start at zero, where all velocities are alike
         for head in model.heads:
             nn.init.normal_(head.weight)
     return model

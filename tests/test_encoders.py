@@ -7,17 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfd import files, randomness, registry
 from sfd.data.images import to_tensor
 from sfd.data.shapes import ShapesSource
 from sfd.encoders import autoencoder_kl, convnet, load_encoder, load_semantic_encoder, load_texture_encoder
-from sfd.encoders._augment import DRAWS, recolour
 from sfd.encoders._base import PACKAGE
-from sfd.encoders._training import vicreg
-from sfd.errors import SFDError
 from sfd.models.pca import PCA, PCAConfig
-from sfd.training.loop import fit
-from sfd.training.settings import TrainSettings
+from sfd.training.config import TrainSettings
+from sfd.training.tasks.augment import DRAWS, recolour
+from sfd.training.tasks.encoders import vicreg
+from sfd.training.trainer import fit
+from sfd.utils import files, registry, rng
+from sfd.utils.errors import SFDError
 
 SMALL = {
     "autoencoder_kl": autoencoder_kl.Config(widths=(8, 16), latent_channels=4),
@@ -37,7 +37,7 @@ def images(source):
 
 
 def make(name: str, seed: int = 0):
-    with randomness.seeded(seed, "test"):
+    with rng.seeded(seed, "test"):
         return registry.find(PACKAGE, name, "encoder").build(SMALL[name]).eval()
 
 

@@ -7,11 +7,11 @@ from PIL import Image
 
 from sfd.data.shapes import ShapesSource
 from sfd.data.split import split
-from sfd.errors import SFDError
 from sfd.evaluation.evaluate import compare, evaluate, evaluate_real, measure, read_metrics
 from sfd.evaluation.extractors._base import Extraction
 from sfd.evaluation.metrics import Gaussian, gaussian
 from sfd.evaluation.samples import load_samples
+from sfd.utils.errors import SFDError
 
 
 class Thumbnails:

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from sfd.cli import main
+from sfd.cli.main import main
 from sfd.evaluation.evaluate import read_metrics
 from sfd.evaluation.extractors._base import pretrained
 from sfd.evaluation.metrics import frechet_distance, gaussian, precision_recall

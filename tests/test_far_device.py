@@ -11,21 +11,22 @@ from torch import Tensor
 
 from far_device import FAR, Unknown, Waits, far, watched
 from random_model import COMPOSITE, random_model
-from sfd import device_memory, processes
 from sfd.data.shapes import ShapesSource
 from sfd.data.statistics import ChannelStatistics
-from sfd.errors import SFDError
-from sfd.generate import SampleSettings, _guided, decode
-from sfd.model import Model
+from sfd.generation import device_memory
+from sfd.generation.generate import SamplingConfig, _guided, decode
+from sfd.generation.model import Model
 from sfd.models import layers
+from sfd.models.dit import SIZES
 from sfd.models.inference import Inference
-from sfd.models.transformer import SIZES
-from sfd.resources import choose_device
 from sfd.sampling import initial_noise, integrate
 from sfd.solvers._by_image import _norm
-from sfd.training import loop
-from sfd.training.loop import fit
-from sfd.training.settings import TrainSettings
+from sfd.training import trainer
+from sfd.training.config import TrainSettings
+from sfd.training.trainer import fit
+from sfd.utils import distributed
+from sfd.utils.device import choose_device
+from sfd.utils.errors import SFDError
 from test_diffusion import make_latents, make_model, make_task
 from test_training import Meddling, changed
 
@@ -33,12 +34,12 @@ __all__ = ["far"]
 
 TRAINING = TrainSettings(steps=100, batch_size=4, learning_rate=1e-3, ema=0.9, clip=1.0, accumulate=2)
 SETTINGS = {
-    "plain": SampleSettings(steps=6),
-    "guided": SampleSettings(steps=9, guidance=1.5, interval=(0.1, 0.9)),
-    "paired": SampleSettings(steps=6, guidance={"texture": 1.5}, paired=True),
-    "weak reused": SampleSettings(steps=12, guidance=1.5, weak_every=2, weak_between="extrapolate"),
-    "bf16": SampleSettings(steps=6, guidance=1.5, precision="bf16"),
-    "sde": SampleSettings(steps=6, solver="sde", guidance=1.5),
+    "plain": SamplingConfig(steps=6),
+    "guided": SamplingConfig(steps=9, guidance=1.5, interval=(0.1, 0.9)),
+    "paired": SamplingConfig(steps=6, guidance={"texture": 1.5}, paired=True),
+    "weak reused": SamplingConfig(steps=12, guidance=1.5, weak_every=2, weak_between="extrapolate"),
+    "bf16": SamplingConfig(steps=6, guidance=1.5, precision="bf16"),
+    "sde": SamplingConfig(steps=6, solver="sde", guidance=1.5),
 }
 
 
@@ -47,12 +48,12 @@ def latents(tmp_path_factory):
     return make_latents(ShapesSource(24, 0, 16), tmp_path_factory.mktemp("latents"))
 
 
-def steps(latents, folder: Path, checkpointing: bool | str = False, **settings) -> loop.Run:
+def steps(latents, folder: Path, checkpointing: bool | str = False, **settings) -> trainer.Run:
     """Two training steps on the far device."""
     model = make_model(latents)
     model.config = model.config.model_copy(update={"checkpointing": checkpointing})
     task = make_task(latents, model=model, batch_size=TRAINING.batch_size, **settings)
-    run = loop.Run(task, TRAINING, folder, FAR)
+    run = trainer.Run(task, TRAINING, folder, FAR)
     run.batches.start(0, 0)
     try:
         run.advance()  # puts the weights of the loss on the device, once
@@ -69,7 +70,7 @@ def test_a_training_step_does_not_wait_for_the_device(latents, tmp_path, far, se
     assert run.step == 2 and all(p.device == FAR for p in run.network.parameters())
 
 
-def sampled(settings: SampleSettings) -> Tensor:
+def sampled(settings: SamplingConfig) -> Tensor:
     model = random_model(0).to(FAR)
     velocity = _guided(model, None, torch.tensor([0, 2]).to(FAR), settings)
     noise = initial_noise([3, 4], COMPOSITE).to(FAR)
@@ -194,8 +195,8 @@ def test_the_batch_is_as_large_as_memory_holds(monkeypatch, free, expected):
         "mem_get_info": lambda device: (free, free),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    assert device_memory.fitting_batch_size(random_model(0), SampleSettings(), None, 1000) == expected
-    assert device_memory.fitting_batch_size(random_model(0), SampleSettings(), None, 8) == 64, "not worth a trial"
+    assert device_memory.fitting_batch_size(random_model(0), SamplingConfig(), None, 1000) == expected
+    assert device_memory.fitting_batch_size(random_model(0), SamplingConfig(), None, 8) == 64, "not worth a trial"
 
 
 @pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "vulkan"])
@@ -228,4 +229,4 @@ def test_several_gpus_need_to_know_whose_they_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SFDError, match="LOCAL_RANK is not set"):
-        processes.join("auto")
+        distributed.init("auto")

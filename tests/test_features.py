@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from sfd.errors import SFDError
 from sfd.evaluation import features
 from sfd.evaluation.extractors._base import Extraction
 from sfd.evaluation.features import Features
 from sfd.evaluation.metrics import Gaussian, gaussian
 from sfd.evaluation.npz import Npz, NpzImages
 from sfd.evaluation.reference import RealImages, measured
-from sfd.shares import WHOLE, Share
+from sfd.utils.errors import SFDError
+from sfd.utils.shares import WHOLE, Share
 
 COUNT = 25
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfd import files
-from sfd.errors import SFDError
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 
 def test_written_leaves_nothing_when_the_block_fails(tmp_path):

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfd import flow
-from sfd.streams import Composite, Stream
+from sfd.latents import CompositeLatent, Stream
 
-COMPOSITE = Composite(
+COMPOSITE = CompositeLatent(
     streams=(Stream(name="texture", channels=3, grid=4, patch_size=2), Stream(name="semantic", channels=5, grid=2))
 )
 
@@ -103,4 +103,4 @@ def test_positions_of_equal_grids_are_the_latents_own():
         Stream(name="semantic", channels=2, grid=4, patch_size=2),
     )
     x = torch.randn(2, 80)
-    assert torch.equal(Composite(streams=streams).positions(x), x.reshape(2, 5, 16))
+    assert torch.equal(CompositeLatent(streams=streams).positions(x), x.reshape(2, 5, 16))

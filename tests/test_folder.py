@@ -16,7 +16,7 @@ from PIL import Image
 
 from sfd.data.folder import FolderSource, skipped_report, write_folder
 from sfd.data.shapes import ShapesSource
-from sfd.errors import SFDError
+from sfd.utils.errors import SFDError
 
 
 def put(path: Path, colour: tuple[int, int, int] = (9, 8, 7), size: tuple[int, int] = (12, 10)) -> Path:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from random_model import CLASSES, COMPOSITE, DELTA, SEMANTIC, TEXTURE, random_model
-from sfd.errors import SFDError
-from sfd.generate import SampleSettings, decode, generate, velocity_field
-from sfd.model import Model
+from sfd.generation.generate import SamplingConfig, decode, generate, velocity_field
+from sfd.generation.model import Model
+from sfd.latents import CompositeLatent
 from sfd.sampling import initial_noise
-from sfd.streams import Composite
+from sfd.utils.errors import SFDError
 
 SEEDS, LABELS = [5, 0, 9], [2, 0, 1]
 
@@ -30,7 +30,7 @@ def weak() -> Model:
 
 def latents(model: Model, weak: Model | None = None, labels=LABELS, seeds=SEEDS, **settings) -> Tensor:
     """(B, N), sampled by Euler with one step in each segment unless told otherwise."""
-    chosen = SampleSettings(**{"solver": "euler", "steps": 3, **settings})
+    chosen = SamplingConfig(**{"solver": "euler", "steps": 3, **settings})
     return torch.cat([g.latents for g in generate(model, labels, seeds, chosen, weak=weak)])
 
 
@@ -139,7 +139,7 @@ def test_an_image_does_not_depend_on_its_batch(model, weak, batch_size):
 
 
 def test_batches_are_numbered_and_decoded(model):
-    settings = SampleSettings(steps=3, batch_size=2)
+    settings = SamplingConfig(steps=3, batch_size=2)
     batches = list(generate(model, LABELS, SEEDS, settings))
     assert [b.first for b in batches] == [0, 2]
     assert [b.images.shape for b in batches] == [(2, 4, 4, 3), (1, 4, 4, 3)]
@@ -177,18 +177,18 @@ def test_an_unconditional_model_is_guided_by_a_weak_one():
     ("changed", "message"),
     [
         ({"classes": ("disk", "ring")}, "has classes disk, ring, the guided one disk, ring, star"),
-        ({"composite": Composite(streams=(TEXTURE,)), "name": "synchronous"}, "other streams"),
-        ({"composite": Composite(streams=(SEMANTIC, TEXTURE))}, "other streams"),
+        ({"composite": CompositeLatent(streams=(TEXTURE,)), "name": "synchronous"}, "other streams"),
+        ({"composite": CompositeLatent(streams=(SEMANTIC, TEXTURE))}, "other streams"),
         (
-            {"composite": Composite(streams=(TEXTURE.model_copy(update={"std": (0.7, 0.6)}), SEMANTIC))},
+            {"composite": CompositeLatent(streams=(TEXTURE.model_copy(update={"std": (0.7, 0.6)}), SEMANTIC))},
             r"stream 'texture' of the guiding model has std \(0.7, 0.6\), of the guided one \(0.7, 0.5\)",
         ),
         (
-            {"composite": Composite(streams=(TEXTURE, SEMANTIC.model_copy(update={"channels": 4})))},
+            {"composite": CompositeLatent(streams=(TEXTURE, SEMANTIC.model_copy(update={"channels": 4})))},
             "stream 'semantic' of the guiding model has shape",
         ),
         (
-            {"composite": Composite(streams=(TEXTURE, SEMANTIC.model_copy(update={"tokenizer": "other"})))},
+            {"composite": CompositeLatent(streams=(TEXTURE, SEMANTIC.model_copy(update={"tokenizer": "other"})))},
             "stream 'semantic' of the guiding model has tokenizer other",
         ),
     ],
@@ -221,7 +221,7 @@ def test_the_weak_model_is_not_asked_for_a_stream_at_rest(model, weak):
 
 
 def test_the_weak_model_is_asked_less_often(model, weak):
-    settings = SampleSettings(solver="euler", steps=13, guidance=2.0, weak_every=3)
+    settings = SamplingConfig(solver="euler", steps=13, guidance=2.0, weak_every=3)
     with Calls(weak) as calls:
         (batch,) = generate(model, LABELS, SEEDS, settings, weak=weak)
     assert (batch.evaluations, batch.weak_evaluations, calls.count) == (13, 5, 5)  # 1 + 3 + 1: anew in each segment

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from sfd import files
-from sfd.errors import Interrupted, SFDError
-from sfd.training import loop
+from sfd.training import trainer
 from sfd.training.batches import ATTEMPT_STEPS
-from sfd.training.loop import REPORT, fit
+from sfd.training.trainer import REPORT, fit
+from sfd.utils import files
+from sfd.utils.errors import Interrupted, SFDError
 from test_training import CPU, Regression, changed, log, same_weights
 
 SETTINGS = changed(steps=40, max_skipped=4, log_every=5, checkpoint_every=8)
@@ -45,7 +45,7 @@ def test_a_poisoned_step_changes_no_weight(tmp_path, kind):
 def test_a_poisoned_step_changes_no_weight_where_the_optimizer_cannot_be_told(tmp_path, monkeypatch):
     settings = changed(steps=8)
     told = fit(Poisoned({5}), settings, tmp_path / "told", device=CPU)
-    monkeypatch.setattr(loop, "BLIND", {"cpu"})
+    monkeypatch.setattr(trainer, "BLIND", {"cpu"})
     assert same_weights(told, fit(Poisoned({5}), settings, tmp_path / "blind", device=CPU))
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfd.errors import SFDError
 from sfd.guidance import VelocityField, guide
-from sfd.streams import Composite, Stream
+from sfd.latents import CompositeLatent, Stream
+from sfd.utils.errors import SFDError
 
-COMPOSITE = Composite(streams=(Stream(name="texture", channels=3, grid=2), Stream(name="semantic", channels=2, grid=2)))
+COMPOSITE = CompositeLatent(
+    streams=(Stream(name="texture", channels=3, grid=2), Stream(name="semantic", channels=2, grid=2))
+)
 HALF = torch.tensor([0.5, 0.5])
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 from sfd.data.images import MAX_PIXELS, centre_crop, decode, stable_hash, to_tensor, to_uint8
-from sfd.errors import SFDError
+from sfd.utils.errors import SFDError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

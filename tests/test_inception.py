@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from sfd import files
-from sfd.cli import main
+from sfd.cli.main import main
+from sfd.utils import files
 
 PACKAGES = Path(sys.prefix) / "inception"
 

@@ -10,14 +10,15 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from random_model import CLASSES, COMPOSITE, random_model
-from sfd import cli, files
-from sfd.errors import SFDError
-from sfd.generate import SampleSettings, decode, generate, with_compile
-from sfd.model import Model
+from sfd.cli import main as cli
+from sfd.generation.generate import SamplingConfig, decode, generate, with_compile
+from sfd.generation.model import Model
 from sfd.models import inference
 from sfd.models.inference import Inference, cannot_compile, compiling_pays
-from sfd.resources import slow_bf16
 from sfd.sampling import initial_noise
+from sfd.utils import files
+from sfd.utils.device import slow_bf16
+from sfd.utils.errors import SFDError
 
 CPU = torch.device("cpu")
 TIMES = torch.tensor([0.3, 0.6])
@@ -70,7 +71,7 @@ def test_compiled_once_for_all_batches_labels_and_times(model):
 
 def test_samples_in_bf16_are_near_those_in_float32(model):
     def sampled(precision: str) -> tuple[Tensor, Tensor]:
-        settings = SampleSettings(steps=6, guidance=1.5, precision=precision)
+        settings = SamplingConfig(steps=6, guidance=1.5, precision=precision)
         batch = next(generate(model, [0, 1], [3, 4], settings))
         return batch.latents, torch.from_numpy(batch.images).float()
 
@@ -86,7 +87,7 @@ def test_decoding_in_bf16_is_near_float32(model):
 
 
 def test_compiling_is_decided_by_the_work(model, monkeypatch):
-    settings = SampleSettings()
+    settings = SamplingConfig()
     assert with_compile(settings, model, None, 10).compile == "off"
     assert with_compile(settings, model, None, 10**12).compile == "on"
     asked = settings.model_copy(update={"compile": "on"})

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfd.errors import SFDError
-from sfd.interop import autoencoder, semvae
-from sfd.interop import transformer as interop
+from sfd.convert import autoencoder, semvae
+from sfd.convert import transformer as interop
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.dit import SIZES, DiTConfig, LightningDiT
 from sfd.models.semvae import SemVAEConfig
-from sfd.models.transformer import SIZES, Transformer, TransformerConfig
-from sfd.streams import Composite, Stream
+from sfd.utils.errors import SFDError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -34,11 +34,11 @@ def test_round_trip_is_exact(name):
         assert torch.equal(back[key], state[key]), key
 
 
-def published_size(size: str) -> TransformerConfig:
+def published_size(size: str) -> DiTConfig:
     streams = Stream(name="texture", channels=32, grid=16), Stream(name="semantic", channels=16, grid=16, weight=2.0)
-    return TransformerConfig(
+    return DiTConfig(
         **SIZES[size]._asdict(),
-        composite=Composite(streams=streams),
+        composite=CompositeLatent(streams=streams),
         num_classes=1000,
         clocks=("semantic", "texture"),
         repa_block=2,
@@ -55,7 +55,7 @@ def test_published_sizes(size, file):
 
 
 @pytest.fixture
-def published() -> tuple[dict[str, Tensor], TransformerConfig]:
+def published() -> tuple[dict[str, Tensor], DiTConfig]:
     config = interop.published_config(json.loads((GOLDEN / "dit_sfd.json").read_text())["config"])
     return load_file(GOLDEN / "dit_sfd.weights.safetensors"), config
 
@@ -88,9 +88,9 @@ def test_other_position_tables_are_refused(published, table):
 
 def test_unequal_grids_cannot_be_published():
     streams = Stream(name="texture", channels=4, grid=8, patch_size=2), Stream(name="semantic", channels=8, grid=4)
-    config = TransformerConfig(depth=1, width=32, heads=2, composite=Composite(streams=streams), num_classes=0)
+    config = DiTConfig(depth=1, width=32, heads=2, composite=CompositeLatent(streams=streams), num_classes=0)
     with pytest.raises(SFDError, match="on one grid"):
-        interop.to_published(Transformer(config).state_dict(), config)
+        interop.to_published(LightningDiT(config).state_dict(), config)
 
 
 def test_another_architecture_is_refused():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfd.config import EncoderSettings, load_recipe
+from sfd.convert import autoencoder as interop
 from sfd.encoders import kl, load_encoder, open_texture
-from sfd.errors import SFDError
-from sfd.interop import autoencoder as interop
-from sfd.plan import planned_encoder
-from sfd.settings import parse
+from sfd.run.recipe import EncoderSettings, load_recipe
+from sfd.run.validate import planned_encoder
+from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
 from small_published import KL, save_kl
 from tiny import RECIPE, write_recipe
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sfd.data.latents
+import sfd.data.shards
+from sfd.data.encode import LatentSettings, Preparation, prepare
 from sfd.data.images import to_tensor
-from sfd.data.latents import FEATURES, LatentSet
-from sfd.data.prepare import LatentSettings, Preparation, prepare
 from sfd.data.shapes import ShapesSource
-from sfd.errors import SFDError
-from sfd.shares import Share, parse_share
+from sfd.data.shards import FEATURES, LatentSet
+from sfd.utils.errors import SFDError
+from sfd.utils.shares import Share, parse_share
 
 CPU = torch.device("cpu")
 SOURCE = ShapesSource(50, 0, 16)
@@ -47,7 +47,7 @@ def test_both_orientations_read_back(tmp_path, flip):
 
 @pytest.mark.parametrize("large", [0, 1 << 14])
 def test_images_are_gathered_from_shards_and_orientations_in_the_order_asked_for(tmp_path, monkeypatch, large):
-    monkeypatch.setattr(sfd.data.latents, "LARGE", large)
+    monkeypatch.setattr(sfd.data.shards, "LARGE", large)
     make(tmp_path)
     images = to_tensor(SOURCE.load(range(50)))
     generator = np.random.default_rng(1)

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from sfd.errors import SFDError
 from sfd.evaluation.metrics import (
     Gaussian,
     GaussianAccumulator,
@@ -15,6 +14,7 @@ from sfd.evaluation.metrics import (
     inception_score,
     precision_recall,
 )
+from sfd.utils.errors import SFDError
 
 GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "metrics.io.safetensors")

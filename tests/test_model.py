@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from random_model import random_model
-from sfd import files
-from sfd.errors import SFDError
-from sfd.model import load_model
+from sfd.generation.model import load_model
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfd.errors import SFDError
 from sfd.evaluation.npz import Npz, NpzImages, read_labels, read_moments
 from sfd.evaluation.reference import open_reference
 from sfd.evaluation.samples import load_samples, pack
+from sfd.utils.errors import SFDError
 
 IMAGES = np.random.default_rng(0).integers(256, size=(10, 8, 8, 3), dtype=np.uint8)
 RECORD = {

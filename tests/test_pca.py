@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from sfd.errors import SFDError
 from sfd.models.compressor import load_compressor
 from sfd.models.pca import PCA, PCAConfig, fit_pca
+from sfd.utils.errors import SFDError
 
 
 def features(count: int = 40, channels: int = 6, mean: float = 0.0) -> torch.Tensor:

@@ -21,11 +21,11 @@ from benchmarks.speed import checkpoints, latents, loader, measuring, overhead, 
 from benchmarks.speed.__main__ import SECTIONS, chosen, sizes
 from benchmarks.speed.measuring import Setting
 from benchmarks.speed.training import Training
-from sfd.errors import SFDError
 from sfd.evaluation.metrics import frechet_distance, gaussian
-from sfd.generate import SampleSettings, generate
-from sfd.model import load_model
+from sfd.generation.generate import SamplingConfig, generate
+from sfd.generation.model import load_model
 from sfd.sampling import initial_noise
+from sfd.utils.errors import SFDError
 
 CPU = torch.device("cpu")
 
@@ -349,7 +349,7 @@ def test_publishing_a_table_keeps_the_others(tmp_path):
 
 
 def test_a_batch_has_the_same_images_whatever_images_are_sampled_beside_them():
-    model, how = load_model(solvers_trained.MODEL, CPU), SampleSettings(solver="euler", steps=3, guidance=2.0)
+    model, how = load_model(solvers_trained.MODEL, CPU), SamplingConfig(solver="euler", steps=3, guidance=2.0)
     whole, part = guided_model.solve(model, 4, how), guided_model.solve(model, 2, how, first=2)
     torch.testing.assert_close(whole.latents[2:], part.latents, rtol=1e-3, atol=1e-4)
     labels, seeds = [2, 3], [2, 3]

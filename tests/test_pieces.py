@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exact_flow import COMPOSITE, ORDERS, SCHEDULES, STREAMS, check_order, mixture, order
-from sfd import randomness
-from sfd.analytic import GaussianMixture
-from sfd.errors import SFDError
 from sfd.guidance import Guided, guide
+from sfd.models.toy import GaussianMixture
 from sfd.pieces import pieces, split_steps
 from sfd.sampling import check_plan, initial_noise, integrate
 from sfd.schedules import Schedule, StreamTimes, build_schedule
+from sfd.utils import rng
+from sfd.utils.errors import SFDError
 from test_schedules import SPECS
 
 INTERVAL = {"texture": (0.25, 0.85), "semantic": (0.1, 0.7)}
@@ -192,13 +192,13 @@ def test_an_interval_over_all_times_changes_no_bit(solver, schedule, noise):
 
 def test_noise_on_the_way_is_fresh_in_every_piece(offset, noise, monkeypatch):
     keys: list[tuple[int, ...]] = []
-    draw = randomness.normal
+    draw = rng.normal
 
     def noted(seeds: Sequence[int], size: int, purpose: str, *key: int) -> Tensor:
         keys.append(key)
         return draw(seeds, size, purpose, *key)
 
-    monkeypatch.setattr(randomness, "normal", noted)
+    monkeypatch.setattr(rng, "normal", noted)
     integrate(switched(), noise, offset, COMPOSITE, solver="sde", steps=35, seeds=range(8))
     assert len(keys) == len(set(keys)) == 35 - len(pieces(offset, JUMPS))  # a piece begins without noise
 

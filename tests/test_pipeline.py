@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from sfd import files
-from sfd.assessment import assess
-from sfd.config import load_recipe
+from sfd.cli.evaluate import describe, evaluate_folder
 from sfd.data.folder import write_folder
-from sfd.data.latents import LatentSet
 from sfd.data.shapes import ShapesSource
-from sfd.errors import SFDError
-from sfd.evaluate_command import describe, evaluate_folder
+from sfd.data.shards import LatentSet
 from sfd.evaluation.samples import load_samples, pack
-from sfd.generate import SampleSettings, generate
-from sfd.model import load_model
-from sfd.pipeline import Pipeline
-from sfd.sample_folder import read_images, write_samples
+from sfd.generation.folder import read_images, write_samples
+from sfd.generation.generate import SamplingConfig, generate
+from sfd.generation.model import load_model
+from sfd.run.assessment import assess
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import load_recipe
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 from tiny import RECIPE, write_recipe
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_a_stage_names_what_it_needs_first(tmp_path):
 
 def test_image_k_depends_on_seed_k_alone(finished):
     seeds, labels = list(range(7)), [0, 1, 2, 3, 4, 5, 6]
-    settings = SampleSettings(steps=4, guidance=1.5)
+    settings = SamplingConfig(steps=4, guidance=1.5)
     whole = torch.cat([g.latents for g in generate(finished.model, labels, seeds, settings)])
     odd = settings.model_copy(update={"batch_size": 3})
     parts = torch.cat([g.latents for g in generate(finished.model, labels, seeds, odd)])
@@ -94,7 +94,7 @@ def test_image_k_depends_on_seed_k_alone(finished):
 
 
 def test_a_resumed_folder_of_samples_is_the_same(finished, tmp_path):
-    settings = SampleSettings(steps=3)
+    settings = SamplingConfig(steps=3)
     write_samples(tmp_path / "a", finished.model, [0, 1, 2], [5, 6, 7], settings)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "000001.png").unlink()
@@ -103,15 +103,15 @@ def test_a_resumed_folder_of_samples_is_the_same(finished, tmp_path):
 
 
 def test_samples_made_otherwise_are_not_mixed(finished, tmp_path):
-    write_samples(tmp_path / "a", finished.model, [0], [5], SampleSettings(steps=3))
+    write_samples(tmp_path / "a", finished.model, [0], [5], SamplingConfig(steps=3))
     with pytest.raises(SFDError, match=r"sampling\.steps = 3, but this command has 4"):
-        write_samples(tmp_path / "a", finished.model, [0], [5], SampleSettings(steps=4))
+        write_samples(tmp_path / "a", finished.model, [0], [5], SamplingConfig(steps=4))
 
 
 def test_autoguidance_by_another_model(finished):
-    settings = SampleSettings(steps=3, guidance={"semantic": 1.9, "texture": 1.3})
+    settings = SamplingConfig(steps=3, guidance={"semantic": 1.9, "texture": 1.3})
     guided = next(generate(finished.model, [1], [0], settings, weak=finished.model))
-    plain = next(generate(finished.model, [1], [0], SampleSettings(steps=3)))
+    plain = next(generate(finished.model, [1], [0], SamplingConfig(steps=3)))
     torch.testing.assert_close(guided.latents, plain.latents)  # guided by itself: unchanged
 
 
@@ -255,7 +255,7 @@ def test_variants_of_the_method_run(finished, tmp_path, overrides):
     pipeline.train_compressor()
     pipeline.prepare()
     pipeline.train()
-    images = next(generate(pipeline.model, [0], [0], SampleSettings(steps=3))).images
+    images = next(generate(pipeline.model, [0], [0], SamplingConfig(steps=3))).images
     assert images.shape == (1, 32, 32, 3)
 
 

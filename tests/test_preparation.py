@@ -12,15 +12,15 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from sfd import files
-from sfd.cli import main
-from sfd.config import load_recipe
-from sfd.data.latents import LatentSet
-from sfd.data.published_latents import open_published
-from sfd.errors import SFDError
-from sfd.pipeline import Pipeline
-from sfd.plan import check, latent_bytes
-from sfd.shares import Share
+from sfd.cli.main import main
+from sfd.data.published import open_published
+from sfd.data.shards import LatentSet
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import load_recipe
+from sfd.run.validate import check, latent_bytes
+from sfd.utils import files
+from sfd.utils.errors import SFDError
+from sfd.utils.shares import Share
 from tiny import write_recipe
 
 CPU = torch.device("cpu")

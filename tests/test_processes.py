@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 import worker
-from sfd import files
 from sfd.data.shapes import ShapesSource
-from sfd.generate import SampleSettings, generate
-from sfd.model import load_model
+from sfd.generation.generate import SamplingConfig, generate
+from sfd.generation.model import load_model
+from sfd.utils import files
 from test_diffusion import make_latents
 from tiny import write_recipe
 
@@ -151,12 +151,12 @@ def test_the_documented_scripts_are_valid(number):
 MEETING = """
 import time
 from datetime import timedelta
-from sfd import processes
-processes.COLLECTIVE_TIMEOUT = timedelta(seconds=1)
-processes.join("cpu")
-time.sleep(3 * processes.rank())
-processes.meet()
-processes.leave()
+from sfd.utils import distributed
+distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=1)
+distributed.init("cpu")
+time.sleep(3 * distributed.rank())
+distributed.barrier()
+distributed.shutdown()
 """
 
 
@@ -183,7 +183,7 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(finished, tmp_
     assert process.returncode == 0, output
     weights = [files.read_tensors(run / "model" / "model.safetensors") for run in (out, finished.folder.root)]
     assert distance(*weights) < 1e-4
-    sampled = next(generate(load_model(out / "model", worker.CPU), [0], [0], SampleSettings(steps=3)))
+    sampled = next(generate(load_model(out / "model", worker.CPU), [0], [0], SamplingConfig(steps=3)))
     assert sampled.images.shape == (1, 32, 32, 3)
 
 

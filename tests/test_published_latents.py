@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfd import files
-from sfd.data.latents import FEATURES
-from sfd.data.published_latents import identity, open_published, write_published
-from sfd.errors import SFDError
+from sfd.data.published import identity, open_published, write_published
+from sfd.data.shards import FEATURES
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARDS = GOLDEN / "latent_shards"

@@ -5,15 +5,15 @@ import shutil
 import pytest
 import torch
 
-from sfd import randomness
-from sfd.config import load_recipe
-from sfd.errors import SFDError
-from sfd.estimate import describe
-from sfd.generate import SampleSettings, generate
-from sfd.model import load_model
+from sfd.generation.generate import SamplingConfig, generate
+from sfd.generation.model import load_model
 from sfd.models.semvae import SemVAE, SemVAEConfig
-from sfd.pipeline import Pipeline
-from sfd.plan import check
+from sfd.run.estimate import describe
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import load_recipe
+from sfd.run.validate import check
+from sfd.utils import rng
+from sfd.utils.errors import SFDError
 from small_published import save_kl, save_vit
 from tiny import write_recipe
 
@@ -52,7 +52,7 @@ def published(tmp_path_factory):
         norm_num_groups=2,
     )
     save_vit(folder / "vit", "dinov2_with_registers")
-    with randomness.seeded(0, "test"):
+    with rng.seeded(0, "test"):
         semvae = SemVAE(SemVAEConfig(input_channels=16, latent_channels=5, width=8, heads=2, blocks=1))
     semvae.save(folder / "semvae")
     return folder
@@ -74,7 +74,7 @@ def test_a_run_with_published_encoders(published, tmp_path, compressor, channels
     assert [s.model_dump(include={"name", "channels", "grid"}) for s in planned.composite.streams] == [
         s.model_dump(include={"name", "channels", "grid"}) for s in model.composite.streams
     ]
-    images = next(generate(model, [0], [0], SampleSettings(steps=3))).images
+    images = next(generate(model, [0], [0], SamplingConfig(steps=3))).images
     assert images.shape == (1, 32, 32, 3)
     assert model.composite["texture"].tokenizer == pipeline.texture.identity
     assert not (tmp_path / "out" / "texture").exists() and not (tmp_path / "out" / "semantic").exists()

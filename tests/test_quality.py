@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.speed import error_sources, quality
-from sfd.model import Model
+from sfd.generation.model import Model
+from sfd.models.dit import LightningDiT
 from sfd.models.inference import in_bf16
-from sfd.models.transformer import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_noise_of_single_steps_is_smoothed_away():
 def test_the_held_out_loss_of_a_velocity_of_zero_is_the_weighted_variance_of_data_and_noise(finished, tmp_path):
     latents = quality.held_out(finished, tmp_path)
     assert len(latents) == len(finished.images[1])
-    network = Transformer(finished.model.transformer.config)  # a new one's output is zero
+    network = LightningDiT(finished.model.transformer.config)  # a new one's output is zero
     model = Model(network, finished.model.schedule, finished.texture, finished.model.classes)
     composite = network.config.composite
     channels = {s.name: s.channels * s.grid**2 for s in composite.streams}

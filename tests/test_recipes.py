@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfd import files
-from sfd.assessment import assess
-from sfd.config import Recipe, load_recipe
-from sfd.data.latents import LatentSet
-from sfd.data.published_latents import write_published
-from sfd.estimate import KEPT_BYTES, describe, estimate, table
-from sfd.generate import generate
+from sfd.data.published import write_published
+from sfd.data.shards import LatentSet
+from sfd.generation.folder import read_images
+from sfd.generation.generate import generate
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.models.semvae import SemVAE, SemVAEConfig
-from sfd.models.transformer import Transformer, TransformerConfig
-from sfd.pipeline import Pipeline
-from sfd.plan import planned_compressor, planned_encoder
-from sfd.sample_folder import read_images
-from sfd.streams import Composite, Stream
+from sfd.run.assessment import assess
+from sfd.run.estimate import KEPT_BYTES, describe, estimate, table
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import Recipe, load_recipe
+from sfd.run.validate import planned_compressor, planned_encoder
+from sfd.utils import files
 from small_published import save_kl, save_vit
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_autoguidance_is_by_a_model_of_the_same_latents():
     assert {field for field in strong if strong[field] != weak[field]} == {"transformer", "train"}
 
 
-def saved_bytes(network: torch.nn.Module, batch: int, composite: Composite) -> float:
+def saved_bytes(network: torch.nn.Module, batch: int, composite: CompositeLatent) -> float:
     """Bytes an image that autograd keeps, weights and tables not counted."""
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
     kept: dict[int, torch.Tensor] = {}
@@ -108,12 +108,14 @@ def saved_bytes(network: torch.nn.Module, batch: int, composite: Composite) -> f
 
 
 def test_memory_is_what_a_block_keeps():
-    composite = Composite(streams=tuple(Stream(name=name, channels=4, grid=16) for name in ("texture", "semantic")))
+    composite = CompositeLatent(
+        streams=tuple(Stream(name=name, channels=4, grid=16) for name in ("texture", "semantic"))
+    )
     width, shallow, deep = 96, 1, 3
     saved = []
     for depth in (shallow, deep):
-        config = TransformerConfig(depth=depth, width=width, heads=2, composite=composite, num_classes=3)
-        saved.append(saved_bytes(Transformer(config), 2, composite))
+        config = DiTConfig(depth=depth, width=width, heads=2, composite=composite, num_classes=3)
+        saved.append(saved_bytes(LightningDiT(config), 2, composite))
     block = (saved[1] - saved[0]) / (deep - shallow)
     assert block / (256 * width) == pytest.approx(KEPT_BYTES["float32"], rel=0.02)
 

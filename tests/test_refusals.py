@@ -12,17 +12,18 @@ import torch
 from click.testing import CliRunner
 
 from random_model import random_model
-from sfd import estimate, files
-from sfd.cli import main
-from sfd.config import load_recipe
-from sfd.errors import SFDError
-from sfd.generate import SampleSettings, generate, with_compile
+from sfd.cli.main import main
+from sfd.generation.generate import SamplingConfig, generate, with_compile
 from sfd.models import inference
-from sfd.models.transformer import flops
-from sfd.pipeline import Pipeline
-from sfd.resources import choose_device, slow_bf16
+from sfd.models.dit import flops
+from sfd.run import estimate
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import load_recipe
 from sfd.sampling import check_plan
 from sfd.schedules import build_schedule
+from sfd.utils import files
+from sfd.utils.device import choose_device, slow_bf16
+from sfd.utils.errors import SFDError
 from tiny import write_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +66,7 @@ def test_compiling_samples_without_a_compiler_writes_nothing(model_folder, tmp_p
 
 def test_compiling_is_refused_by_generate_itself(without_compiler):
     with pytest.raises(SFDError, match="C\\+\\+ compiler"):
-        generate(random_model(0), [0], [0], SampleSettings(compile="on"))
+        generate(random_model(0), [0], [0], SamplingConfig(compile="on"))
 
 
 @pytest.mark.parametrize("field", ["sample.compile=on", "sample.compile=true", "train.compile=true"])
@@ -126,19 +127,19 @@ def test_a_recipe_that_would_ignore_a_field(tmp_path, fields, words):
 
 @pytest.mark.parametrize("guidance", UNGUIDED)
 def test_scales_of_one_do_not_guide(guidance):
-    assert not SampleSettings(guidance=guidance).guides
+    assert not SamplingConfig(guidance=guidance).guides
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5, {"semantic": 0.0}, {"semantic": 1.0, "texture": 1.5}])
 def test_any_other_scale_guides(guidance):
-    assert SampleSettings(guidance=guidance).guides
+    assert SamplingConfig(guidance=guidance).guides
 
 
 @pytest.mark.parametrize("guidance", UNGUIDED)
 def test_a_weak_model_that_does_not_guide_costs_nothing(guidance, monkeypatch):
     model, counted = random_model(0), []
-    monkeypatch.setattr("sfd.generate.compiling_pays", lambda operations, device: counted.append(operations))
-    with_compile(SampleSettings(steps=10, guidance=guidance), model, random_model(1), 7)
+    monkeypatch.setattr("sfd.generation.generate.compiling_pays", lambda operations, device: counted.append(operations))
+    with_compile(SamplingConfig(steps=10, guidance=guidance), model, random_model(1), 7)
     assert counted == [flops(model.transformer.config) * 10 * 7]
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfd.errors import SFDError
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics, Protocol
 from sfd.evaluation.report import (
@@ -18,6 +17,7 @@ from sfd.evaluation.report import (
     memory,
     write_report,
 )
+from sfd.utils.errors import SFDError
 
 RNG = np.random.default_rng(0)
 CLASSES = ("disk", "ring")

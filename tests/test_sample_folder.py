@@ -15,20 +15,21 @@ import torch
 from click.testing import CliRunner
 
 from random_model import CLASSES, random_model
-from sfd import cli, files
-from sfd.device_memory import MOST, Sampler, power_of_two
-from sfd.errors import SFDError
+from sfd.cli import main as cli
 from sfd.evaluation.samples import load_samples
-from sfd.generate import SampleSettings, decode, generate
-from sfd.sample_folder import image_path, read_images, write_samples
+from sfd.generation.device_memory import MOST, Sampler, power_of_two
+from sfd.generation.folder import image_path, read_images, write_samples
+from sfd.generation.generate import SamplingConfig, decode, generate
 from sfd.sampling import initial_noise
-from sfd.shares import WHOLE, Share, choose_share
+from sfd.utils import files
+from sfd.utils.errors import SFDError
+from sfd.utils.shares import WHOLE, Share, choose_share
 from test_processes import pair
 from tiny import write_recipe
 
 COUNT = 1000
 OPTIONS = ["--seeds", f"0-{COUNT - 1}", "--in-turn", "--solver", "euler", "--steps", "3", "--device", "cpu"]
-SETTINGS = SampleSettings(solver="euler", steps=3, batch_size=4)
+SETTINGS = SamplingConfig(solver="euler", steps=3, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")}
 
 
-def few(folder: Path, count: int = 10, share: Share = WHOLE, settings: SampleSettings = SETTINGS, **changed) -> int:
+def few(folder: Path, count: int = 10, share: Share = WHOLE, settings: SamplingConfig = SETTINGS, **changed) -> int:
     given = {"labels": [i % 3 for i in range(count)], "seeds": list(range(count)), "weak": None, **changed}
     return write_samples(folder, random_model(0), settings=settings, share=share, **given)
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from exact_flow import COMPOSITE, ORDERS, SCHEDULES, STREAMS, check_order, mixture, order
-from sfd.errors import SFDError
+from sfd.convert import transformer as interop
 from sfd.guidance import VelocityField
-from sfd.interop import transformer as interop
-from sfd.models.transformer import Transformer
+from sfd.latents import CompositeLatent
+from sfd.models.dit import LightningDiT
 from sfd.sampling import Progress, initial_noise, integrate
 from sfd.schedules import Schedule, StreamTimes, build_schedule
-from sfd.streams import Composite
+from sfd.utils.errors import SFDError
 
 GOLDEN = Path(__file__).parent / "golden"
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -301,11 +301,11 @@ def test_published_dopri5_samples(knots):
     close(x, io["sample_dopri5_shift0.0"].flatten(1), 1e-4)
 
 
-def published() -> tuple[VelocityField, Composite, dict[str, Tensor], dict[str, Any]]:
+def published() -> tuple[VelocityField, CompositeLatent, dict[str, Tensor], dict[str, Any]]:
     """The published network as a velocity of the reference labels, and the reference numbers."""
     meta = json.loads((GOLDEN / "dit_sfd.json").read_text())
     config = interop.published_config(meta["config"])
-    model = Transformer(config).eval()
+    model = LightningDiT(config).eval()
     model.load_state_dict(interop.from_published(load_file(GOLDEN / "dit_sfd.weights.safetensors"), config))
     io = load_file(GOLDEN / "dit_sfd.io.safetensors")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfd.models import transformer
-from sfd.models.transformer import Transformer, TransformerConfig
-from sfd.streams import Composite, Stream
+from sfd.latents import CompositeLatent, Stream
+from sfd.models import dit as transformer
+from sfd.models.dit import DiTConfig, LightningDiT
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "scaling.py"
@@ -31,11 +31,11 @@ def scaling():
 def config(size, grid=16, **fields):
     depth, width, heads = size
     streams = (Stream(name="texture", channels=32, grid=grid), Stream(name="semantic", channels=16, grid=grid))
-    return TransformerConfig(
+    return DiTConfig(
         depth=depth,
         width=width,
         heads=heads,
-        composite=Composite(streams=streams),
+        composite=CompositeLatent(streams=streams),
         num_classes=1000,
         clocks=("semantic", "texture"),
         **fields,
@@ -57,7 +57,7 @@ def test_what_a_block_keeps_for_the_backward_pass(scaling, checkpointing):
     width, grid = 384, 16
 
     def saved(depth: int, batch: int) -> int:
-        network = Transformer(config((depth, width, 6), grid, checkpointing=checkpointing))
+        network = LightningDiT(config((depth, width, 6), grid, checkpointing=checkpointing))
         held: dict[int, torch.Tensor] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfd.errors import SFDError
 from sfd.schedules import PiecewiseLinear, Schedule, StreamTimes, build_schedule, check
+from sfd.utils.errors import SFDError
 
 STREAMS = ("texture", "semantic")
 DELTAS = st.floats(0, 4) | st.sampled_from([0.0, 0.3, 1.0, 1e-17, 1e-8, 1 - 1e-12, 1e6])

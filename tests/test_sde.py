@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from exact_flow import COMPOSITE, SCHEDULES, STREAMS, mixture, order
-from sfd import randomness
 from sfd.pieces import pieces
 from sfd.sampling import _Counter, _Equation, _Noise, integrate
 from sfd.schedules import Schedule, build_schedule
+from sfd.utils import rng
 
 DATA = mixture(1)
 MEAN, VARIANCE = DATA.means[0], DATA.stds[0].square()
@@ -38,7 +38,7 @@ def moments(schedule: Schedule, steps: int, eta: float, monkeypatch) -> tuple[Te
     start = torch.zeros(impulses, COMPOSITE.size, dtype=torch.float64)
     start[1] = 1  # row 0 has no noise at all, row 1 that of the start, each other row one of the fresh ones
     with monkeypatch.context() as patched:
-        patched.setattr(randomness, "normal", normal)
+        patched.setattr(rng, "normal", normal)
         how = {"solver": "sde", "steps": total, "budget": "equal", "options": {"noise": eta}}
         x = integrate(DATA.velocity, start, schedule, COMPOSITE, seeds=range(impulses), **how).x
     assert len(set(drawn)) == len(drawn) == total - len(pieces(schedule)), "fresh each time, but at a piece's start"
@@ -61,7 +61,7 @@ def test_variance_approaches_the_data_s_with_order_two_across_knots(name, eta, m
 def test_the_way_back_is_the_noising_process(name, monkeypatch):
     schedule = schedule_of(name)
     fresh = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)[:, None].expand(3, COMPOSITE.size)
-    monkeypatch.setattr(randomness, "normal", lambda *_: fresh.clone())
+    monkeypatch.setattr(rng, "normal", lambda *_: fresh.clone())
     for piece in pieces(schedule):
         for u, earlier in ((piece.end, piece.start), (piece.end, (piece.start + piece.end) / 2)):
             now, then = (schedule.at(torch.tensor([b], dtype=torch.float64), piece.segment).time for b in (u, earlier))

@@ -3,22 +3,22 @@ import json
 import pytest
 import torch
 
-from sfd import randomness
 from sfd.data.shapes import ShapesSource
 from sfd.encoders import convnet
-from sfd.errors import SFDError
 from sfd.models.compressor import load_compressor
+from sfd.models.gaussian import DiagonalGaussian
 from sfd.models.semvae import SemVAE, SemVAEConfig, SemVAEObjective
-from sfd.moments import Moments
-from sfd.training.loop import fit
-from sfd.training.semvae import SemVAETask
-from sfd.training.settings import TrainSettings
+from sfd.training.config import TrainSettings
+from sfd.training.tasks.semvae import SemVAETask
+from sfd.training.trainer import fit
+from sfd.utils import rng
+from sfd.utils.errors import SFDError
 
 SMALL = SemVAEConfig(input_channels=12, latent_channels=3, width=16, heads=2, blocks=1)
 
 
 def make(config: SemVAEConfig = SMALL) -> SemVAE:
-    with randomness.seeded(0, "test"):
+    with rng.seeded(0, "test"):
         return SemVAE(config).eval()
 
 
@@ -48,7 +48,7 @@ def test_zero_noise_draws_the_mean():
 
 
 def test_kl_of_a_standard_normal_is_zero():
-    assert Moments(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)).kl().tolist() == [0, 0]
+    assert DiagonalGaussian(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)).kl().tolist() == [0, 0]
 
 
 def test_saves_and_loads(tmp_path):
@@ -62,7 +62,7 @@ def test_saves_and_loads(tmp_path):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    with randomness.seeded(0, "test"):
+    with rng.seeded(0, "test"):
         encoder = convnet.build(convnet.Config(widths=(8, 8, 16), channels=12)).eval()
     task = SemVAETask(make(), encoder, ShapesSource(128, seed=0), SemVAEObjective(), seed=0, batch_size=16)
     settings = TrainSettings(steps=60, batch_size=16, learning_rate=3e-3, log_every=1)

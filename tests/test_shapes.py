@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfd.data.shapes import PATTERNS, ShapesSource, render
-from sfd.errors import SFDError
+from sfd.utils.errors import SFDError
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sfd.generate import SampleSettings, generate
-from sfd.model import load_model
+from sfd.generation.generate import SamplingConfig, generate
+from sfd.generation.model import load_model
 
 FOLDER = Path(__file__).parent.parent / "models" / "shapes"
 
@@ -18,7 +18,7 @@ def test_it_is_small():
 def test_a_bar_is_not_a_ring():
     """Samples of two classes differ where the shapes do: a bar covers the middle of the image, a ring does not."""
     model = load_model(FOLDER, torch.device("cpu"))
-    settings = SampleSettings(steps=12, guidance=2.0)
+    settings = SamplingConfig(steps=12, guidance=2.0)
     seeds = list(range(24))
     differences = {}
     for name in ("bar", "ring"):

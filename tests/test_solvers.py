@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sfd.errors import SFDError
-from sfd.registry import names
 from sfd.solvers import check_steps, dopri5, load_solver
 from sfd.solvers.multistep import adams_weights
+from sfd.utils.errors import SFDError
+from sfd.utils.registry import names
 
 SOLVERS = names("sfd.solvers")
 START = torch.tensor([[1.0, -2.0]], dtype=torch.float64)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from sfd.data.cache import cached
 from sfd.data.folder import FolderSource, write_folder
 from sfd.data.images import ImageSource
-from sfd.data.open import DataSettings, open_source
 from sfd.data.shapes import ShapesSource
+from sfd.data.source import DataSettings, open_source
 from sfd.data.split import Subset, split
-from sfd.errors import SFDError
+from sfd.utils.errors import SFDError
 
 
 def of_labels(labels: list[int]) -> Subset:

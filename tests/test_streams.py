@@ -3,11 +3,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfd.errors import SFDError
-from sfd.settings import parse
-from sfd.streams import Composite, Stream
+from sfd.latents import CompositeLatent, Stream
+from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
 
-COMPOSITE = Composite(
+COMPOSITE = CompositeLatent(
     streams=(
         Stream(name="texture", channels=4, grid=8, patch_size=2, mean=(1.0, 2.0, 3.0, 4.0), std=(1.0, 2.0, 3.0, 4.0)),
         Stream(name="semantic", channels=3, grid=4, weight=2.0),
@@ -42,13 +42,13 @@ def test_any_number_of_streams_round_trips(shapes, token_grid):
     streams = tuple(
         Stream(name=f"s{i}", channels=c, grid=token_grid * p, patch_size=p) for i, (c, p) in enumerate(shapes)
     )
-    composite = Composite(streams=streams)
+    composite = CompositeLatent(streams=streams)
     packed = torch.arange(2.0 * composite.size).view(2, -1)
     assert torch.equal(composite.join(composite.split(packed)), packed)
 
 
 def test_packed_order_is_stacked_channels_where_grids_agree():
-    composite = Composite(streams=(Stream(name="a", channels=2, grid=3), Stream(name="b", channels=1, grid=3)))
+    composite = CompositeLatent(streams=(Stream(name="a", channels=2, grid=3), Stream(name="b", channels=1, grid=3)))
     stacked = torch.randn(2, 3, 3, 3)
     packed = composite.join({"a": stacked[:, :2], "b": stacked[:, 2:]})
     assert torch.equal(packed, stacked.flatten(1))
@@ -99,4 +99,4 @@ def test_a_stream_that_makes_no_sense_is_refused(fields, message):
 def test_streams_must_share_a_token_grid():
     streams = [{"name": "a", "channels": 1, "grid": 4}, {"name": "b", "channels": 1, "grid": 8}]
     with pytest.raises(SFDError, match="token grid"):
-        parse(Composite, {"streams": streams})
+        parse(CompositeLatent, {"streams": streams})

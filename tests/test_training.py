@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from sfd import files, randomness
-from sfd.errors import Interrupted, SFDError
-from sfd.settings import parse
-from sfd.training import checkpoints
+from sfd.training import checkpoint
+from sfd.training.config import TrainSettings, learning_rate
 from sfd.training.log import TrainingLog
-from sfd.training.loop import fit
-from sfd.training.settings import TrainSettings, learning_rate
+from sfd.training.trainer import fit
+from sfd.utils import files, rng
+from sfd.utils.config import parse
+from sfd.utils.errors import Interrupted, SFDError
 
 CPU = torch.device("cpu")
 SETTINGS = TrainSettings(steps=12, batch_size=8, learning_rate=1e-2, ema=0.9, log_every=5, checkpoint_every=4)
@@ -31,12 +31,12 @@ class Regression:
     name = "regression"
 
     def __init__(self, width: int = 4, stop_at: int | None = None, number: int = signal.SIGINT):
-        with randomness.seeded(0, "regression"):
+        with rng.seeded(0, "regression"):
             self.model = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 1))
         self.stop_at, self.number, self.step = stop_at, number, -1
 
     def batch(self, step, samples):
-        rows = [randomness.generator(0, "x", step, i).standard_normal(8, dtype=np.float32) for i in samples]
+        rows = [rng.generator(0, "x", step, i).standard_normal(8, dtype=np.float32) for i in samples]
         return {"x": torch.from_numpy(np.stack(rows)), "step": torch.tensor(step)}
 
     def loss(self, model, batch):
@@ -93,7 +93,7 @@ def test_the_same_training_gives_the_same_bytes(whole, tmp_path):
 def test_a_stopped_run_leaves_with_its_own_code(tmp_path, number, code):
     with pytest.raises(Interrupted) as stopped:
         fit(Regression(stop_at=6, number=number), SETTINGS, tmp_path, device=CPU)
-    assert stopped.value.code == code and checkpoints.newest(tmp_path / "checkpoints").step == 7
+    assert stopped.value.code == code and checkpoint.newest(tmp_path / "checkpoints").step == 7
 
 
 def test_a_stop_during_the_last_step_is_heard(whole, tmp_path):
@@ -109,7 +109,7 @@ def test_a_stop_during_the_last_preview_is_heard(tmp_path):
 
     with pytest.raises(Interrupted):
         fit(Previewed(), changed(preview_every=12), tmp_path, device=CPU)
-    assert checkpoints.newest(tmp_path / "checkpoints").step == 12
+    assert checkpoint.newest(tmp_path / "checkpoints").step == 12
 
 
 @pytest.mark.parametrize("end", ["finished", "stopped", "failed"])
@@ -185,8 +185,8 @@ def test_a_compiled_network_learns_as_the_plain_one_does(whole, tmp_path):
 
 
 def test_compiling_shared_weights_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("sfd.processes.count", lambda: 2)
-    monkeypatch.setattr("sfd.processes.company", object)
+    monkeypatch.setattr("sfd.utils.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("sfd.utils.distributed.company", object)
     with pytest.raises(SFDError, match="parallel: ddp or compile: false"):
         fit(Regression(), changed(parallel="fsdp", compile=True), tmp_path, device=CPU)
 
@@ -213,7 +213,7 @@ def test_a_finished_run_is_not_trained_again(whole):
 
 
 def damage(folder, step):
-    state = folder / "checkpoints" / f"step-{step:09d}" / checkpoints.STATE
+    state = folder / "checkpoints" / f"step-{step:09d}" / checkpoint.STATE
     data = bytearray(state.read_bytes())
     data[-1] ^= 1
     state.write_bytes(data)
@@ -222,7 +222,7 @@ def damage(folder, step):
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole):
     fit(Regression(), SETTINGS, tmp_path, device=CPU)
     damage(tmp_path, 12)
-    assert checkpoints.newest(tmp_path / "checkpoints").step == 8
+    assert checkpoint.newest(tmp_path / "checkpoints").step == 8
     assert same_weights(whole[1], fit(Regression(), SETTINGS, tmp_path, device=CPU))
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_takes_no_other_s_place(tmp_path):
     damage(tmp_path, 12)
     with pytest.raises(Interrupted):
         fit(Regression(stop_at=9), changed(keep_checkpoints=1), tmp_path, device=CPU)
-    assert checkpoints.newest(tmp_path / "checkpoints").step == 10
+    assert checkpoint.newest(tmp_path / "checkpoints").step == 10
 
 
 def test_a_copy_of_a_checkpoint_is_let_be(tmp_path):
@@ -275,8 +275,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(whole, tmp_path, monkeyp
     # The first checkpoint is still being written when the third step is taken; what it holds is the first state.
     trained = fit(Meddling(3, overtake), SETTINGS, tmp_path, device=CPU)
     assert same_weights(whole[1], trained)
-    first = files.read_tensors(whole[0] / "checkpoints" / "step-000000008" / checkpoints.STATE)
-    again = files.read_tensors(tmp_path / "checkpoints" / "step-000000008" / checkpoints.STATE)
+    first = files.read_tensors(whole[0] / "checkpoints" / "step-000000008" / checkpoint.STATE)
+    again = files.read_tensors(tmp_path / "checkpoints" / "step-000000008" / checkpoint.STATE)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -298,7 +298,7 @@ def test_a_checkpoint_on_a_full_disk_is_explained(tmp_path, monkeypatch):
 def shares(tmp_path):
     """A writer of shared-out state, of which this one process has all."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield checkpoints.Writer(tmp_path, SETTINGS, sharded=True)
+    yield checkpoint.Writer(tmp_path, SETTINGS, sharded=True)
     torch.distributed.destroy_process_group()
 
 
@@ -318,7 +318,7 @@ def test_shares_that_cannot_be_written_are_explained(shares, tmp_path):
 def test_shares_are_good_where_all_numbers_are_finite(shares, tmp_path, number):
     shares.save(4, {"weight": torch.full((10,), number)}, {"good": True})
     shares.wait()
-    record = files.read_json(tmp_path / "step-000000004" / checkpoints.RECORD, "checkpoint")
+    record = files.read_json(tmp_path / "step-000000004" / checkpoint.RECORD, "checkpoint")
     assert record["good"] is (number == 1.0)
 
 
@@ -360,7 +360,7 @@ def test_a_run_cannot_be_made_shorter(whole):
 def test_a_checkpoint_that_was_never_finished_is_removed(tmp_path):
     half = tmp_path / "checkpoints" / ".step-000000003.partial"
     half.mkdir(parents=True)
-    (half / checkpoints.STATE).write_text("half")
+    (half / checkpoint.STATE).write_text("half")
     fit(Regression(), SETTINGS, tmp_path, device=CPU)
     assert not half.exists()
 

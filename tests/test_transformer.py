@@ -11,26 +11,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfd.errors import SFDError
+from sfd.latents import CompositeLatent, Stream
 from sfd.models import kernels
+from sfd.models.dit import SIZES, DiTConfig, LightningDiT, flops, parameter_count
 from sfd.models.layers import patchify, unpatchify
-from sfd.models.transformer import SIZES, Transformer, TransformerConfig, flops, parameter_count
-from sfd.settings import parse
-from sfd.streams import Composite, Stream
+from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
 
 EQUAL = (Stream(name="texture", channels=4, grid=4), Stream(name="semantic", channels=2, grid=4, weight=2.0))
 UNEQUAL = (Stream(name="texture", channels=3, grid=8, patch_size=2), Stream(name="semantic", channels=5, grid=4))
 THREE = (*UNEQUAL, Stream(name="depth", channels=1, grid=12, patch_size=3))
 
 
-def configuration(streams: tuple[Stream, ...] = EQUAL, **changes: object) -> TransformerConfig:
-    values = {"depth": 2, "width": 48, "heads": 3, "num_classes": 5, "composite": Composite(streams=streams)}
-    return TransformerConfig(**(values | changes))
+def configuration(streams: tuple[Stream, ...] = EQUAL, **changes: object) -> DiTConfig:
+    values = {"depth": 2, "width": 48, "heads": 3, "num_classes": 5, "composite": CompositeLatent(streams=streams)}
+    return DiTConfig(**(values | changes))
 
 
-def awake(config: TransformerConfig, seed: int = 0) -> Transformer:
+def awake(config: DiTConfig, seed: int = 0) -> LightningDiT:
     """A network whose zero-initialised parts are random, so that every weight matters."""
-    model = Transformer(config, seed)
+    model = LightningDiT(config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,7 +38,7 @@ def awake(config: TransformerConfig, seed: int = 0) -> Transformer:
     return model
 
 
-def inputs(config: TransformerConfig, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(config: DiTConfig, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, config.composite.size, generator=generator)
     times = torch.rand(batch, len(config.composite.streams), generator=generator)
@@ -59,7 +59,7 @@ CONFIGS = {
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
-def config(request: pytest.FixtureRequest) -> TransformerConfig:
+def config(request: pytest.FixtureRequest) -> DiTConfig:
     return request.param
 
 
@@ -80,15 +80,15 @@ def test_flops_are_those_counted(config):
 
 
 def test_parameters_are_counted_without_allocating(config):
-    assert parameter_count(config) == sum(p.numel() for p in Transformer(config).parameters())
+    assert parameter_count(config) == sum(p.numel() for p in LightningDiT(config).parameters())
 
 
 def test_configuration_survives_saving(config):
-    assert parse(TransformerConfig, config.model_dump(mode="json")) == config
+    assert parse(DiTConfig, config.model_dump(mode="json")) == config
 
 
 def test_velocity_is_zero_at_initialisation(config):
-    assert not Transformer(config)(*inputs(config)).velocity.any()
+    assert not LightningDiT(config)(*inputs(config)).velocity.any()
 
 
 def test_every_parameter_learns():
@@ -165,21 +165,24 @@ def test_projection():
 
 def test_seed_decides_the_weights_and_nothing_else_does():
     state = torch.random.get_rng_state()
-    first = Transformer(configuration(), seed=3).state_dict()
+    first = LightningDiT(configuration(), seed=3).state_dict()
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(9)
-    again, other = Transformer(configuration(), seed=3).state_dict(), Transformer(configuration(), seed=4).state_dict()
+    again, other = (
+        LightningDiT(configuration(), seed=3).state_dict(),
+        LightningDiT(configuration(), seed=4).state_dict(),
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["class_embedding.weight"], other["class_embedding.weight"])
 
 
 def test_null_class_is_the_last_row():
-    model = Transformer(configuration())
+    model = LightningDiT(configuration())
     assert model.null_class == 5 == model.class_embedding.num_embeddings - 1
 
 
 def test_initialisation_follows_the_published_recipe():
-    model = Transformer(configuration(width=192, heads=6))
+    model = LightningDiT(configuration(width=192, heads=6))
     assert model.class_embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.time_embedders[0].mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
     bound = math.sqrt(6 / (192 + 576))
@@ -241,7 +244,7 @@ def test_impossible_configurations_are_refused(changes, message):
 
 def test_unfitting_input_is_refused():
     config = configuration()
-    model, (x, times, labels) = Transformer(config), inputs(config)
+    model, (x, times, labels) = LightningDiT(config), inputs(config)
     with pytest.raises(SFDError, match=r"packed latents \(batch, 96\), got \(3, 95\)"):
         model(x[:, 1:], times, labels)
     with pytest.raises(SFDError, match=r"times \(3, 2\)"):
@@ -250,7 +253,7 @@ def test_unfitting_input_is_refused():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_named_sizes_are_valid(size):
-    config = TransformerConfig(**SIZES[size]._asdict(), composite=Composite(streams=EQUAL), num_classes=5)
+    config = DiTConfig(**SIZES[size]._asdict(), composite=CompositeLatent(streams=EQUAL), num_classes=5)
     assert (config.depth, config.width, config.heads) == SIZES[size]
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from reference_folder import write_transformer
-from sfd.cli import main
+from sfd.cli.main import main
 from sfd.verification import verify
 from sfd.verification._case import relative_error
 from sfd.verification.transformer import INPUTS

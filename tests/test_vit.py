@@ -8,10 +8,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sfd.config import EncoderSettings
 from sfd.encoders import load_encoder, open_semantic, vit
-from sfd.errors import SFDError
-from sfd.plan import planned_encoder
+from sfd.run.recipe import EncoderSettings
+from sfd.run.validate import planned_encoder
+from sfd.utils.errors import SFDError
 from small_published import KL, VITS, save_vit
 
 WEIGHTS = "model.safetensors"

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from sfd import files, processes
-from sfd.data.latents import LatentSet
-from sfd.errors import Interrupted
-from sfd.models.transformer import Transformer
-from sfd.settings import parse
-from sfd.training.loop import fit
-from sfd.training.settings import TrainSettings
+from sfd.data.shards import LatentSet
+from sfd.models.dit import LightningDiT
+from sfd.training.config import TrainSettings
+from sfd.training.trainer import fit
+from sfd.utils import distributed, files
+from sfd.utils.config import parse
+from sfd.utils.errors import Interrupted
 from test_diffusion import make_model, make_task
 
 CPU = torch.device("cpu")
@@ -39,12 +39,12 @@ class Stopped:
         return self.task.batch(step, samples) | {"step": torch.tensor(step)}
 
     def loss(self, model, batch):
-        if batch["step"] == self.at and processes.rank() == self.rank:
+        if batch["step"] == self.at and distributed.rank() == self.rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return self.task.loss(model, batch)
 
 
-def train(folder: Path, name: str, settings: dict, stop: tuple[int, int] | None = None) -> Transformer | None:
+def train(folder: Path, name: str, settings: dict, stop: tuple[int, int] | None = None) -> LightningDiT | None:
     """Train a job; None if it was stopped."""
     latents = LatentSet(folder / "latents")
     parsed = parse(TrainSettings, settings)
@@ -57,12 +57,12 @@ def train(folder: Path, name: str, settings: dict, stop: tuple[int, int] | None 
 
 
 def main(folder: Path) -> None:
-    processes.join("cpu")
+    distributed.init("cpu")
     for name, settings, stop in json.loads((folder / "jobs.json").read_text()):
         trained = train(folder, name, settings, stop)
         if trained is not None:
-            files.write_tensors(folder / f"{name}-{processes.rank()}.safetensors", trained.state_dict())
-    processes.leave()
+            files.write_tensors(folder / f"{name}-{distributed.rank()}.safetensors", trained.state_dict())
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ from benchmarks.speed import (
 )
 from benchmarks.speed.measuring import Row, Setting, machine
 from benchmarks.speed.report import check_place, draw, keep, publish, table
-from sfd.errors import SFDError
-from sfd.models.transformer import SIZES
-from sfd.resources import choose_device
+from sfd.models.dit import SIZES
+from sfd.utils.device import choose_device
+from sfd.utils.errors import SFDError
 
 
 class Section(NamedTuple):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from benchmarks.speed.demo import command, prepared, stage
 from benchmarks.speed.measuring import Row, Setting, network
-from sfd.errors import SFDError
-from sfd.training.checkpoints import Writer
-from sfd.training.settings import TrainSettings
+from sfd.training.checkpoint import Writer
+from sfd.training.config import TrainSettings
+from sfd.utils.errors import SFDError
 
 PARTS = ("model", "average", "exp_avg", "exp_avg_sq")
 BATCH = 8

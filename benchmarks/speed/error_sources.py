@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from benchmarks.speed.measuring import ROOT, Row, Setting
 from benchmarks.speed.sampling import trajectory
-from sfd.model import load_model
+from sfd.generation.model import load_model
+from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference, in_bf16
-from sfd.models.transformer import Transformer
 
 PRODUCTS = {
     "modulations": "modulation",
@@ -45,7 +45,7 @@ def error_sources(setting: Setting) -> list[Row]:
     return rows
 
 
-def in_part(network: Transformer, names: Collection[str], dtype: torch.dtype = torch.bfloat16) -> Transformer:
+def in_part(network: LightningDiT, names: Collection[str], dtype: torch.dtype = torch.bfloat16) -> LightningDiT:
     """Copy a network with these products in another type; what they give is rounded to it, and float32 from there."""
     copied = copy.deepcopy(network).eval().requires_grad_(False)
     chosen = {PRODUCTS[name] for name in names if name in PRODUCTS}
@@ -61,7 +61,7 @@ def in_part(network: Transformer, names: Collection[str], dtype: torch.dtype = t
     return copied
 
 
-def rounded(network: Transformer, operand: str) -> Transformer:
+def rounded(network: LightningDiT, operand: str) -> LightningDiT:
     """Copy a network with an operand of all products of its blocks rounded to bf16, and float32 otherwise."""
     copied = copy.deepcopy(network).eval().requires_grad_(False)
     for module in copied.blocks.modules():

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, network
-from sfd import files
-from sfd.data.latents import FEATURES, FLIP, LatentSet, Manifest, shard_path
-from sfd.models.transformer import Transformer
-from sfd.training.diffusion import DiffusionTask, LossSettings
+from sfd.data.shards import FEATURES, FLIP, LatentSet, Manifest, shard_path
+from sfd.models.dit import LightningDiT
+from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
+from sfd.utils import files
 
 SHARDS, IMAGES = 16, 32  # of each shard: as in ImageNet's, a batch reads from many of them
 CHANNELS = 768
@@ -61,5 +61,5 @@ def _write_shard(path: Path, number: int) -> None:
 def task_like_published(size: str, batch: int, folder: Path) -> DiffusionTask:
     """Training of a network of one of the published sizes, REPA included."""
     config = network(size).config.model_copy(update={"repa_block": 2, "repa_channels": CHANNELS})
-    made = Transformer(config)
+    made = LightningDiT(config)
     return DiffusionTask(made, like_published(folder), SCHEDULE, LossSettings(), seed=0, batch_size=batch)

@@ -16,19 +16,19 @@ from PIL import Image
 from benchmarks.speed.demo import RECIPE, prepared
 from benchmarks.speed.latents import task_like_published
 from benchmarks.speed.measuring import Row, Setting, best_times
-from sfd import randomness
-from sfd.config import load_recipe
 from sfd.data.folder import FolderSource
 from sfd.encoders import autoencoder_kl
-from sfd.encoders._training import TextureTask
-from sfd.models.transformer import Transformer
-from sfd.pipeline import transformer_config
-from sfd.preparation import find_latents
+from sfd.models.dit import LightningDiT
+from sfd.run.pipeline import transformer_config
+from sfd.run.preparation import find_latents
+from sfd.run.recipe import load_recipe
 from sfd.schedules import build_schedule
 from sfd.training.batches import Batches
-from sfd.training.diffusion import DiffusionTask
-from sfd.training.loop import Task
-from sfd.training.settings import TrainSettings
+from sfd.training.config import TrainSettings
+from sfd.training.tasks.diffusion import DiffusionTask
+from sfd.training.tasks.encoders import TextureTask
+from sfd.training.trainer import Task
+from sfd.utils import rng
 
 JPEGS, FILE_SIZE, IMAGE_SIZE = 256, (320, 288), 256
 LATENTS = 64  # images of a batch of latents as published: a GPU's share of one
@@ -72,7 +72,7 @@ def _loaded(setting: Setting) -> Iterator[Loaded]:
     config = transformer_config(recipe, latents)
     schedule = build_schedule(recipe.schedule, config.composite.names)
     many = recipe.train.batch_size
-    demo = DiffusionTask(Transformer(config), latents, schedule, recipe.loss, seed=0, batch_size=many)
+    demo = DiffusionTask(LightningDiT(config), latents, schedule, recipe.loss, seed=0, batch_size=many)
     yield Loaded("the demo's latents", demo, many, len(latents), tuple(latents.folder.glob("*.safetensors")), many)
     like = task_like_published(size, LATENTS, setting.out / "published")
     shards = tuple(like.latents.folder.glob("*.safetensors"))
@@ -94,7 +94,7 @@ def _jpegs(folder: Path) -> Path:
     for k in range(JPEGS):
         path = folder / f"{k:04d}.jpg"
         if not path.exists():
-            generator = randomness.generator(k, "benchmark")
+            generator = rng.generator(k, "benchmark")
             colours = Image.fromarray(generator.integers(0, 256, (9, 10, 3), np.uint8))
             smooth = np.asarray(colours.resize(FILE_SIZE, Image.Resampling.BICUBIC), np.float32)
             grain = generator.standard_normal(smooth.shape[:2], dtype=np.float32)[..., None]

@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sfd.models.transformer import SIZES, Transformer, TransformerConfig
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.dit import SIZES, DiTConfig, LightningDiT
 from sfd.schedules import build_schedule
-from sfd.streams import Composite, Stream
 
 ROOT = Path(__file__).parent.parent.parent
-COMPOSITE = Composite(
+COMPOSITE = CompositeLatent(
     streams=(Stream(name="texture", channels=32, grid=16), Stream(name="semantic", channels=16, grid=16, weight=2.0))
 )
 SCHEDULE = build_schedule({"name": "offset", "delta": 0.3}, COMPOSITE.names)
@@ -64,10 +64,10 @@ class Setting:
         return {name: 2 * side**3 / seconds for name, seconds in best_times(ways, 10, self.device).items()}
 
 
-def network(size: str, checkpointing: Checkpointing = False) -> Transformer:
+def network(size: str, checkpointing: Checkpointing = False) -> LightningDiT:
     """A network as published, none of its weights zero."""
     depth, width, heads = SIZES[size]
-    config = TransformerConfig(
+    config = DiTConfig(
         depth=depth,
         width=width,
         heads=heads,
@@ -76,7 +76,7 @@ def network(size: str, checkpointing: Checkpointing = False) -> Transformer:
         clocks=("semantic", "texture"),
         checkpointing=checkpointing,
     )
-    made = Transformer(config)
+    made = LightningDiT(config)
     for parameter in made.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)

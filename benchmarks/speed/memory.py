@@ -26,13 +26,13 @@ from benchmarks.speed.measuring import (
 )
 from benchmarks.speed.sampling import inferences
 from benchmarks.speed.training import Training
-from sfd.data.latents import FEATURES
-from sfd.estimate import kept_bytes
+from sfd.data.shards import FEATURES
 from sfd.models.inference import cannot_compile
+from sfd.run.estimate import kept_bytes
 from sfd.sampling import initial_noise
-from sfd.training.diffusion import DiffusionTask
-from sfd.training.loop import Run
-from sfd.training.settings import TrainSettings
+from sfd.training.config import TrainSettings
+from sfd.training.tasks.diffusion import DiffusionTask
+from sfd.training.trainer import Run
 
 MORE = 8  # times the batch: as many again are sampled at once
 KINDS: dict[str, Checkpointing] = {"none": False, "selective": "selective", "all": True}
@@ -71,7 +71,7 @@ def _row(task: str, size: str, batch: int, way: str) -> Row:
 def checkpointing(setting: Setting) -> list[Row]:
     """Time and working memory of training steps by what of a block is kept for the backward pass.
 
-    Bytes an image are measured as what a batch takes more than half of it; counted are those of `sfd.estimate`.
+    Bytes an image are measured as what a batch takes more than half of it; counted are those of `sfd.run.estimate`.
     """
     device, rows = setting.device, []
     for size, batch in setting.sizes:

@@ -26,19 +26,19 @@ from benchmarks.speed.demo import RECIPE, prepared
 from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, Row, Setting, class_labels, network, wait
 from benchmarks.speed.sampling import EVALUATIONS
 from sfd import flow
-from sfd.config import load_recipe
-from sfd.data.latents import FEATURES, LatentSet
-from sfd.generate import DEFAULT_STEPS, velocity_field
+from sfd.data.shards import FEATURES, LatentSet
+from sfd.generation.generate import DEFAULT_STEPS, velocity_field
 from sfd.guidance import VelocityField
+from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference
-from sfd.models.transformer import Transformer
-from sfd.pipeline import transformer_config
-from sfd.preparation import find_latents
+from sfd.run.pipeline import transformer_config
+from sfd.run.preparation import find_latents
+from sfd.run.recipe import load_recipe
 from sfd.sampling import initial_noise, integrate
 from sfd.schedules import build_schedule
-from sfd.training import loop
-from sfd.training.diffusion import DiffusionTask, LossSettings
-from sfd.training.settings import TrainSettings
+from sfd.training import trainer
+from sfd.training.config import TrainSettings
+from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
 
 SIZE, BATCH, STEPS = "tiny", 256, 20  # of the training that is timed: the demo's, where the network takes least
 DELTA = 0.3
@@ -118,7 +118,7 @@ class Project:
 
     def __init__(self, task: DiffusionTask, settings: TrainSettings, folder: Path, device: torch.device) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self.run, self.device = loop.Run(task, settings, folder, device), device
+        self.run, self.device = trainer.Run(task, settings, folder, device), device
         self.run.log.start(0, {})
         self.run.batches.start(0, 0)
 
@@ -140,7 +140,7 @@ def training_overhead(latents: LatentSet, rounds: int, folder: Path, device: tor
     recipe = load_recipe(RECIPE, [f"transformer.size={SIZE}"])
     config = transformer_config(recipe, latents)
     schedule = build_schedule(recipe.schedule, config.composite.names)
-    task = DiffusionTask(Transformer(config), latents, schedule, LossSettings(), seed=0, batch_size=BATCH)
+    task = DiffusionTask(LightningDiT(config), latents, schedule, LossSettings(), seed=0, batch_size=BATCH)
     settings = TrainSettings(steps=10**6, batch_size=BATCH, learning_rate=1e-5, ema=0.9999)
     ours = Project(task, settings, folder, device)
     ways: dict[str, Callable[[int], float]]

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 
 from benchmarks.speed.measuring import ROOT, Row, Setting, best_times, network
-from sfd.generate import pair, velocity_field
-from sfd.model import load_model
+from sfd.generation.generate import pair, velocity_field
+from sfd.generation.model import load_model
+from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference
-from sfd.models.transformer import Transformer
 from sfd.sampling import initial_noise
 
 
@@ -19,7 +19,7 @@ def paired(setting: Setting) -> list[Row]:
     """Images a second through a guided evaluation: of two calls, and of one."""
     device = setting.device
     demo = load_model(ROOT / "models" / "shapes", device)
-    cases: list[tuple[str, Transformer, tuple[int, ...]]] = [("demo", demo.transformer, (1, 4, 8, 64))]
+    cases: list[tuple[str, LightningDiT, tuple[int, ...]]] = [("demo", demo.transformer, (1, 4, 8, 64))]
     for size, batch in setting.sizes:
         cases.append((size, network(size).eval().requires_grad_(False).to(device), (1, batch)))
     rows = []

@@ -13,10 +13,10 @@ from torch import nn
 from benchmarks.speed.measuring import ROOT, Row, Setting, best_times, working_memory
 from sfd.data.shapes import ShapesSource
 from sfd.encoders import autoencoder_kl, convnet, kl
-from sfd.encoders._training import SemanticTask, TextureTask
-from sfd.generate import decode
-from sfd.model import load_model
+from sfd.generation.generate import decode
+from sfd.generation.model import load_model
 from sfd.sampling import initial_noise
+from sfd.training.tasks.encoders import SemanticTask, TextureTask
 
 IMAGES = 128
 CHUNKS = (8, 16, 32, 64, 128)

@@ -21,17 +21,17 @@ from benchmarks.solvers_trained import MODEL, judge, sample, texture_errors
 from benchmarks.speed.demo import RECIPE
 from benchmarks.speed.measuring import Row, Setting, machine
 from benchmarks.speed.report import draw_figure, keep_file
-from sfd.assessment import reference
-from sfd.config import Recipe, dump_recipe, load_recipe
-from sfd.data.latents import LatentSet
-from sfd.data.prepare import LatentSettings, prepare
+from sfd.data.encode import LatentSettings, prepare
+from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import Reference, evaluate
-from sfd.files import write_json
-from sfd.generate import SampleSettings
-from sfd.model import Model, load_model
+from sfd.generation.generate import SamplingConfig
+from sfd.generation.model import Model, load_model
 from sfd.models.inference import cannot_compile
-from sfd.pipeline import Pipeline
-from sfd.training.diffusion import DiffusionTask, LossSettings
+from sfd.run.assessment import reference
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import Recipe, dump_recipe, load_recipe
+from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
+from sfd.utils.files import write_json
 
 EVERY, SMOOTHED = 10, 50  # steps of a line of the log, and of the mean that is compared
 CURVES = "training-curves.json"
@@ -46,7 +46,7 @@ WAYS: dict[str, tuple[int, list[str]]] = {  # seed, and what differs from the de
     "bf16 compiled": (0, ["train.precision=bf16", "train.compile=true"]),
     "float32, another seed": (1, ["train.precision=float32"]),
 }
-GUIDED = SampleSettings(steps=24, guidance=2.0, compile="off")
+GUIDED = SamplingConfig(steps=24, guidance=2.0, compile="off")
 
 
 def curves(setting: Setting) -> list[Row]:
@@ -175,7 +175,7 @@ def sample_metrics(setting: Setting, count: int = 1000) -> list[Row]:
     return rows
 
 
-def ways_to_sample(device: torch.device, count: int) -> Iterator[tuple[str, int, SampleSettings]]:
+def ways_to_sample(device: torch.device, count: int) -> Iterator[tuple[str, int, SamplingConfig]]:
     """Name each way, with the seed of its first image."""
     yield "float32", 0, GUIDED
     yield "bf16", 0, GUIDED.model_copy(update={"precision": "bf16"})

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.measuring import ROOT, Row
-from sfd import files
-from sfd.errors import SFDError
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 RESULTS = ROOT / "docs" / "results" / "performance.json"
 PAGES = ROOT / "docs" / "performance.md", ROOT / "docs" / "sampling.md"  # the first has a place for every section

@@ -20,11 +20,11 @@ from benchmarks.speed.measuring import (
     network,
     working_memory,
 )
-from sfd.generate import velocity_field
+from sfd.generation.generate import velocity_field
+from sfd.generation.model import Model, load_model
 from sfd.guidance import VelocityField, guide
-from sfd.model import Model, load_model
+from sfd.models.dit import LightningDiT, flops
 from sfd.models.inference import Inference, cannot_compile
-from sfd.models.transformer import Transformer, flops
 from sfd.sampling import initial_noise, integrate
 
 STEPS = 3  # of Euler's method in a timed sampling: what is timed is divided by it
@@ -33,7 +33,7 @@ STEPS = 3  # of Euler's method in a timed sampling: what is timed is divided by 
 EVALUATIONS = {"published": 81, "ours": 24}
 
 
-def inferences(made: Transformer, device: torch.device) -> dict[str, Callable[..., Tensor]]:
+def inferences(made: LightningDiT, device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """Name the ways to evaluate a network; each gives v̂ (B, N) of x (B, N), times (K,) and labels (B,)."""
     plain = Inference(made)
 

@@ -10,9 +10,9 @@ from benchmarks.solvers_trained import BLIND, MODEL, judged, settings
 from benchmarks.speed.measuring import Row, Setting
 from benchmarks.speed.quality import evaluator
 from benchmarks.speed.report import FIGURE, draw_figure, keep_file
-from sfd.files import write_json
-from sfd.generate import SampleSettings
-from sfd.model import load_model
+from sfd.generation.generate import SamplingConfig
+from sfd.generation.model import load_model
+from sfd.utils.files import write_json
 
 IMAGES, EVALUATIONS = 1000, (12, 18, 24, 36)
 METHODS = "euler", "heun", "multistep, order 2", "multistep, order 3", "sde"
@@ -49,10 +49,10 @@ def trained(setting: Setting) -> list[Row]:
     return rows
 
 
-def methods() -> Iterator[tuple[str, SampleSettings]]:
+def methods() -> Iterator[tuple[str, SamplingConfig]]:
     """Name each way of sampling, with its settings."""
     for name in (BLIND, "dopri5"):
-        yield name, SampleSettings(solver="dopri5", options={"rtol": 1e-3, "atol": 1e-6}, guidance=2.0)
+        yield name, SamplingConfig(solver="dopri5", options={"rtol": 1e-3, "atol": 1e-6}, guidance=2.0)
     fixed = [(name, how) for name, how in settings(EVALUATIONS) if name in METHODS]
     yield from sorted(fixed, key=lambda each: METHODS.index(each[0]))
 

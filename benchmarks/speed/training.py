@@ -8,14 +8,14 @@ import torch
 
 from benchmarks.speed.measuring import COMPOSITE, Row, Setting, best_times, class_labels, network
 from sfd import flow
+from sfd.models.dit import LightningDiT, flops
 from sfd.models.inference import cannot_compile
-from sfd.models.transformer import Transformer, flops
 
 
 class Training:
     """A training step on random latents, the plain way or the project's."""
 
-    def __init__(self, made: Transformer, batch: int, device: torch.device, way: str) -> None:
+    def __init__(self, made: LightningDiT, batch: int, device: torch.device, way: str) -> None:
         self.device, self.plain, self.bf16 = device, way == "float32", way.startswith("bf16")
         self.network = copy.deepcopy(made).to(device).train()
         self.average = copy.deepcopy(self.network).requires_grad_(False)

@@ -18,12 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sfd import flow
-from sfd.analytic import GaussianMixture
-from sfd.errors import unknown
 from sfd.evaluation.figures import COLOURS
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.toy import GaussianMixture
 from sfd.sampling import initial_noise, integrate
 from sfd.schedules import Schedule, build_schedule
-from sfd.streams import Composite, Stream
+from sfd.utils.errors import unknown
 
 HERE = Path(__file__).parent
 SWEEP = HERE.parent / "results" / "offset-sweep.json"
@@ -99,7 +99,7 @@ def times() -> Figure:
 
 def mixture() -> GaussianMixture:
     """Five Gaussians over texture (4 channels) and semantics (2), close enough for smooth paths between them."""
-    composite = Composite(
+    composite = CompositeLatent(
         streams=(Stream(name="texture", channels=4, grid=1), Stream(name="semantic", channels=2, grid=1))
     )
     random = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """`python -m sfd` is the command `sfd`."""
 
-from sfd.cli import main
+from sfd.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sfd.errors import SFDError, unknown
-from sfd.streams import Composite
-from sfd.transfer import sent
+from sfd.latents import CompositeLatent
+from sfd.utils.errors import SFDError, unknown
+from sfd.utils.transfer import sent
 
 VelocityField = Callable[[Tensor, Tensor], Tensor]
 """v(x, times): x (B, N) packed, times (K,) on the CPU, one a stream and the same for the batch; returns (B, N)."""
@@ -47,7 +47,7 @@ class Guided:
         weak: VelocityField,
         scales: Sequence[float],
         intervals: Sequence[Interval],
-        composite: Composite,
+        composite: CompositeLatent,
         weak_every: int,
         weak_between: Between,
         pair: Pair | None,
@@ -122,7 +122,7 @@ def guide(
     strong: VelocityField,
     weak: VelocityField | None,
     scale: Scale,
-    composite: Composite,
+    composite: CompositeLatent,
     interval: Interval | Mapping[str, Interval] | None = None,
     *,
     weak_every: int = 1,
@@ -159,7 +159,7 @@ def guide(
     return Guided(strong, weak, scales, intervals, composite, weak_every, weak_between, pair)
 
 
-def _scales(scale: Scale, composite: Composite) -> list[float]:
+def _scales(scale: Scale, composite: CompositeLatent) -> list[float]:
     """One scale a stream, in packed order."""
     named = scale if isinstance(scale, Mapping) else dict.fromkeys(composite.names, scale)
     _check_names(named, composite, "guidance scale")
@@ -171,7 +171,7 @@ def _scales(scale: Scale, composite: Composite) -> list[float]:
     return [float(named.get(name, 1.0)) for name in composite.names]
 
 
-def _intervals(interval: Interval | Mapping[str, Interval] | None, composite: Composite) -> list[Interval]:
+def _intervals(interval: Interval | Mapping[str, Interval] | None, composite: CompositeLatent) -> list[Interval]:
     """One interval a stream, in packed order."""
     always = (0.0, 1.0)
     if interval is None:
@@ -184,7 +184,7 @@ def _intervals(interval: Interval | Mapping[str, Interval] | None, composite: Co
     return [named.get(name, always) for name in composite.names]
 
 
-def _check_names(named: Mapping[str, object], composite: Composite, what: str) -> None:
+def _check_names(named: Mapping[str, object], composite: CompositeLatent, what: str) -> None:
     for name in named:
         if name not in composite.names:
             raise unknown(f"stream for a {what}", name, composite.names)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd.errors import SFDError, unknown
 from sfd.schedules import Schedule
 from sfd.solvers import Solver, check_steps
+from sfd.utils.errors import SFDError, unknown
 
 BUDGETS = ("length", "equal", "time")
 Budget = str | Sequence[float]

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sfd import randomness
-from sfd.errors import SFDError
 from sfd.guidance import VelocityField
+from sfd.latents import CompositeLatent
 from sfd.pieces import Budget, Jumps, Piece, PiecewiseVelocity, grids, pieces, whole
 from sfd.schedules import Schedule
 from sfd.solvers import load_solver
-from sfd.streams import Composite
-from sfd.transfer import sent
+from sfd.utils import rng
+from sfd.utils.errors import SFDError
+from sfd.utils.transfer import sent
 
 
 class Progress(NamedTuple):
@@ -41,14 +41,14 @@ class Result(NamedTuple):
     image_evaluations: Tensor  # (B,), int64: those while the image had not arrived yet; fewer with `control: image`
 
 
-def initial_noise(seeds: Sequence[int], composite: Composite) -> Tensor:
+def initial_noise(seeds: Sequence[int], composite: CompositeLatent) -> Tensor:
     """Draw where sampling starts, image k from seeds[k] alone: (len(seeds), N), float32, on the CPU.
 
     Raises:
         SFDError: a negative seed.
     """
     check_seeds(seeds)
-    return randomness.normal(seeds, composite.size, "noise")
+    return rng.normal(seeds, composite.size, "noise")
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
@@ -84,7 +84,7 @@ def integrate(
     velocity: VelocityField,
     noise: Tensor,
     schedule: Schedule,
-    composite: Composite,
+    composite: CompositeLatent,
     *,
     solver: str = "multistep",
     steps: int | None = None,
@@ -157,7 +157,7 @@ class _Counter:
 class _Noise:
     """Fresh noise for stochastic solvers, keyed by seed, segment and how often noise was drawn in it."""
 
-    def __init__(self, seeds: Sequence[int] | None, composite: Composite) -> None:
+    def __init__(self, seeds: Sequence[int] | None, composite: CompositeLatent) -> None:
         self._seeds = seeds
         self._size = composite.size
         self._draws: Counter[int] = Counter()  # by segment
@@ -168,7 +168,7 @@ class _Noise:
             raise SFDError(
                 "this solver draws noise, but has no seeds to draw it from; give integrate one seed an image"
             )
-        drawn = randomness.normal(self._seeds, self._size, "renoise", segment, self._draws[segment])
+        drawn = rng.normal(self._seeds, self._size, "renoise", segment, self._draws[segment])
         self._draws[segment] += 1
         return drawn
 
@@ -181,7 +181,7 @@ class _Equation:
         velocity: _Counter,
         x: Tensor,
         schedule: Schedule,
-        composite: Composite,
+        composite: CompositeLatent,
         piece: Piece,
         points: Sequence[float],
         noise: _Noise,
@@ -268,7 +268,7 @@ def _report(
     return report
 
 
-def _check_shapes(noise: Tensor, schedule: Schedule, composite: Composite, seeds: Sequence[int] | None) -> None:
+def _check_shapes(noise: Tensor, schedule: Schedule, composite: CompositeLatent, seeds: Sequence[int] | None) -> None:
     if schedule.streams != composite.names:
         raise SFDError(
             f"the schedule drives streams {', '.join(schedule.streams)}, but the latent has "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sfd.data.images import ImageSource, Indices
-from sfd.progress import bar
+from sfd.utils.progress import bar
 
 # Bytes of decoded images that are kept in memory.
 BUDGET = 2 * 2**30

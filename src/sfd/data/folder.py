@@ -17,9 +17,9 @@ from PIL import Image
 
 from sfd.data.cache import BUDGET, nbytes
 from sfd.data.images import ImageSource, Indices, decode, stable_hash
-from sfd.errors import SFDError
-from sfd.files import check_regular, explained, write_text
-from sfd.progress import bar
+from sfd.utils.errors import SFDError
+from sfd.utils.files import check_regular, explained, write_text
+from sfd.utils.progress import bar
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from sfd.errors import SFDError
+from sfd.utils.errors import SFDError
 
 Indices = Sequence[int] | np.ndarray
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sfd import randomness
 from sfd.data.images import Indices, stable_hash
-from sfd.errors import SFDError
+from sfd.utils import rng
+from sfd.utils.errors import SFDError
 
-# Part of the identity: raised when the same seed gives other images.
+# Component of the identity: raised when the same seed gives other images.
 VERSION = 1
 
 PATTERNS = ("solid", "stripes", "checks", "dots", "gradient")
@@ -93,7 +93,7 @@ class ShapesSource:
 
 def _draw(seed: int, count: int) -> np.ndarray:
     """Draw the factors of images 0 … count-1, each image's from a generator of its own."""
-    draws = np.stack([randomness.generator(seed, "shapes", i).random(_DRAWS) for i in range(count)])
+    draws = np.stack([rng.generator(seed, "shapes", i).random(_DRAWS) for i in range(count)])
     factors = np.empty(count, FACTORS)
     factors["shape"] = np.floor(draws[:, 0] * len(_DISTANCES))
     factors["x"] = (2 * draws[:, 1] - 1) * 3 / 32

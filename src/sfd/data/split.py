@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from sfd import randomness
 from sfd.data.images import ImageSource, Indices, stable_hash
-from sfd.errors import SFDError
+from sfd.utils import rng
+from sfd.utils.errors import SFDError
 
 
 class Subset:
@@ -61,7 +61,7 @@ def split(source: ImageSource, holdout: float, seed: int) -> tuple[ImageSource, 
             raise SFDError(
                 f"{where} has {len(members)} image, but to hold some out takes 2; add some, or remove that class"
             )
-        order = randomness.generator(seed, "split", label).permutation(members)
+        order = rng.generator(seed, "split", label).permutation(members)
         count = min(max(round(holdout * len(members)), 1), len(members) - 1)
         held_out.append(order[:count])
         training.append(order[count:])

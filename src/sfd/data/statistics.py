@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sfd.settings import Settings
+from sfd.utils.config import Settings
 
 # Images that are turned to float64 at a time: a fixed number, because the last bits of a sum depend on it.
 _CHUNK = 256

@@ -1,8 +1,8 @@
 """What an encoder is, and how one is loaded from its folder.
 
 An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config`, a function `build(config)` that gives a
-`Part` with fresh weights and, if it can be trained here, an `Objective` and a function `task`; if published weights can
-be used, functions `planned` and `pretrained`. See docs/extending-encoders.md.
+`Component` with fresh weights and, if it can be trained here, an `Objective` and a function `task`; if published
+weights can be used, functions `planned` and `pretrained`. See docs/extending-encoders.md.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
-from sfd import files, registry, weights
-from sfd.errors import SFDError
-from sfd.settings import parse
-from sfd.weights import Part
+from sfd.models import component
+from sfd.models.component import Component
+from sfd.utils import files, registry
+from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -51,7 +52,7 @@ class TextureEncoder(SemanticEncoder, Protocol):
         """Map latents (B, C, h, w) back to images (B, 3, h·f, w·f), about [-1, 1]; clamping is left to the caller."""
 
 
-def load_encoder(folder: Path) -> Part:
+def load_encoder(folder: Path) -> Component:
     """Load the encoder in `folder`, in eval mode, without gradients, on the CPU.
 
     Its `kind` (`TEXTURE` or `SEMANTIC`) says which of the two protocols it fulfils.
@@ -59,11 +60,11 @@ def load_encoder(folder: Path) -> Part:
     Raises:
         SFDError: the folder holds no encoder, one that this version does not know, or damaged weights.
     """
-    saved = weights.read(folder, (TEXTURE, SEMANTIC))
+    saved = component.read(folder, (TEXTURE, SEMANTIC))
     module = registry.find(PACKAGE, saved.name, "encoder")
-    config = parse(module.Config, saved.config, str(folder / weights.CONFIG_FILE))
-    weights.check_fit(lambda: module.build(config), saved.tensors, str(folder))
-    encoder = cast(Part, module.build(config))
+    config = parse(module.Config, saved.config, str(folder / component.CONFIG_FILE))
+    component.check_fit(lambda: module.build(config), saved.tensors, str(folder))
+    encoder = cast(Component, module.build(config))
     encoder.fill(saved)
     return encoder.eval().requires_grad_(False)
 
@@ -136,14 +137,14 @@ def autoencoder(**shape: Any) -> AutoencoderKL:
     return AutoencoderKL(**shape)
 
 
-def _open(source: str, kind: str, published: str) -> Part:
-    config = Path(source) / weights.CONFIG_FILE
+def _open(source: str, kind: str, published: str) -> Component:
+    config = Path(source) / component.CONFIG_FILE
     if config.is_file() and "kind" in files.read_json(config, kind):
         return _of_kind(Path(source), kind)
-    return cast(Part, registry.find(PACKAGE, published, "encoder").pretrained(source, {}))
+    return cast(Component, registry.find(PACKAGE, published, "encoder").pretrained(source, {}))
 
 
-def _of_kind(folder: Path, kind: str) -> Part:
+def _of_kind(folder: Path, kind: str) -> Component:
     encoder = load_encoder(folder)
     if encoder.kind != kind:
         raise SFDError(f"{folder} holds a {encoder.kind} ({encoder.name}), but a {kind} was expected")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sfd import files
-from sfd.errors import SFDError
-from sfd.settings import Settings, parse
+from sfd.utils import files
+from sfd.utils.config import Settings, parse
+from sfd.utils.errors import SFDError
 
 CONFIG_FILE = "config.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

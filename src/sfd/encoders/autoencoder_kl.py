@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfd.encoders._base import TEXTURE, autoencoder, check_divisible
-from sfd.moments import Moments
-from sfd.settings import Settings
-from sfd.weights import Part
+from sfd.models.component import Component
+from sfd.models.gaussian import DiagonalGaussian
+from sfd.utils.config import Settings
 
 if TYPE_CHECKING:
     from sfd.data.images import ImageSource
-    from sfd.encoders._training import TextureTask
+    from sfd.training.tasks.encoders import TextureTask
 
 START_LOGVAR = -5.0  # of the posterior: a standard deviation of 0.08, for latents of about 1
 
@@ -57,7 +57,7 @@ class Objective(Settings):
     kl: float = Field(1e-6, ge=0)
 
 
-class TextureAutoencoder(Part):
+class TextureAutoencoder(Component):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H / f, W / f) and back."""
 
     kind = TEXTURE
@@ -112,7 +112,7 @@ class TextureAutoencoder(Part):
         # A transposed convolution has one bias a colour; the rest of the mean patch is left to the network.
         self.linear_out.load_state_dict({"weight": back, "bias": mean.unflatten(0, (3, -1)).mean(1)})
 
-    def moments(self, images: Tensor) -> Moments:
+    def moments(self, images: Tensor) -> DiagonalGaussian:
         """Give the posterior of the latents: mean and log-variance, each (B, C, H / f, W / f).
 
         Raises:
@@ -121,13 +121,13 @@ class TextureAutoencoder(Part):
         check_divisible(images, self.downsample)
         folded = F.pixel_unshuffle(images, self.config.patch)
         posterior = self.net.encode(folded).latent_dist
-        return Moments(posterior.mean + self.linear_in(images), posterior.logvar)
+        return DiagonalGaussian(posterior.mean + self.linear_in(images), posterior.logvar)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Decode, keeping gradients: (B, C, h, w) to (B, 3, h·f, w·f)."""
         return F.pixel_shuffle(self.net.decode(latents).sample, self.config.patch) + self.linear_out(latents)
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Moments]:
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruct from a draw of the posterior, made with standard normal `noise` (B, C, H / f, W / f)."""
         moments = self.moments(images)
         return self.reconstruct(moments.sample(noise)), moments
@@ -144,7 +144,7 @@ class TextureAutoencoder(Part):
 
 
 def build(config: Config) -> TextureAutoencoder:
-    """Make the autoencoder with fresh weights, from torch's global generator (see `sfd.randomness.seeded`)."""
+    """Make the autoencoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
     return TextureAutoencoder(config)
 
 
@@ -152,6 +152,6 @@ def task(
     encoder: TextureAutoencoder, source: ImageSource, objective: Objective, *, seed: int, batch_size: int
 ) -> TextureTask:
     """Say how it is trained on `source`."""
-    from sfd.encoders._training import TextureTask
+    from sfd.training.tasks.encoders import TextureTask
 
     return TextureTask(encoder, source, objective, seed=seed, batch_size=batch_size)

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfd.encoders._base import SEMANTIC, check_divisible
+from sfd.models.component import Component
 from sfd.models.convnet import ConvNet, ConvNetConfig
-from sfd.settings import Settings
-from sfd.weights import Part
+from sfd.utils.config import Settings
 
 if TYPE_CHECKING:
     from sfd.data.images import ImageSource
-    from sfd.encoders._training import SemanticTask
+    from sfd.training.tasks.encoders import SemanticTask
 
 
 class Config(Settings):
@@ -49,7 +49,7 @@ class Objective(Settings):
     covariance: float = Field(0.2, ge=0)
 
 
-class ConvNetEncoder(Part):
+class ConvNetEncoder(Component):
     """Images (B, 3, H, W) in [-1, 1] to features (B, C, H / f, W / f), of about unit variance once trained."""
 
     kind = SEMANTIC
@@ -80,7 +80,7 @@ class ConvNetEncoder(Part):
 
 
 def build(config: Config) -> ConvNetEncoder:
-    """Make the encoder with fresh weights, from torch's global generator (see `sfd.randomness.seeded`)."""
+    """Make the encoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
     return ConvNetEncoder(config)
 
 
@@ -88,6 +88,6 @@ def task(
     encoder: ConvNetEncoder, source: ImageSource, objective: Objective, *, seed: int, batch_size: int
 ) -> SemanticTask:
     """Say how it is trained on `source`."""
-    from sfd.encoders._training import SemanticTask
+    from sfd.training.tasks.encoders import SemanticTask
 
     return SemanticTask(encoder, source, objective, seed=seed, batch_size=batch_size)

@@ -13,12 +13,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sfd import files
 from sfd.encoders import _published
 from sfd.encoders._base import TEXTURE, autoencoder, check_divisible
-from sfd.errors import SFDError
-from sfd.settings import Settings
-from sfd.weights import Part, check_fit, load_tensors
+from sfd.models.component import Component, check_fit, load_tensors
+from sfd.utils import files
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError
 
 DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
 UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
@@ -57,7 +57,7 @@ class Config(Settings):
         return self
 
 
-class PublishedAutoencoder(Part):
+class PublishedAutoencoder(Component):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H / f, W / f) and back."""
 
     kind = TEXTURE
@@ -88,7 +88,7 @@ class PublishedAutoencoder(Part):
 
 
 def build(config: Config) -> PublishedAutoencoder:
-    """Make the autoencoder with fresh weights, from torch's global generator (see `sfd.randomness.seeded`)."""
+    """Make the autoencoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
     return PublishedAutoencoder(config)
 
 

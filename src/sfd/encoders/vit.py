@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from sfd.encoders import _published
 from sfd.encoders._base import SEMANTIC, without_torchvision
-from sfd.errors import SFDError, unknown
-from sfd.settings import Settings
-from sfd.weights import Part, some
+from sfd.models.component import Component, some
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError, unknown
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -98,7 +98,7 @@ class Config(Settings):
         return self
 
 
-class VisionTransformer(Part):
+class VisionTransformer(Component):
     """Images (B, 3, H, W) in [-1, 1] to features (B, C, H / f, W / f)."""
 
     kind = SEMANTIC
@@ -165,7 +165,7 @@ class VisionTransformer(Part):
 
 
 def build(config: Config) -> VisionTransformer:
-    """Make the encoder with fresh weights, from torch's global generator (see `sfd.randomness.seeded`)."""
+    """Make the encoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
     return VisionTransformer(config)
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from sfd import files, randomness
 from sfd.data.images import ImageSource
-from sfd.errors import SFDError
 from sfd.evaluation.extractors._base import Extraction, Extractor
 from sfd.evaluation.features import concatenated
 from sfd.evaluation.metrics import Gaussian, frechet_distance, gaussian, inception_score, precision_recall
 from sfd.evaluation.samples import balanced
-from sfd.progress import bar
-from sfd.settings import Settings, parse
+from sfd.utils import files, rng
+from sfd.utils.config import Settings, parse
+from sfd.utils.errors import SFDError
+from sfd.utils.progress import bar
 
 NEIGHBOURS = 3  # k of precision and recall
 BATCH = 256
@@ -215,7 +215,7 @@ def _class_accuracy(
 
 def _balanced_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Choose `count` places, as evenly over the classes as their sizes allow."""
-    order = randomness.generator(seed, "choice of real images").permutation(len(labels))
+    order = rng.generator(seed, "choice of real images").permutation(len(labels))
     ranks = np.empty(len(labels), dtype=np.int64)  # an image's place among those of its class, in random order
     for label in np.unique(labels):
         members = order[labels[order] == label]

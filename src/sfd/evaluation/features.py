@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sfd import files
-from sfd.errors import SFDError
 from sfd.evaluation.extractors._base import Extraction, Extractor
 from sfd.evaluation.samples import Images
-from sfd.progress import bar
-from sfd.shares import Share
+from sfd.utils import files
+from sfd.utils.errors import SFDError
+from sfd.utils.progress import bar
+from sfd.utils.shares import Share
 
 CHUNK = 1000
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sfd.errors import SFDError
+from sfd.utils.errors import SFDError
 
 # One colour a stream everywhere; readable on white and on black.
 COLOURS = ("#d9822b", "#2b7bba", "#3a9a5b", "#a05bb8", "#c2476a")

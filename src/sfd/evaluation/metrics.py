@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sfd.errors import SFDError
+from sfd.utils.errors import SFDError
 
 Array = NDArray[np.float64]
 BLOCK = 4096  # features that are in memory in float64 at once

@@ -17,9 +17,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from sfd import files
 from sfd.data.images import Indices, stable_hash
-from sfd.errors import SFDError
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 IMAGES, LABELS, RECORD = "arr_0", "arr_1", "samples.json"
 # What reading a damaged archive raises; RuntimeError is that of one with a password or an unknown compression.

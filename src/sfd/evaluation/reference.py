@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfd.data.folder import FolderSource
-from sfd.errors import SFDError
 from sfd.evaluation.evaluate import Protocol, Reference
 from sfd.evaluation.extractors import inception
 from sfd.evaluation.extractors._base import Extraction, Extractor
 from sfd.evaluation.metrics import Gaussian, gaussian
 from sfd.evaluation.npz import IMAGES, Npz, NpzImages, read_moments
 from sfd.evaluation.samples import Images
+from sfd.utils.errors import SFDError
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from sfd import __version__, files
-from sfd.errors import SFDError
+from sfd import __version__
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 MAX_ROWS = 24  # classes shown of a gallery
 MAX_COLUMNS = 10  # images shown of a class

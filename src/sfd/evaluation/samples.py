@@ -14,11 +14,11 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image, UnidentifiedImageError
 
-from sfd import files
 from sfd.data.images import Indices, stable_hash
-from sfd.errors import SFDError, unknown
 from sfd.evaluation.npz import IMAGES, LABELS, RECORD, Npz, NpzImages, read_labels
-from sfd.progress import bar
+from sfd.utils import files
+from sfd.utils.errors import SFDError, unknown
+from sfd.utils.progress import bar
 
 
 class Images(Protocol):

@@ -9,10 +9,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from sfd import weights
-from sfd.errors import unknown
-from sfd.settings import parse
-from sfd.weights import Part
+from sfd.models import component
+from sfd.models.component import Component
+from sfd.utils.config import parse
+from sfd.utils.errors import unknown
 
 KIND = "compressor"
 # Name in config.json to module and the name of its configuration record.
@@ -47,13 +47,13 @@ def load_compressor(folder: Path) -> Compressor:
     Raises:
         SFDError: the folder holds no compressor, one that this version does not know, or damaged weights.
     """
-    saved = weights.read(folder, (KIND,))
+    saved = component.read(folder, (KIND,))
     if saved.name not in COMPRESSORS:
         raise unknown(KIND, saved.name, COMPRESSORS)
     module_name, config_name = COMPRESSORS[saved.name]
     module = importlib.import_module(module_name)
-    config = parse(getattr(module, config_name), saved.config, str(folder / weights.CONFIG_FILE))
-    weights.check_fit(lambda: module.build(config), saved.tensors, str(folder))
-    part = cast(Part, module.build(config))
+    config = parse(getattr(module, config_name), saved.config, str(folder / component.CONFIG_FILE))
+    component.check_fit(lambda: module.build(config), saved.tensors, str(folder))
+    part = cast(Component, module.build(config))
     part.fill(saved)
     return cast(Compressor, part.eval().requires_grad_(False))

@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd.errors import SFDError
-from sfd.settings import Settings
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError
 
 GROUP = 8  # channels normalised together
 

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sfd.errors import SFDError
-from sfd.models.transformer import Transformer
-from sfd.transfer import sent
+from sfd.models.dit import LightningDiT
+from sfd.utils.errors import SFDError
+from sfd.utils.transfer import sent
 
 Precision = Literal["float32", "bf16"]
 Compile = Literal["auto", "on", "off"]
@@ -27,7 +27,7 @@ COMPILING_PAYS = {"cpu": 2e14, "cuda": 3e16}
 class Inference:
     """v̂(x, t, y) of a transformer, as it was when this was made."""
 
-    def __init__(self, network: Transformer, precision: Precision = "float32", *, compiled: bool = False) -> None:
+    def __init__(self, network: LightningDiT, precision: Precision = "float32", *, compiled: bool = False) -> None:
         """Prepare a network for sampling.
 
         Args:
@@ -62,7 +62,7 @@ class Inference:
             return self._forward(*arguments).velocity[: len(x)]
 
 
-def in_bf16(network: Transformer) -> Transformer:
+def in_bf16(network: LightningDiT) -> LightningDiT:
     """Copy a network for evaluation, the weights of its blocks' matrix products in bf16."""
     copied = copy.deepcopy(network).eval().requires_grad_(False)
     for module in copied.blocks.modules():

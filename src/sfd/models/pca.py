@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from sfd.errors import SFDError
+from sfd.models.component import Component
 from sfd.models.compressor import KIND
-from sfd.settings import Settings
-from sfd.weights import Part
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError
 
 
 class PCAConfig(Settings):
@@ -35,7 +35,7 @@ class PCAConfig(Settings):
         return {name: value for name, value in dump(self).items() if name != "standardize" or value}
 
 
-class PCA(Part):
+class PCA(Component):
     """Features (B, C, h, w) to their c leading principal components (B, c, h, w), strongest first, and back."""
 
     kind = KIND

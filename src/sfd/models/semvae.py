@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd.errors import SFDError
+from sfd.models.component import Component
 from sfd.models.compressor import KIND
-from sfd.moments import Moments
-from sfd.settings import Settings
-from sfd.weights import Part
+from sfd.models.gaussian import DiagonalGaussian
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -49,7 +49,7 @@ class SemVAEObjective(Settings):
     )
 
 
-class SemVAE(Part):
+class SemVAE(Component):
     """Features (B, C, h, w) to the moments of latents (B, c, h, w) and back, on any grid."""
 
     kind = KIND
@@ -63,7 +63,7 @@ class SemVAE(Part):
         self.encoder = _Tower(config, config.input_channels, 2 * config.latent_channels)
         self.decoder = _Tower(config, config.latent_channels, config.input_channels)
 
-    def moments(self, features: Tensor) -> Moments:
+    def moments(self, features: Tensor) -> DiagonalGaussian:
         """Give the posterior of the latents: mean and log-variance, each (B, c, h, w)."""
         given, expected = features.shape[1], self.config.input_channels
         if given != expected:
@@ -71,9 +71,9 @@ class SemVAE(Part):
                 f"this SemVAE takes features of {expected} channels, got {given}; use the encoder it was made for"
             )
         mean, logvar = self.encoder(features).chunk(2, dim=1)
-        return Moments(mean, logvar.clamp(*LOGVAR_RANGE))
+        return DiagonalGaussian(mean, logvar.clamp(*LOGVAR_RANGE))
 
-    def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Moments]:
+    def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruct from a draw of the posterior, made with standard normal `noise` (B, c, h, w)."""
         moments = self.moments(features)
         return self.decoder(moments.sample(noise)), moments
@@ -141,5 +141,5 @@ class _Block(nn.Module):
 
 
 def build(config: SemVAEConfig) -> SemVAE:
-    """Make a SemVAE with fresh weights, from torch's global generator (see `sfd.randomness.seeded`)."""
+    """Make a SemVAE with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
     return SemVAE(config)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sfd import registry
-from sfd.errors import SFDError
 from sfd.schedules._base import PiecewiseLinear, Schedule, StreamTimes, check
-from sfd.settings import parse
+from sfd.utils import registry
+from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
 
 __all__ = ["PiecewiseLinear", "Schedule", "StreamTimes", "build_schedule", "check"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd.errors import SFDError
+from sfd.utils.errors import SFDError
 
 TOLERANCE = 1e-9  # how far rounding may take a hand-written map from 0, from 1 and from monotone
 ROUNDING = 1 + 1e-15  # u this close below a knot is on it: a step that is meant to start there has the rate after it

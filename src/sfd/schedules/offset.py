@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from sfd.errors import SFDError, unknown
 from sfd.schedules._base import PiecewiseLinear, Schedule
-from sfd.settings import Settings
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError, unknown
 
 
 class Config(Settings):

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sfd.schedules import offset
 from sfd.schedules._base import Schedule
-from sfd.settings import Settings
+from sfd.utils.config import Settings
 
 
 class Config(Settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sfd.schedules._base import PiecewiseLinear, Schedule
-from sfd.settings import Settings
+from sfd.utils.config import Settings
 
 
 class Config(Settings):

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 from pydantic import Field
 
-from sfd.errors import SFDError, unknown
 from sfd.schedules._base import PiecewiseLinear, Schedule
-from sfd.settings import Settings
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError, unknown
 
 SPACING = 1e-9  # points closer than this in base time would be a jump
 

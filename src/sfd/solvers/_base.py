@@ -7,9 +7,9 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from sfd import registry
-from sfd.errors import SFDError
-from sfd.settings import Settings, parse
+from sfd.utils import registry
+from sfd.utils.config import Settings, parse
+from sfd.utils.errors import SFDError
 
 
 class Velocity(Protocol):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sfd.errors import SFDError
 from sfd.solvers._base import Velocity
+from sfd.utils.errors import SFDError
 
 # Coefficients of Dormand & Prince (1980). The last stage is the next step's first.
 NODES = (0.2, 0.3, 0.8, 8 / 9, 1.0, 1.0)

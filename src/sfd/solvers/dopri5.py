@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 from torchdiffeq import odeint
 
-from sfd.errors import SFDError
-from sfd.settings import Settings
 from sfd.solvers._base import Callback, Velocity
 from sfd.solvers._by_image import solve_by_image
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError
 
 ADAPTIVE = True
 WITHOUT_FLOAT64 = {"mps"}  # device types that know no float64

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from sfd.settings import Settings
 from sfd.solvers._base import Callback, Velocity
+from sfd.utils.config import Settings
 
 ADAPTIVE = False
 

@@ -21,8 +21,8 @@ from itertools import pairwise
 from pydantic import Field
 from torch import Tensor
 
-from sfd.settings import Settings
 from sfd.solvers._base import Callback, Velocity
+from sfd.utils.config import Settings
 
 ADAPTIVE = False
 

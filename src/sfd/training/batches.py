@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sfd import processes
-from sfd.training.settings import TrainSettings
+from sfd.training.config import TrainSettings
+from sfd.utils import distributed
 
 Batch = dict[str, Tensor]
 
@@ -25,13 +25,13 @@ MOST_WORKERS = 8  # unless asked for: each holds a batch in memory
 
 def parts(settings: TrainSettings) -> int:
     """The number of equal parts that a step's global batch is divided into."""
-    return processes.count() * settings.accumulate
+    return distributed.world_size() * settings.accumulate
 
 
 def slots(settings: TrainSettings, part: int) -> range:
     """Give this process's slots of the global batch in one of a step's `accumulate` backward passes."""
     size = settings.batch_size // parts(settings)
-    start = (part * processes.count() + processes.rank()) * size
+    start = (part * distributed.world_size() + distributed.rank()) * size
     return range(start, start + size)
 
 
@@ -50,7 +50,7 @@ def workers(settings: TrainSettings, device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, max(1, cores // processes.neighbours() - 1))
+    return min(MOST_WORKERS, max(1, cores // distributed.local_world_size() - 1))
 
 
 def _keep_to_itself(others: int) -> None:

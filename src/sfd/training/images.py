@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd import randomness
 from sfd.data.images import ImageSource, to_tensor
 from sfd.training.order import EpochOrder
+from sfd.utils import rng
 
 
 class ImageBatches:
@@ -29,10 +29,10 @@ class ImageBatches:
 
     def uniform(self, purpose: str, step: int, samples: range, size: int) -> Tensor:
         """Draw (len(samples), size) uniform numbers. A slot's numbers do not depend on which others are asked for."""
-        draws = randomness.generator(self.seed, purpose, step).random((samples.stop, size), dtype=np.float32)
+        draws = rng.generator(self.seed, purpose, step).random((samples.stop, size), dtype=np.float32)
         return torch.from_numpy(draws[samples.start :])
 
     def normal(self, purpose: str, step: int, samples: range, shape: tuple[int, ...]) -> Tensor:
         """Draw (len(samples), *shape) standard normal numbers, as `uniform` does."""
-        draws = randomness.generator(self.seed, purpose, step).standard_normal((samples.stop, *shape), dtype=np.float32)
+        draws = rng.generator(self.seed, purpose, step).standard_normal((samples.stop, *shape), dtype=np.float32)
         return torch.from_numpy(draws[samples.start :])

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfd import files, processes
-from sfd.errors import SFDError
+from sfd.utils import distributed, files
+from sfd.utils.errors import SFDError
 
 
 class TrainingLog:
@@ -42,7 +42,7 @@ class TrainingLog:
         """
         self.close()
         self._sums = {tuple(names.split()): _own(torch.tensor(sums)) for names, sums in state.items()}
-        if processes.leads():
+        if distributed.is_main_process():
             from torch.utils.tensorboard import SummaryWriter
 
             threading.excepthook = _all_but_tensorboard
@@ -110,8 +110,8 @@ class TrainingLog:
     def _gathered(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Give the sums of all processes, (processes, names, 2), by the names that are collected together."""
         for names, sums in self._sums.items():
-            each = sums.repeat(processes.count(), 1, 1)
-            if processes.count() > 1:
+            each = sums.repeat(distributed.world_size(), 1, 1)
+            if distributed.world_size() > 1:
                 torch.distributed.all_gather(list(each), sums)
             yield names, each
 
@@ -160,7 +160,11 @@ def read_line(line: bytes, path: Path) -> dict[str, float]:
 def _own(sums: Tensor) -> Tensor:
     """Give this process the sums that it saved; of another number of processes, the leading one gets all."""
     sums = sums.reshape(-1, *sums.shape[-2:])  # the first checkpoints held those of all processes as one
-    return sums[processes.rank()] if len(sums) == processes.count() else sums.sum(0) * float(processes.leads())
+    return (
+        sums[distributed.rank()]
+        if len(sums) == distributed.world_size()
+        else sums.sum(0) * float(distributed.is_main_process())
+    )
 
 
 def _stacked(values: Mapping[str, Tensor]) -> list[Tensor]:

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from sfd import randomness
-from sfd.errors import SFDError
+from sfd.utils import rng
+from sfd.utils.errors import SFDError
 
 
 class EpochOrder:
@@ -35,4 +35,4 @@ class EpochOrder:
         return chosen
 
     def _permute(self, epoch: int) -> np.ndarray:
-        return randomness.generator(self.seed, "order", epoch).permutation(self.length)
+        return rng.generator(self.seed, "order", epoch).permutation(self.length)

@@ -15,12 +15,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sfd import processes
-from sfd.errors import SFDError
 from sfd.models.inference import require_compiler
 from sfd.models.layers import Block
 from sfd.training.batches import parts
-from sfd.training.settings import TrainSettings
+from sfd.training.config import TrainSettings
+from sfd.utils import distributed
+from sfd.utils.errors import SFDError
 
 
 def check(settings: TrainSettings, device: torch.device) -> None:
@@ -31,12 +31,12 @@ def check(settings: TrainSettings, device: torch.device) -> None:
     """
     if settings.batch_size % parts(settings):
         raise SFDError(
-            f"batch_size {settings.batch_size} does not divide over {processes.count()} processes × "
+            f"batch_size {settings.batch_size} does not divide over {distributed.world_size()} processes × "
             f"{settings.accumulate} accumulation steps; make it a multiple of {parts(settings)}"
         )
     if settings.compile:
         require_compiler(device)
-        if settings.parallel == "fsdp" and processes.count() > 1:
+        if settings.parallel == "fsdp" and distributed.world_size() > 1:
             raise SFDError("shared weights (fsdp) cannot be compiled; give parallel: ddp or compile: false")
 
 
@@ -53,14 +53,14 @@ class Parallel:
             compiled: whether what is trained is a compiled form of the network; see `check`.
         """
         self.device = device
-        self.sharded = kind == "fsdp" and processes.count() > 1
+        self.sharded = kind == "fsdp" and distributed.world_size() > 1
         # What a gathered copy is made from; sharding changes the network itself.
         self._plain = copy.deepcopy(network).to("meta") if self.sharded else None
         self.network = network.to(device).train()
         if self.sharded:
             shard(self.network, device)
         self.model: nn.Module = cast(nn.Module, torch.compile(self.network)) if compiled else self.network
-        if not self.sharded and processes.count() > 1:
+        if not self.sharded and distributed.world_size() > 1:
             self.model = copied(self.model, device)
 
     @contextmanager
@@ -69,7 +69,7 @@ class Parallel:
         if self.sharded:
             self.network.set_requires_gradient_sync(last)  # type: ignore[operator]
             yield
-        elif processes.count() == 1 or last:
+        elif distributed.world_size() == 1 or last:
             yield
         else:
             with self.model.no_sync():  # type: ignore[operator]
@@ -121,7 +121,7 @@ def shard(network: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nothing here changes
-    mesh = init_device_mesh(device.type, (processes.count(),))
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for module in network.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)

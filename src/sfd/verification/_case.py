@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfd import files
-from sfd.errors import SFDError
-from sfd.weights import differences
+from sfd.models.component import differences
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sfd import files, registry
-from sfd.errors import SFDError
+from sfd.utils import files, registry
+from sfd.utils.errors import SFDError
 from sfd.verification._case import Case, Row
 
 PACKAGE = "sfd.verification"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from sfd.errors import SFDError
-from sfd.interop.autoencoder import from_published, inferred_config, split_training_only
+from sfd.convert.autoencoder import from_published, inferred_config, split_training_only
+from sfd.utils.errors import SFDError
 from sfd.verification._case import Case
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd.data.latents import FEATURES
-from sfd.data.published_latents import open_published
+from sfd.data.published import open_published
+from sfd.data.shards import FEATURES
 from sfd.verification._case import Case
 
 

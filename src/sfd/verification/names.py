@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from sfd.errors import SFDError
-from sfd.interop import autoencoder, semvae, transformer
+from sfd.convert import autoencoder, semvae, transformer
+from sfd.models.dit import parameter_count
 from sfd.models.semvae import SemVAE
-from sfd.models.transformer import parameter_count
+from sfd.utils.errors import SFDError
 from sfd.verification import autoencoder as autoencoder_case
 from sfd.verification import semvae as semvae_case
 from sfd.verification._case import Case

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfd.interop.semvae import from_published
+from sfd.convert.semvae import from_published
 from sfd.models.semvae import SemVAEConfig, reconstruction_losses
-from sfd.settings import parse
+from sfd.utils.config import parse
 from sfd.verification._case import Case
 
 FIELDS = {

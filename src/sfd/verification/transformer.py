@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sfd import flow
-from sfd.errors import SFDError
+from sfd.convert import transformer as published
 from sfd.guidance import Scale, VelocityField, guide
-from sfd.interop import transformer as published
-from sfd.models.transformer import Transformer
+from sfd.latents import CompositeLatent
+from sfd.models.dit import LightningDiT
 from sfd.sampling import integrate
 from sfd.schedules import Schedule, build_schedule
-from sfd.streams import Composite
+from sfd.utils.errors import SFDError
 from sfd.verification._case import Case, References
 
 # What a case may hold without any quantity needing it.
@@ -48,7 +48,7 @@ def check(case: Case) -> None:
     case.unchecked += [name for name in io.never_asked() if name not in INPUTS]
 
 
-def _network(case: Case, field: str, weights: str) -> Transformer:
+def _network(case: Case, field: str, weights: str) -> LightningDiT:
     if not isinstance(case.value(field), dict):
         raise SFDError(f"{case.name}.json: {field!r} should be a network's configuration")
     config = published.published_config(case.value(field))
@@ -58,18 +58,18 @@ def _network(case: Case, field: str, weights: str) -> Transformer:
             case.compare(f"{name} of {weights}", table, state[name])
             state[name] = table
     state = published.from_published(state, config)
-    network = Transformer(config)
+    network = LightningDiT(config)
     network.load_state_dict(state)
     return network.to(case.device).eval()
 
 
-def _schedule(case: Case, network: Transformer) -> Schedule:
+def _schedule(case: Case, network: LightningDiT) -> Schedule:
     names = network.config.composite.names
     delta = case.value("config")["semfirst_delta_t"]
     return build_schedule({"name": "offset", "delta": delta} if delta else {"name": "synchronous"}, names)
 
 
-def _check_velocities(case: Case, io: References, network: Transformer) -> None:
+def _check_velocities(case: Case, io: References, network: LightningDiT) -> None:
     composite = network.config.composite
     shape = (composite["texture"].grid, composite["texture"].grid)
     x = io.shaped("x", None, sum(s.channels for s in composite.streams), *shape).flatten(1)
@@ -81,7 +81,7 @@ def _check_velocities(case: Case, io: References, network: Transformer) -> None:
     guide_network = _network(case, "guide_config", "guide_weights") if "guide_config" in case.values else None
     # The null class of a network trained without label dropout was never trained; published ones do not even have it.
     has_null = case.value("config").get("class_dropout_prob") != 0
-    weak: dict[str, tuple[Transformer | None, Tensor, str]] = {
+    weak: dict[str, tuple[LightningDiT | None, Tensor, str]] = {
         "cfg": (network if has_null else None, torch.full_like(labels, network.null_class), "cfg_scale"),
         "autoguided": (guide_network, labels, "autoguidance_scale"),
     }
@@ -114,14 +114,14 @@ def _scale(match: re.Match[str], streams: tuple[str, ...]) -> Scale:
     return {name: scales[name] for name in streams}
 
 
-def _field(network: Transformer, labels: Tensor) -> VelocityField:
+def _field(network: LightningDiT, labels: Tensor) -> VelocityField:
     def velocity(x: Tensor, times: Tensor) -> Tensor:
         return network(x, times.to(x.device).expand(len(x), -1), labels).velocity
 
     return velocity
 
 
-def _check_losses(case: Case, io: References, network: Transformer) -> None:
+def _check_losses(case: Case, io: References, network: LightningDiT) -> None:
     if "loss_x1" not in io:
         case.missing.append("losses and gradients")
         return
@@ -151,7 +151,7 @@ def _check_losses(case: Case, io: References, network: Transformer) -> None:
     _check_gradients(case, io, network)
 
 
-def _check_gradients(case: Case, io: References, network: Transformer) -> None:
+def _check_gradients(case: Case, io: References, network: LightningDiT) -> None:
     ours = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in network.named_parameters()
@@ -169,7 +169,7 @@ def _check_gradients(case: Case, io: References, network: Transformer) -> None:
             case.compare(name, gradient, io[name])
 
 
-def _check_samples(case: Case, io: References, network: Transformer) -> None:
+def _check_samples(case: Case, io: References, network: LightningDiT) -> None:
     present = [m for m in map(_SAMPLE.fullmatch, io) if m]
     if not present:
         if "sampler" in case.values:
@@ -196,7 +196,9 @@ def _sampler(case: Case, solver: str) -> Any:
     return settings[needed]
 
 
-def _euler(velocity: VelocityField, x: Tensor, delta: float, composite: Composite, points: int, shift: float) -> Tensor:
+def _euler(
+    velocity: VelocityField, x: Tensor, delta: float, composite: CompositeLatent, points: int, shift: float
+) -> Tensor:
     """Sample as the published Euler does: blind to knots, each stream at rest or not by the time of the step's start.
 
     Its clock t = (1 + Δ)·u is float32, semantics move where t ≤ 1 and texture where t ≥ Δ. So both move in a step that

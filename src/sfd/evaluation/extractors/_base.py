@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd import files, registry
-from sfd.errors import SFDError
+from sfd.utils import files, registry
+from sfd.utils.errors import SFDError
 
 PACKAGE = "sfd.evaluation.extractors"
 FORMAT = 1

@@ -20,18 +20,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd import processes, randomness
 from sfd.data.images import ImageSource, to_tensor
 from sfd.data.split import split
-from sfd.errors import SFDError
 from sfd.evaluation.evaluate import NEIGHBOURS
 from sfd.evaluation.extractors import _base
 from sfd.evaluation.extractors._base import Extraction
 from sfd.models.convnet import ConvNet, ConvNetConfig
-from sfd.settings import Settings, parse
-from sfd.training.loop import fit
+from sfd.training.config import TrainSettings
 from sfd.training.order import EpochOrder
-from sfd.training.settings import TrainSettings
+from sfd.training.trainer import fit
+from sfd.utils import distributed, rng
+from sfd.utils.config import Settings, parse
+from sfd.utils.errors import SFDError
 
 ROTATIONS = 4
 CHUNK = 256  # images that go through the network at once
@@ -159,7 +159,7 @@ class ClassifierTask:
     def __init__(self, source: ImageSource, settings: ClassifierSettings) -> None:
         self.source, self.settings = source, settings
         config = Config(image_size=source.image_size, classes=tuple(source.classes), network=settings.network)
-        with randomness.seeded(settings.seed, "evaluation classifier"):
+        with rng.seeded(settings.seed, "evaluation classifier"):
             self.model: nn.Module = Classifier(config)
         self._order = EpochOrder(settings.seed, len(source))
         self._labels = np.asarray(source.labels)
@@ -168,7 +168,7 @@ class ClassifierTask:
         """Load some slots of a step, augmented."""
         indices = self._order.indices(step, samples, self.settings.training.batch_size)
         images, labels = self.source.load(indices), self._labels[indices]
-        generators = [randomness.generator(self.settings.seed, "augmentation", step, slot) for slot in samples]
+        generators = [rng.generator(self.settings.seed, "augmentation", step, slot) for slot in samples]
         seen = augment(images, generators, self.settings.shift, self.settings.flip)
         if not self.source.classes:
             labels = np.array([g.integers(ROTATIONS) for g in generators])
@@ -243,7 +243,7 @@ def train(held_out: ImageSource, settings: ClassifierSettings, folder: Path, *, 
     assert isinstance(model, Classifier)
     model.calibrate(training.load(np.arange(min(len(training), CALIBRATION))))
     model.accuracy = accuracy(model, reference)
-    if processes.leads():
+    if distributed.is_main_process():
         model.save(folder / "extractor")
     return model
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from sfd.encoders import vit
-from sfd.errors import SFDError
 from sfd.evaluation.extractors._base import Extraction, whole_float32
+from sfd.utils.errors import SFDError
 
 NAME = "dinov2"
 WEIGHTS = "facebook/dinov2-large"

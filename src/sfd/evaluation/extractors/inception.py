@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfd import files
-from sfd.errors import SFDError
 from sfd.evaluation.extractors._base import Extraction, whole_float32
+from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 NAME = "inception"
 FEATURES = 2048

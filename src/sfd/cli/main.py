@@ -1,0 +1,378 @@
+"""The command `sfd`. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sfd import __version__
+from sfd.cli.errors import Group
+from sfd.utils import distributed
+from sfd.utils.errors import SFDError
+
+if TYPE_CHECKING:
+    from sfd.run.pipeline import Pipeline
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+MAX_HOURS_HELP = "save, stop and exit with code 75 after so many hours; the same command goes on"
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps …")
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sfd")
+def main() -> None:
+    """Semantic-first diffusion: train an image generator on a folder of images, and sample from it.
+
+    `sfd run RECIPE --out DIR` does everything; the other commands are its stages, and what comes after.
+    """
+
+
+def recipe_command(function: Command) -> Command:
+    """Give a command a recipe, its overrides and a run's folder."""
+    decorators = (
+        click.argument("recipe", type=FOLDER),
+        click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
+        click.option("--out", required=True, type=FOLDER, help="the run's folder; made if it is not there"),
+        click.option("--strict", is_flag=True, help="stop at a broken image in place of skipping it"),
+        click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP),
+        click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates; do nothing"),
+        click.option(
+            "--tflops", type=click.FloatRange(min=0, min_open=True), help="what training reaches, for --dry-run's hours"
+        ),
+        device_option,
+    )
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def _stage(
+    work: Callable[[Pipeline], None],
+    recipe: Path,
+    overrides: tuple[str, ...],
+    out: Path,
+    strict: bool,
+    max_hours: float | None,
+    dry_run: bool,
+    tflops: float | None,
+    device: str,
+    shared: bool = False,
+    whole: bool = False,
+) -> None:
+    """Do a stage's work, or a `whole` run's, alone in its folder; or `shared`, if the work sees to that."""
+    from sfd.run.pipeline import Pipeline
+    from sfd.run.recipe import load_recipe
+    from sfd.run.validate import check, check_machine
+    from sfd.utils import files, signals
+    from sfd.utils.device import choose_device
+
+    resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
+    if dry_run:
+        from sfd.run.estimate import describe
+
+        if distributed.is_main_process():
+            click.echo(describe(resolved, choose_device(device), tflops))
+        return
+    if tflops is not None:
+        raise SFDError("--tflops says how fast training would be; give it together with --dry-run")
+    check(resolved)
+    chosen = choose_device(distributed.init(device))
+    if whole:
+        check_machine(resolved, chosen)
+    with ExitStack() as held:
+        held.enter_context(signals.limit(max_hours))
+        if distributed.is_main_process() and not shared:
+            held.enter_context(files.exclusive(out))
+        distributed.broadcast(None)  # the folder is this run's
+        pipeline = Pipeline(resolved, out, chosen)
+        # At once in a new folder; else only when the work was accepted, so that a refused command changes nothing.
+        if distributed.is_main_process() and not pipeline.folder.recipe.exists():
+            pipeline.save_recipe()
+        work(pipeline)
+        if distributed.is_main_process():
+            pipeline.save_recipe()
+    distributed.shutdown()
+
+
+@main.command()
+@recipe_command
+def run(**arguments: Any) -> None:
+    """Do all stages of RECIPE: encoders, latents, transformer, samples, metrics, report.
+
+    The same command goes on where it was stopped. FIELD=VALUE overrides a field of the recipe (train.steps=500).
+    """
+
+    def work(pipeline: Pipeline) -> None:
+        from sfd.run.assessment import assess
+
+        pipeline.all()
+        assess(pipeline)
+        if distributed.is_main_process():
+            click.echo(f"report: {pipeline.folder.report}")
+
+    _stage(work, whole=True, **arguments)
+
+
+@main.command("train-texture")
+@recipe_command
+def train_texture(**arguments: Any) -> None:
+    """Train the texture encoder, whose decoder makes pixels."""
+    _stage(lambda pipeline: pipeline.train_texture(), **arguments)
+
+
+@main.command("train-semantic")
+@recipe_command
+def train_semantic(**arguments: Any) -> None:
+    """Train the semantic encoder, which says what is where."""
+    _stage(lambda pipeline: pipeline.train_semantic(), **arguments)
+
+
+@main.command("train-semvae")
+@recipe_command
+def train_semvae(**arguments: Any) -> None:
+    """Train the compressor of the semantic features: a SemVAE, or PCA if the recipe says so."""
+    _stage(lambda pipeline: pipeline.train_compressor(), **arguments)
+
+
+@main.command("prepare")
+@recipe_command
+@click.option("--part", metavar="I/N", help="make only this share of the shards, beside other processes or machines")
+def prepare(part: str | None, **arguments: Any) -> None:
+    """Encode the training images into latent shards, in both orientations; or check published ones.
+
+    Any number of processes may share the work through a common folder: each gets the same command and its own --part,
+    from 1/N to N/N. The last to end writes the manifest.
+    """
+    from sfd.utils.shares import WHOLE, parse_share
+
+    if part is not None:
+        distributed.check_single("prepare --part")
+    chosen = WHOLE if part is None else parse_share(part)
+    _stage(lambda pipeline: pipeline.prepare(chosen), shared=part is not None, **arguments)
+
+
+@main.command("train")
+@recipe_command
+def train(**arguments: Any) -> None:
+    """Train the transformer on prepared latents."""
+    _stage(lambda pipeline: pipeline.train(), **arguments)
+
+
+@main.command("train-evaluator")
+@recipe_command
+def train_evaluator(**arguments: Any) -> None:
+    """Train the classifier that judges samples, on held-out images."""
+    _stage(lambda pipeline: pipeline.train_evaluator(), **arguments)
+
+
+@main.command("report")
+@recipe_command
+def report(**arguments: Any) -> None:
+    """Sample from a trained run, measure the samples and write report.html."""
+
+    def work(pipeline: Pipeline) -> None:
+        from sfd.run.assessment import assess
+
+        assess(pipeline)
+        if distributed.is_main_process():
+            click.echo(f"report: {pipeline.folder.report}")
+
+    _stage(work, **arguments)
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.option("--out", type=FOLDER, default=Path("samples"), show_default=True, help="folder for PNGs and grid.png")
+@click.option("--classes", default="all", show_default=True, help="names or numbers, comma-separated; 'all'")
+@click.option("--seeds", default="0-7", show_default=True, help="such as 0-63 or 1,5,9; each class gets each seed")
+@click.option("--in-turn", is_flag=True, help="give seed i to class i, around and around, so that no noise repeats")
+@click.option("--steps", type=int, help="solver steps; leave out for an adaptive solver  [default: 25]")
+@click.option("--solver", default="multistep", show_default=True, help="euler, heun, dopri5, or any of sfd.solvers")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="of the solver, such as rtol=1e-4")
+@click.option("--shift", type=float, default=1.0, show_default=True, help="time shift of the steps, 0.01 to 100")
+@click.option(
+    "--budget", default="length", show_default=True, help="steps by segment: length, equal, time, or weights: 1,2,1"
+)
+@click.option(
+    "--guidance", default="1", show_default=True, help="scale: 1.5, or one a stream: semantic=1.9,texture=1.3"
+)
+@click.option("--interval", help="stream times within which to guide: 0.1-0.9, or semantic=0-0.8,texture=0.2-1")
+@click.option("--weak", type=FOLDER, help="a weaker model's directory for AutoGuidance; else the null class is used")
+@click.option("--weak-every", type=int, default=1, show_default=True, help="guide anew once in so many evaluations")
+@click.option("--weak-between", default="hold", show_default=True, help="hold or extrapolate the guidance in between")
+@click.option("--paired", is_flag=True, help="evaluate class and null class in one call of twice the batch")
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    help="auto: what a GPU's memory holds, else 64",
+)
+@click.option("--part", metavar="I/N", help="make only this share of the images, beside other processes or machines")
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option(
+    "--compile",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="the network, which takes a minute or two; auto: where that is less than it saves",
+)
+@device_option
+def sample(**arguments: Any) -> None:
+    """Sample images from a MODEL directory (or a run's folder). Image k depends on seed k alone.
+
+    The same command goes on where it was stopped. Any number of processes may share the work through a common folder:
+    each gets the same command and its own --part, from 1/N to N/N; those that torchrun or accelerate launch starts
+    take their parts by themselves. The last to end draws the grid.
+    """
+    from sfd.cli.sample import sample_images
+
+    sample_images(**arguments)
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+def export(model: Path, out: Path, dtype: str) -> None:
+    """Copy a MODEL directory (or a run's model) to OUT, by default with weights of half the size."""
+    from sfd.cli.sample import export_model
+
+    export_model(model, out, dtype)
+
+
+@main.command("export-latents")
+@click.argument("latents", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--shard-size", type=click.IntRange(min=1), default=10000, show_default=True, help="images a shard")
+def export_latents(latents: Path, out: Path, shard_size: int) -> None:
+    """Write LATENTS (a run's folder, or its latents) to OUT in the published format, with their statistics."""
+    from sfd.data.published import write_published
+    from sfd.run.preparation import find_latents
+
+    found = find_latents(latents)
+    write_published(found, out, shard_size)
+    click.echo(f"{len(found)} images in {out}")
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.option("--out", type=FOLDER, default=Path("strip.png"), show_default=True, help="the PNG to write")
+@click.option("--class", "class_name", help="name or number  [default: the first]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--guidance", type=float, help="scale  [default: 2, and 1 without classes]")
+@device_option
+def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str) -> None:
+    """Show one sample of a MODEL on its way from noise to an image, through the schedule's phases."""
+    from sfd.cli.sample import draw_strip
+
+    draw_strip(model, out, class_name, seed, guidance, device)
+    click.echo(f"{out}")
+
+
+@main.command()
+@click.argument("samples", type=FOLDER)
+@click.option("--run", type=FOLDER, help="the run whose evaluator and held-out images to judge by")
+@click.option("--reference", type=FOLDER, help="or real images: a folder, or an .npz of images or moments, as ADM's")
+@click.option("--extractor", help="with --reference: inception (FID, sFID, IS) or dinov2 (FD-DINOv2)")
+@click.option("--weights", help="the extractor's, a local file or folder  [default: fetched by name]")
+@click.option("--out", type=FOLDER, help="write the metrics to this JSON file too")
+@click.option(
+    "--features", type=FOLDER, help="folder that keeps features  [default: features, beside --out or SAMPLES]"
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="images that the extractor sees at once  [default: 64]")
+@click.option("--part", metavar="I/N", help="compute only this share of the features, for several machines")
+@device_option
+def evaluate(**arguments: Any) -> None:
+    """Judge SAMPLES, a folder or an .npz: Fréchet distance, precision, recall, with all that they hang on.
+
+    Features of a reference are computed once and kept, so that the same command goes on where it was stopped.
+    """
+    from sfd.cli.evaluate import evaluate_samples
+
+    evaluate_samples(**arguments)
+
+
+@main.command()
+@click.argument("samples", type=FOLDER)
+@click.argument("out", type=FOLDER)
+def pack(samples: Path, out: Path) -> None:
+    """Write a folder of SAMPLES as one file OUT.npz, as ADM's evaluation reads them."""
+    from sfd.cli.evaluate import pack_samples
+
+    pack_samples(samples, out)
+
+
+@main.command()
+@click.argument("source", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--weights", type=click.Choice(["ema", "model"]), help="which of a checkpoint's  [default: ema]")
+@click.option("--texture", help="of a published transformer: the texture encoder, a folder or a hub name")
+@click.option("--statistics", multiple=True, help="latents_stats.pt, latents_sv_stats.pt, a folder of latents, or none")
+@click.option("--classes", help="a file with a name a line, or their number  [default: numbers]")
+@click.option("--delta", type=click.FloatRange(min=0), help="offset of the clocks  [default: 0.3]")
+@click.option("--semantic-channels", type=click.IntRange(min=0), help="[default: those that are not the texture's]")
+@click.option("--repa-block", type=click.IntRange(min=1), help="whose tokens the projector takes  [default: 2]")
+@click.option("--heads", type=click.IntRange(min=1), help="of a SemVAE's attention  [default: 6]")
+def convert(source: Path, out: Path, weights: str | None, heads: int | None, **model: Any) -> None:
+    """Convert published weights in SOURCE to this project's format, or back; what SOURCE is, is found out.
+
+    \b
+    transformer (.pt, .ckpt, .safetensors)  <->  model directory
+    SemVAE (.pt, .safetensors)              <->  compressor's folder
+    autoencoder in the LDM format (.ckpt)   <->  folder in diffusers' format
+    """
+    from sfd.cli.convert import Options, convert
+    from sfd.convert.model_directory import Options as ModelOptions
+
+    convert(source, out, Options(state=weights, heads=heads, model=ModelOptions(**model)))
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="relative error")
+@click.option("--json", "out", type=FOLDER, help="write what was found to this JSON file too")
+@device_option
+def verify(folder: Path, tolerance: float, out: Path | None, device: str) -> None:
+    """Compare with the published implementation's numbers in FOLDER; exit code 1 if any differs.
+
+    Dopri5 samples are allowed ten times the tolerance, metrics a hundredth of it.
+    """
+    from sfd.cli.verify import verify_folder
+
+    if not verify_folder(folder, tolerance, device, out):
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER, default=Path("recipes"))
+@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=400.0, show_default=True)
+def recipes(folder: Path, tflops: float) -> None:
+    """List the recipes in FOLDER: purpose, published numbers, parameters, hours of training at a rate."""
+    from sfd.run.estimate import table
+    from sfd.run.recipe import load_recipe
+
+    paths = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
+    if not paths:
+        raise SFDError(f"there is no recipe in {folder}; give a folder of YAML files, such as recipes")
+    named = {path.relative_to(folder).as_posix(): load_recipe(path) for path in paths}
+    click.echo(table(named, tflops), nl=False)
+
+
+@main.command()
+@click.argument("out", type=FOLDER)
+@click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--image-size", type=click.IntRange(min=8), default=32, show_default=True)
+def shapes(out: Path, count: int, seed: int, image_size: int) -> None:
+    """Write the procedural data set as PNG files, a sub-folder a class."""
+    from sfd.data.folder import write_folder
+    from sfd.data.shapes import ShapesSource
+
+    write_folder(ShapesSource(count, seed, image_size), out)
+    click.echo(f"{count} images in {out}")

@@ -1,0 +1,183 @@
+"""What `sfd sample` does: reads its options, samples, writes PNGs, a grid and a record of how they were made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from sfd.evaluation.figures import strip_picture
+from sfd.generation.folder import write_grid, write_samples
+from sfd.generation.generate import SamplingConfig
+from sfd.generation.model import Model, load_model, model_folder
+from sfd.generation.trajectory import class_labels, phase_strip
+from sfd.run.recipe import read_yaml
+from sfd.utils import files
+from sfd.utils.config import parse
+from sfd.utils.device import choose_device
+from sfd.utils.errors import SFDError
+from sfd.utils.shares import choose_share, own_device
+
+MAX_GRID_IMAGES = 400
+STRIP_GUIDANCE = 2.0
+
+
+def sample_images(
+    model: Path,
+    out: Path,
+    classes: str,
+    seeds: str,
+    in_turn: bool,
+    weak: Path | None,
+    part: str | None,
+    device: str,
+    **options: Any,
+) -> None:
+    """Sample each class with each seed, or the classes in turn, into a folder; see `sfd sample --help`."""
+    share = choose_share(part)
+    settings = sample_settings(**options)
+    chosen_seeds = parse_seeds(seeds)
+    where = choose_device(own_device(device))
+    loaded = load_model(model_folder(model), where)
+    weaker = load_model(model_folder(weak), where) if weak else None
+    labels = asked_labels(loaded, classes)
+    if in_turn:
+        pairs = [(labels[i % len(labels)], seed) for i, seed in enumerate(chosen_seeds)]
+    else:
+        pairs = [(label, seed) for label in labels for seed in chosen_seeds]
+    if weaker is not None and not settings.guides:
+        raise SFDError(
+            "--weak was given, but --guidance is 1 for every stream, so it would do nothing; give a scale, such as 1.5"
+        )
+    labels_of, seeds_of = [label for label, _ in pairs], [seed for _, seed in pairs]
+    missing = write_samples(out, loaded, labels_of, seeds_of, settings, weak=weaker, share=share)
+    if missing:
+        click.echo(f"part {share} is done; {missing} of {len(pairs)} images in {out} are not made yet")
+        return
+    if len(pairs) <= MAX_GRID_IMAGES:
+        write_grid(out, range(len(pairs)), columns=len(labels) if in_turn else len(chosen_seeds))
+    else:
+        click.echo(f"no grid.png: {len(pairs)} images are more than the {MAX_GRID_IMAGES} that one shows", err=True)
+    click.echo(f"{len(pairs)} images in {out}")
+
+
+def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str) -> None:
+    """Draw the phases of one sample into a PNG; see `sfd strip --help`."""
+    loaded = load_model(model_folder(model), choose_device(device))
+    label = asked_labels(loaded, class_name)[0] if class_name else None
+    if guidance is None:
+        guidance = STRIP_GUIDANCE if loaded.classes else 1.0
+    seen = phase_strip(loaded, SamplingConfig(guidance=guidance), seed, label)
+    figure = strip_picture(seen.base, seen.times, loaded.composite.names, seen.semantic, seen.decoded)
+    with files.written(out) as partial:
+        figure.savefig(partial, format="png", facecolor="white")
+
+
+def asked_labels(model: Model, classes: str) -> list[int]:
+    """Look up the classes asked for, by name or number, comma-separated; "all"."""
+    if classes == "all":
+        return class_labels(model)
+    return model.class_indices([name.strip() for name in classes.split(",")])
+
+
+def sample_settings(**options: Any) -> SamplingConfig:
+    """Build the settings from the command line's words."""
+    interval, budget = options.pop("interval"), options["budget"]
+    values = {
+        **options,
+        "batch_size": _batch_size(options["batch_size"]),
+        "options": _by_name(map(_assignment, options.pop("options")), "--option"),
+        "budget": budget if budget.isalpha() else [_number(part) for part in budget.split(",")],
+        "guidance": _by_stream(options["guidance"], _number, "--guidance"),
+        "interval": None if interval is None else _by_stream(interval, _range, "--interval"),
+    }
+    return parse(SamplingConfig, values, "sfd sample")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read "0-63" or "1,5,9" or a mixture.
+
+    Raises:
+        SFDError: anything else, a negative seed among it.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise SFDError(f"--seeds {text!r}: {part!r} is no seed; give numbers of at least 0, such as 0-63 or 1,5,9")
+        seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return seeds
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise SFDError(f"--batch-size {text!r} is no number of images; give one of at least 1, or auto")
+    return int(text)
+
+
+def _by_stream(text: str, read: Callable[[str], Any], option: str) -> Any:
+    if "=" not in text:
+        return read(text)
+    return {name: read(value) for name, value in _by_name(map(_pair, text.split(",")), option).items()}
+
+
+def _by_name(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Collect what an option names.
+
+    Raises:
+        SFDError: it gives a name twice.
+    """
+    named: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in named:
+            raise SFDError(f"{option} gives {name!r} twice, as {named[name]} and as {value}; give it once")
+        named[name] = value
+    return named
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SFDError(f"{text!r} should be stream=value, such as semantic=1.5")
+    return name.strip(), value.strip()
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError
+        return name.strip(), read_yaml(value)
+    except (yaml.YAMLError, ValueError):
+        raise SFDError(f"--option {text!r} should be name=value, such as rtol=1e-4") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SFDError(f"{text!r} is no number; give one such as 1.5") from None
+
+
+def _range(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"\s*([\d.]+)\s*-\s*([\d.]+)\s*", text)
+    if not match:
+        raise SFDError(f"--interval: {text!r} is no range; give one such as 0.1-0.9")
+    return _number(match[1]), _number(match[2])
+
+
+def export_model(model: Path, out: Path, dtype: str) -> None:
+    """Copy a model directory with its weights in another precision."""
+    import torch
+
+    if out.exists():
+        raise SFDError(f"{out} exists; give a folder that does not")
+    load_model(model_folder(model), torch.device("cpu")).save(out, getattr(torch, dtype))
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    click.echo(f"{out}: {size / 1e6:.2f} MB")

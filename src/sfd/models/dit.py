@@ -1,0 +1,276 @@
+"""The velocity network: LightningDiT (Yao et al. 2025) over any composite latent, with a clock for each stream.
+
+It is told times and labels; of schedules and guidance it knows nothing. Under bf16 autocast only matrix products and
+what lies between them run in bf16: the residual stream, the norms and the velocity stay float32, because long bf16
+runs end in NaN when small updates are added to a bf16 residual.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.layers import (
+    TIME_FREQUENCIES,
+    Block,
+    ModulatedNorm,
+    TimeEmbedder,
+    patchify,
+    position_table,
+    rotary_table,
+    swiglu_width,
+    unpatchify,
+)
+from sfd.utils import rng
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError
+
+
+class Size(NamedTuple):
+    """Depth, width and heads of a transformer."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+# All but `tiny`, which is for two CPU cores, are the published ones. Parameters with texture 32 + semantic 16 channels.
+SIZES = {
+    "tiny": Size(6, 128, 4),  # 1.9 M
+    "S": Size(12, 384, 6),  # 39 M
+    "B": Size(12, 768, 12),  # 138 M
+    "L": Size(24, 1024, 16),  # 466 M
+    "XL": Size(28, 1152, 16),  # 683 M
+    "XXL": Size(24, 1536, 24),  # 1.04 B, published as "1.0B"
+}
+
+
+class DiTConfig(Settings):
+    """All that determines the network's architecture."""
+
+    depth: int = Field(gt=0, le=1000)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    composite: CompositeLatent
+    num_classes: int = Field(ge=0, description="0: unconditional, the null class is the only one")
+    clocks: tuple[str, ...] = Field(
+        (), description="all streams, in the order their time embeddings are concatenated; (): one clock for all"
+    )
+    repa_block: int | None = Field(None, ge=1, description="1-based block whose tokens REPA aligns; None: no projector")
+    repa_width: int = Field(2048, gt=0, description="hidden width of the projector")
+    repa_channels: int | None = Field(None, gt=0, description="channels of the encoder features")
+    checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="recompute each block in the backward pass to save memory; selective: not products and attention",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DiTConfig:
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError(f"width {self.width} over {self.heads} heads must give each a multiple of 4 channels")
+        names = self.composite.names
+        if self.clocks and sorted(self.clocks) != sorted(names):
+            raise ValueError(
+                f"clocks must name each stream ({', '.join(names)}) once, or none; got {', '.join(self.clocks)}"
+            )
+        if self.width % max(1, len(self.clocks)):
+            raise ValueError(f"width {self.width} must be a multiple of the number of clocks, {len(self.clocks)}")
+        if self.repa_block is not None and self.repa_block > self.depth:
+            raise ValueError(f"repa_block {self.repa_block} is beyond the last block, {self.depth}")
+        if (self.repa_block is None) != (self.repa_channels is None):
+            raise ValueError("repa_block and repa_channels must be given together")
+        return self
+
+
+class Output(NamedTuple):
+    """What the network says about one batch."""
+
+    velocity: Tensor
+    """(B, N) packed like the input, float32."""
+    projection: Tensor | None
+    """(B, T, C) tokens after the REPA projector, where asked for."""
+
+
+class LightningDiT(nn.Module):
+    """v̂(x, t, y) on packed composite latents. Its weights stay float32; for bf16, call it under `torch.autocast`."""
+
+    position: Tensor
+    rotation: Tensor
+
+    def __init__(self, config: DiTConfig, seed: int = 0) -> None:
+        """Build with weights that are a function of `seed` alone."""
+        super().__init__()
+        self.config = config
+        with rng.seeded(seed, "transformer"):
+            self._build(config)
+            self._initialise()
+
+    def _build(self, config: DiTConfig) -> None:
+        composite, width = config.composite, config.width
+        # The streams' embeddings are summed, so biases of their own would be one and the same degree of freedom.
+        self.embeddings = nn.ModuleList(nn.Linear(_patch_width(s), width, bias=False) for s in composite.streams)
+        self.embedding_bias = nn.Parameter(torch.zeros(width))
+        self.clock_streams = [composite.index(name) for name in config.clocks] or [0]
+        clocks = len(self.clock_streams)
+        self.time_embedders = nn.ModuleList(TimeEmbedder(width // clocks) for _ in range(clocks))
+        self.class_embedding = nn.Embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.final_norm = ModulatedNorm(width)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.heads = nn.ModuleList(nn.Linear(width, _patch_width(s)) for s in composite.streams)
+        features = config.repa_channels
+        self.projector = None if features is None else _projector(width, config.repa_width, features)
+        grid = composite.token_grid
+        self.register_buffer("position", position_table(width, grid), persistent=False)
+        self.register_buffer("rotation", rotary_table(width // config.heads, grid)[:, None, None], persistent=False)
+
+    def _initialise(self) -> None:
+        """Linears Xavier-uniform with zero bias; class and time embeddings N(0, 0.02²); modulations and output zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # The patch embeddings are column blocks of one matrix, so its total number of columns is their fan-in.
+        columns = sum(_patch_width(s) for s in self.config.composite.streams)
+        bound = (6 / (columns + self.config.width)) ** 0.5
+        for embedding in self.embeddings:
+            nn.init.uniform_(embedding.get_parameter("weight"), -bound, bound)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        for module in self.time_embedders.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        for zero in (self.final_modulation, *self.heads, *(block.modulation for block in self.blocks)):
+            nn.init.zeros_(zero.weight)
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def forward(self, x: Tensor, times: Tensor, labels: Tensor, *, project: bool = False) -> Output:
+        """Predict the velocity.
+
+        Args:
+            x: (B, N), packed noisy latents.
+            times: (B, K), each stream's own time, in the composite's order; with one clock all columns are equal.
+            labels: (B,), int64, in [0, num_classes]; num_classes is the null class.
+            project: also give the REPA projection.
+
+        Raises:
+            SFDError: `x` or `times` do not fit the composite, or there is no projector to project with.
+        """
+        self._check(x, times, project)
+        tokens = self.embed(x)
+        condition = self.condition(times, labels)
+        projection = None
+        for number, block in enumerate(self.blocks, start=1):
+            if self.config.checkpointing and torch.is_grad_enabled():
+                # A compiler does not take the default, where it is given by name.
+                selective = self.config.checkpointing == "selective"
+                context: dict[str, Any] = {"context_fn": _keeping_products} if selective else {}
+                tokens = checkpoint(
+                    block,
+                    tokens,
+                    condition,
+                    self.rotation,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is drawn
+                    **context,
+                )
+            else:
+                tokens = block(tokens, condition, self.rotation)
+            if project and self.projector is not None and number == self.config.repa_block:
+                projection = self.projector(tokens)
+        return Output(self._velocity(tokens, condition), projection)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, N) → tokens (B, T, width): the sum of the streams' patch embeddings and the position's."""
+        latents = self.config.composite.split(x)
+        tokens = self.position + self.embedding_bias
+        for embedding, stream in zip(self.embeddings, self.config.composite.streams, strict=True):
+            tokens = tokens + embedding(patchify(latents[stream.name], stream.patch_size))
+        return tokens
+
+    def condition(self, times: Tensor, labels: Tensor) -> Tensor:
+        """SiLU of the sum of time and class embedding, (B, width): every modulation starts with it."""
+        clocks = [embedder(times[:, k]) for embedder, k in zip(self.time_embedders, self.clock_streams, strict=True)]
+        return nn.functional.silu(torch.cat(clocks, dim=1) + self.class_embedding(labels))
+
+    def _velocity(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.final_modulation(condition)[:, None].chunk(2, dim=-1)
+        tokens = self.final_norm(tokens, shift, scale)
+        latents = {
+            s.name: unpatchify(head(tokens), s.patch_size, s.grid)
+            for head, s in zip(self.heads, self.config.composite.streams, strict=True)
+        }
+        return self.config.composite.join(latents).float()
+
+    def _check(self, x: Tensor, times: Tensor, project: bool) -> None:
+        composite = self.config.composite
+        if x.shape[1:] != (composite.size,):
+            raise SFDError(f"expected packed latents (batch, {composite.size}), got {tuple(x.shape)}")
+        if times.shape != (len(x), len(composite.streams)):
+            raise SFDError(f"expected times {(len(x), len(composite.streams))}, one a stream, got {tuple(times.shape)}")
+        if project and self.projector is None:
+            raise SFDError("this network has no REPA projector; set repa_block and repa_channels in its configuration")
+
+
+@lru_cache(maxsize=64)
+def parameter_count(config: DiTConfig) -> int:
+    """Number of trained parameters, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LightningDiT(config).parameters())
+
+
+def flops(config: DiTConfig) -> int:
+    """Floating-point operations of all matrix products in one forward pass of one image, 2 for each multiply-add.
+
+    The REPA projector, which only training uses, is left out (`projector_flops`); a training step costs three times
+    the forward pass.
+    """
+    width, tokens, clocks = config.width, config.composite.token_grid**2, max(1, len(config.clocks))
+    block = (4 * width + 3 * swiglu_width(width)) * width + 2 * tokens * width
+    patches = 2 * width * sum(_patch_width(s) for s in config.composite.streams)
+    time = TIME_FREQUENCIES * width + width**2 // clocks
+    modulation = (6 * config.depth + 2) * width**2
+    return 2 * (tokens * (config.depth * block + patches) + time + modulation)
+
+
+def projector_flops(config: DiTConfig) -> int:
+    """Floating-point operations of the REPA projector on one image, counted like `flops`; 0 without one."""
+    if config.repa_channels is None:
+        return 0
+    products = (config.width + config.repa_width + config.repa_channels) * config.repa_width
+    return 2 * config.composite.token_grid**2 * products
+
+
+def _keeping_products() -> Any:
+    """Keep what matrix products and attention give: most of the time for a third of the memory."""
+    aten = torch.ops.aten
+    kept = [
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ]
+    return create_selective_checkpoint_contexts(kept)
+
+
+def _patch_width(stream: Stream) -> int:
+    return stream.channels * stream.patch_size**2
+
+
+def _projector(width: int, hidden: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, channels)
+    )

@@ -1,0 +1,235 @@
+"""What comes after training: samples, their metrics against images that training did not see, and the report.
+
+A recipe without an evaluator gets samples and a report that says how to measure them.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
+from sfd.evaluation.extractors.classifier import divide
+from sfd.evaluation.report import MAX_ROWS, Gallery, ReportContent, StageCost, Strip, write_report
+from sfd.evaluation.samples import load_samples
+from sfd.generation.folder import image_path, read_images, write_grid, write_samples
+from sfd.generation.generate import SamplingConfig, without_guidance
+from sfd.generation.model import Model
+from sfd.generation.trajectory import class_labels, phase_strip, sampling_text, schedule_curves
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import Recipe, dump_recipe
+from sfd.run.stages import RunFolder, Stage
+from sfd.training.log import read_line
+from sfd.utils import distributed, files
+from sfd.utils.config import parse
+from sfd.utils.shares import place
+
+GUIDED, UNGUIDED = "guided", "unguided"
+GRID_COLUMNS = 10
+REFERENCE_NAME = "held-out real images"
+
+
+def assess(pipeline: Pipeline) -> None:
+    """Sample with and without guidance, measure both and real images beside them, and write the report."""
+    variants = _variants(pipeline)
+    for name, settings in variants.items():
+        _sample(pipeline, name, settings)
+    if pipeline.recipe.evaluation.classifier is not None:
+        _metrics_stage(pipeline, variants).carry_out(lambda: _measure(pipeline, list(variants)), pipeline.device)
+    if distributed.is_main_process():
+        write_run_report(pipeline, list(variants))
+
+
+def _metrics_stage(pipeline: Pipeline, variants: dict[str, SamplingConfig]) -> Stage:
+    folder = pipeline.folder
+    made_from = {
+        "model": pipeline.model.identity,
+        "evaluator": pipeline.evaluator.identity,
+        "evaluation": pipeline.recipe.evaluation.model_dump(exclude={"classifier"}),
+        "variants": {name: s.model_dump(exclude={"batch_size"}) for name, s in variants.items()},
+    }
+    results = tuple(metrics_path(folder, row) for row in _rows(list(variants)))
+    return Stage("metrics", "sfd report", folder.metrics, made_from, results=results)
+
+
+def _variants(pipeline: Pipeline) -> dict[str, SamplingConfig]:
+    """The sampling settings that are compared: the recipe's, and the same without guidance."""
+    recipe, settings = pipeline.recipe, pipeline.sample_settings(pipeline.model)
+    plain = without_guidance(settings)
+    if settings == plain:
+        return {UNGUIDED: plain}
+    return {GUIDED: settings, **({UNGUIDED: plain} if recipe.evaluation.unguided else {})}
+
+
+def _sample(pipeline: Pipeline, name: str, settings: SamplingConfig) -> None:
+    evaluation, model = pipeline.recipe.evaluation, pipeline.model
+    labels = [label for label in class_labels(model) for _ in range(evaluation.samples_per_class)]
+    seeds = list(range(evaluation.seed, evaluation.seed + len(labels)))
+    folder = pipeline.folder.samples / name
+    weak = pipeline.weak if name == GUIDED else None
+    made_from = {
+        "model": model.identity,
+        "weak": weak.identity if weak else None,
+        "sampling": settings.model_dump(exclude={"batch_size"}),
+        "samples_per_class": evaluation.samples_per_class,
+        "seed": evaluation.seed,
+    }
+
+    def work() -> None:
+        write_samples(folder, model, labels, seeds, settings, weak=weak, share=place())
+        distributed.barrier()  # after a change of their number one may be hours behind the others
+        per_class = evaluation.samples_per_class
+        if distributed.is_main_process():
+            write_grid(folder, _grid_numbers(per_class, _shown_classes(model)), min(GRID_COLUMNS, per_class))
+
+    results = tuple(image_path(folder, number) for number in range(len(seeds)))
+    stage = Stage(f"{name} samples", "sfd report", folder, made_from, results=results)
+    stage.carry_out(work, pipeline.device, together=True)
+
+
+def _shown_classes(model: Model) -> list[int]:
+    """Numbers of the classes that grids show: all, or an even choice of as many as a page has room for."""
+    classes = len(class_labels(model))
+    rows = min(classes, MAX_ROWS)
+    return [i * classes // rows for i in range(rows)]
+
+
+def _grid_numbers(per_class: int, classes: list[int]) -> list[int]:
+    """Numbers of the first images of each of these classes: a row a class."""
+    if len(classes) == 1:
+        return list(range(min(per_class, GRID_COLUMNS**2)))
+    return [c * per_class + i for c in classes for i in range(min(GRID_COLUMNS, per_class))]
+
+
+def reference(pipeline: Pipeline) -> Reference:
+    """The real images that samples are compared with, seen through the run's evaluator."""
+    _, images = divide(pipeline.images[1], pipeline.classifier_settings)
+    return measure(images, pipeline.evaluator, REFERENCE_NAME)
+
+
+def _measure(pipeline: Pipeline, names: list[str]) -> None:
+    against = reference(pipeline)
+    rows = []
+    for name in names:
+        samples = load_samples(pipeline.folder.samples / name)
+        labels = samples.labels_among(against.classes)
+        rows.append(evaluate(samples.batches(), labels, against, name=f"{name} samples", sampling=samples.sampling))
+    rows.append(evaluate_real(pipeline.images[0], against, rows[0].n_samples, pipeline.recipe.seed))
+    for row in rows:
+        row.write(metrics_path(pipeline.folder, row.name))
+
+
+def metrics_path(folder: RunFolder, row: str) -> Path:
+    """Name the file of a row of the results."""
+    return folder.metrics / f"{row.replace(' ', '-')}.json"
+
+
+def _rows(names: list[str]) -> list[str]:
+    """Name the rows: the variants, then real images."""
+    return [*(f"{name} samples" for name in names), "real training images"]
+
+
+def read_run_metrics(folder: RunFolder, names: list[str]) -> list[Metrics]:
+    """Read what a run measured: the named variants, then real images."""
+    return [read_metrics(metrics_path(folder, row)) for row in _rows(names)]
+
+
+def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
+    """Gather all that a finished run knows of itself into report.html."""
+    recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
+    judged = recipe.evaluation.classifier is not None
+    metrics = read_run_metrics(folder, names) if judged else []
+    costs = [
+        StageCost(r["stage"], r["seconds"], r["peak_memory_bytes"], r["peak_device_memory_bytes"])
+        for r in folder.stages()
+    ]
+    content = ReportContent(
+        title=recipe.name,
+        summary=_summary(recipe, model, metrics),
+        facts=_facts(pipeline),
+        recipe=dump_recipe(recipe),
+        galleries=[_gallery(pipeline, name) for name in names],
+        schedule=schedule_curves(model),
+        strip=_strip(pipeline),
+        logs=_logs(folder),
+        metrics=metrics,
+        stages=costs,
+    )
+    write_report(folder.report, content)
+
+
+def _strip(pipeline: Pipeline) -> Strip | None:
+    """Follow the first sample of the class in the middle; a single stream has no phases to show."""
+    model, labels = pipeline.model, class_labels(pipeline.model)
+    if len(model.composite.streams) < 2:
+        return None
+    seed, settings = pipeline.recipe.evaluation.seed, pipeline.sample_settings(model)
+    return phase_strip(model, settings, seed, labels[len(labels) // 2], pipeline.weak)
+
+
+def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
+    accuracy = metrics[0].class_accuracy if metrics else None
+    judged = "" if accuracy is None else f" An independent classifier recognises {accuracy:.1%} of its samples."
+    if not metrics:
+        judged = " This run has no judge of its own: measure its samples with sfd evaluate SAMPLES --reference …"
+    parameters = f"{model.history['parameters']:,}"
+    return (
+        f"A semantic-first diffusion model of {parameters} parameters, trained from nothing on {data_name(recipe)}."
+        + judged
+    )
+
+
+def data_name(recipe: Recipe) -> str:
+    """Say what the transformer is trained on."""
+    published = recipe.latents.published
+    return str(recipe.data.source) if published is None else f"the published latents in {published}"
+
+
+def _facts(pipeline: Pipeline) -> dict[str, str]:
+    recipe, model = pipeline.recipe, pipeline.model
+    streams = "; ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid}" for s in model.composite.streams)
+    held_out = "" if recipe.data.source is None else f", {len(pipeline.images[1]):,} held out"
+    return {
+        "Data": f"{data_name(recipe)}, {len(pipeline.latents):,} training images{held_out}",
+        "Latent": streams,
+        "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
+        "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
+        "Sampling": sampling_text(pipeline.sample_settings(model)),
+        "Machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} processors, {pipeline.device}",
+        "Software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+    }
+
+
+def _gallery(pipeline: Pipeline, name: str) -> Gallery:
+    model, per_class = pipeline.model, pipeline.recipe.evaluation.samples_per_class
+    shown = _shown_classes(model)
+    numbers = _grid_numbers(per_class, shown)
+    record = files.read_json(pipeline.folder.samples / name / "samples.json", "folder of samples")
+    labels = np.array([record["labels"][i] for i in numbers]) if model.classes else None
+    caption = sampling_text(parse(SamplingConfig, record["sampling"], "samples.json"))
+    if model.classes and len(shown) < len(model.classes):
+        caption += f"; {len(shown)} of {len(model.classes)} classes"
+    return Gallery(
+        name.capitalize(), caption, read_images(pipeline.folder.samples / name, numbers), labels, model.classes
+    )
+
+
+def _logs(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    parts = {
+        "transformer": folder.training,
+        "SemVAE": folder.compressor,
+        "texture encoder": folder.texture,
+        "semantic encoder": folder.semantic,
+        "evaluation classifier": folder.evaluator,
+    }
+    logs = {name: path / "log.jsonl" for name, path in parts.items()}
+    return {
+        name: [read_line(line, path) for line in path.read_bytes().splitlines()]
+        for name, path in logs.items()
+        if path.exists()
+    }

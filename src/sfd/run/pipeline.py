@@ -1,0 +1,397 @@
+"""A run from images to model, stage by stage; each stage can be called alone and is done once.
+
+    images → texture encoder ┐
+           → semantic encoder → compressor → latents → transformer → model
+
+Every stage writes into its own folder of the run and records what it was made from, so that the same command goes on
+where it stopped and another recipe in the same folder is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from sfd.data.cache import cached
+from sfd.data.folder import skipped_report
+from sfd.data.images import ImageSource, to_tensor
+from sfd.data.shards import FEATURES, MANIFEST, LatentSet
+from sfd.data.source import check_classes, open_source
+from sfd.data.split import split
+from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
+from sfd.evaluation.extractors import classifier
+from sfd.evaluation.extractors._base import Extractor, load_extractor
+from sfd.evaluation.figures import image_grid
+from sfd.generation.generate import SamplingConfig, generate, without_guidance
+from sfd.generation.model import RECORD, Model, load_model, model_folder
+from sfd.latents import CompositeLatent
+from sfd.models.component import CONFIG_FILE, WEIGHTS_FILE, Component
+from sfd.models.compressor import Compressor, load_compressor
+from sfd.models.dit import DiTConfig, LightningDiT, parameter_count
+from sfd.models.pca import fit_pca
+from sfd.models.semvae import SemVAE
+from sfd.run import preparation, stages
+from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
+from sfd.run.stages import Stage
+from sfd.run.validate import architecture, check_machine, given_compressor
+from sfd.schedules import Schedule, build_schedule
+from sfd.training.config import TrainSettings, extent, lasting
+from sfd.training.tasks.diffusion import DiffusionTask
+from sfd.training.tasks.semvae import SemVAETask
+from sfd.training.trainer import fit
+from sfd.utils import distributed, files, registry, rng
+from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
+from sfd.utils.shares import WHOLE, Share
+
+PREVIEW_IMAGES = 32
+ENCODERS = "sfd.encoders"
+
+
+class Pipeline:
+    """The stages of one run."""
+
+    def __init__(self, recipe: Recipe, root: Path, device: torch.device) -> None:
+        self.recipe, self.folder, self.device = recipe, stages.RunFolder(root), device
+
+    def all(self) -> None:
+        """Do every stage up to the model and its evaluator, if there is one."""
+        self._check_given()
+        self.train_texture()
+        if self.recipe.latents.published is None:
+            self.train_semantic()
+            self.train_compressor()
+        self.prepare()
+        self.train()
+        if self.recipe.evaluation.classifier is not None:
+            self.train_evaluator()
+
+    def _check_given(self) -> None:
+        """Load what comes from elsewhere, and see what cannot be done here: neither should be found out after hours."""
+        check_machine(self.recipe, self.device)
+        if self.recipe.texture.pretrained is not None:
+            _ = self.texture
+        if self.recipe.latents.published is None:
+            if self.recipe.semantic.pretrained is not None:
+                _ = self.semantic
+            if self.recipe.compressor.folder is not None:
+                load_compressor(Path(self.recipe.compressor.folder))
+        if self.recipe.evaluation.weak is not None:
+            weak = model_folder(Path(self.recipe.evaluation.weak))
+            files.read_json(weak / RECORD, "model directory (evaluation.weak)")
+
+    def save_recipe(self) -> None:
+        """Keep the resolved recipe with the run."""
+        files.write_text(self.folder.recipe, dump_recipe(self.recipe), shared=True)
+
+    @cached_property
+    def images(self) -> tuple[ImageSource, ImageSource]:
+        """The images to train on and those held out, in memory where they fit.
+
+        Raises:
+            SFDError: there are too few, or they do not fit the evaluator; said before anything is trained.
+        """
+        opened = open_source(self.recipe.data, self.folder.checked)
+        skipped = skipped_report(opened)
+        if skipped:
+            files.write_text(self.folder.skipped, skipped, shared=True)
+        else:
+            self.folder.skipped.unlink(missing_ok=True)
+        training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
+        if self.recipe.evaluation.classifier is not None:
+            classifier.check_data(held_out, self.recipe.evaluation.classifier)
+        return training, held_out
+
+    def train_texture(self) -> None:
+        """Train the texture encoder."""
+        self._train_encoder(self.recipe.texture, self._texture_stage)
+
+    def train_semantic(self) -> None:
+        """Train the semantic encoder."""
+        self._train_encoder(self.recipe.semantic, self._semantic_stage)
+
+    def _texture_stage(self) -> Stage:
+        return self._encoder_stage("texture encoder", "sfd train-texture", self.recipe.texture, self.folder.texture)
+
+    def _semantic_stage(self) -> Stage:
+        return self._encoder_stage("semantic encoder", "sfd train-semantic", self.recipe.semantic, self.folder.semantic)
+
+    def _encoder_stage(self, name: str, command: str, settings: EncoderSettings, folder: Path) -> Stage:
+        made_from = {
+            "seed": self.recipe.seed,
+            "data": self.data_record(),
+            "encoder": settings.model_dump(exclude={"train"}),
+            "train": lasting(settings.train),
+        }
+        return Stage(name, command, folder, made_from, extent(settings.train), _part_files(folder))
+
+    def _train_encoder(self, settings: EncoderSettings, make_stage: Callable[[], Stage]) -> None:
+        if settings.train is None:
+            return
+        train, module, stage = settings.train, registry.find(ENCODERS, settings.name, "encoder"), make_stage()
+
+        def work() -> None:
+            with rng.seeded(self.recipe.seed, stage.name):
+                encoder = module.build(parse(module.Config, settings.config))
+            objective = parse(module.Objective, settings.objective)
+            task = module.task(encoder, self.images[0], objective, seed=self.recipe.seed, batch_size=train.batch_size)
+            trained = task.finish(fit(task, train, stage.folder, device=self.device))
+            if distributed.is_main_process():
+                trained.save(stage.folder)
+
+        stage.carry_out(work, self.device, together=True)
+
+    @cached_property
+    def texture(self) -> TextureEncoder:
+        """The texture encoder: the one that the recipe names, or the one that this run made."""
+        settings = self.recipe.texture
+        encoder = _published(settings) or load_texture_encoder(_trained(settings, self._texture_stage))
+        return cast(TextureEncoder, encoder.to(self.device))
+
+    @cached_property
+    def semantic(self) -> SemanticEncoder:
+        """The semantic encoder: the one that the recipe names, or the one that this run made."""
+        settings = self.recipe.semantic
+        encoder = _published(settings) or load_semantic_encoder(_trained(settings, self._semantic_stage))
+        return cast(SemanticEncoder, encoder.to(self.device))
+
+    def _compressor_stage(self) -> Stage:
+        settings, folder = self.recipe.compressor, self.folder.compressor
+        made_from = {
+            "seed": self.recipe.seed,
+            "data": self.data_record(),
+            "encoder": self.semantic.identity,
+            "compressor": settings.model_dump(exclude={"train"}),
+            "train": lasting(settings.train),
+        }
+        name = "SemVAE" if settings.name == "semvae" else "principal components"
+        return Stage(name, "sfd train-semvae", folder, made_from, extent(settings.train), _part_files(folder))
+
+    def train_compressor(self) -> None:
+        """Train the SemVAE, or fit PCA, on the semantic encoder's features."""
+        if "semantic" in self.recipe.streams and self.recipe.compressor.folder is None:
+            training = self.recipe.compressor.name == "semvae"
+            work = self._train_semvae if training else self._fit_pca
+            self._compressor_stage().carry_out(work, self.device, together=training)
+
+    def _train_semvae(self) -> None:
+        settings, train = self.recipe.compressor, cast(TrainSettings, self.recipe.compressor.train)
+        with rng.seeded(self.recipe.seed, "SemVAE"):
+            semvae = SemVAE(settings.semvae(self.semantic.channels))
+        task = SemVAETask(
+            semvae,
+            self.semantic,
+            self.images[0],
+            settings.objective,
+            seed=self.recipe.seed,
+            batch_size=train.batch_size,
+        )
+        trained = cast(SemVAE, fit(task, train, self.folder.compressor, device=self.device))
+        if distributed.is_main_process():
+            trained.save(self.folder.compressor)
+
+    def _fit_pca(self) -> None:
+        settings, source = self.recipe.compressor, self.images[0]
+        chosen = rng.generator(self.recipe.seed, "pca").permutation(len(source))[: settings.fit_images]
+        size = self.recipe.latents.batch_size
+        batches = (
+            self.semantic.encode(to_tensor(source.load(chosen[i : i + size])).to(self.device))
+            for i in range(0, len(chosen), size)
+        )
+        fit_pca(batches, settings.pca(self.semantic.channels)).save(self.folder.compressor)
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """The compressor: the one that the recipe names, or the one that this run made."""
+        if self.recipe.compressor.folder is not None:
+            return given_compressor(self.recipe.compressor, self.semantic.channels).to(self.device)
+        self._compressor_stage().require()
+        return load_compressor(self.folder.compressor).to(self.device)
+
+    @cached_property
+    def tokenizers(self) -> dict[str, str]:
+        """The identity of what makes each stream, and of the encoder of the features."""
+        tokenizers = {"texture": self.texture.identity}
+        if "semantic" in self.recipe.streams:
+            tokenizers["semantic"] = f"{self.semantic.identity}+{self.compressor.identity}"
+        return tokenizers | {FEATURES: self.semantic.identity}
+
+    @cached_property
+    def latents_stage(self) -> Stage:
+        """The stage that makes the latents, or checks published ones."""
+        return preparation.latents_stage(self)
+
+    def prepare(self, share: Share = WHOLE) -> None:
+        """Encode the training images into latent shards, all or one part of them; or check published ones."""
+        preparation.prepare_latents(self, share)
+
+    @cached_property
+    def latents(self) -> LatentSet:
+        """The latents to train on."""
+        return preparation.open_latents(self)
+
+    def _transformer_stage(self) -> Stage:
+        self.latents_stage.require()
+        recipe = self.recipe
+        made_from = {
+            "seed": recipe.seed,
+            "latents": files.checksum(self.folder.latents / MANIFEST),
+            **recipe.model_dump(include={"streams", "schedule", "transformer", "loss"}),
+            "train": lasting(recipe.train),
+        }
+        results = (self.folder.model / RECORD,)
+        return Stage("transformer", "sfd train", self.folder.training, made_from, extent(recipe.train), results)
+
+    def train(self) -> None:
+        """Train the transformer and write the model directory."""
+        self._transformer_stage().carry_out(self._train, self.device, together=True)
+
+    def _train(self) -> None:
+        recipe, latents = self.recipe, self.latents
+        if distributed.is_main_process():
+            preparation.write_real_preview(self, latents)
+        config = transformer_config(recipe, latents)
+        schedule = build_schedule(recipe.schedule, config.composite.names)
+        network = LightningDiT(config, seed=recipe.seed)
+        task = DiffusionTask(
+            network,
+            latents,
+            schedule,
+            recipe.loss,
+            seed=recipe.seed,
+            batch_size=recipe.train.batch_size,
+            previewer=lambda step, net, folder: self._preview(step, net, schedule, latents.manifest.classes, folder),
+        )
+        trained = fit(task, recipe.train, self.folder.training, device=self.device)
+        if not distributed.is_main_process():
+            return
+        history = {
+            "recipe": recipe.name,
+            "data": latents.manifest.data,
+            "steps": recipe.train.steps,
+            "batch_size": recipe.train.batch_size,
+            "parameters": parameter_count(config),
+        }
+        generator = _without_projector(cast(LightningDiT, trained))
+        Model(generator, schedule, self.texture, latents.manifest.classes, history).save(self.folder.model)
+
+    def _preview(
+        self, step: int, network: nn.Module, schedule: Schedule, classes: tuple[str, ...], folder: Path
+    ) -> None:
+        model = Model(cast(LightningDiT, network), schedule, self.texture, classes)
+        labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
+        settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES, "compile": "off"})
+        if self.recipe.evaluation.weak is not None:
+            settings = without_guidance(settings)
+        images = np.concatenate([g.images for g in generate(model, labels, range(PREVIEW_IMAGES), settings)])
+        with files.written(folder / f"step-{step:09d}.png") as partial:
+            image_grid(images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
+
+    def sample_settings(self, model: Model) -> SamplingConfig:
+        """The recipe's way of sampling; without guidance where nothing is there to be guided away from."""
+        sample, able = self.recipe.sample, bool(model.classes) or self.recipe.evaluation.weak is not None
+        return sample if sample.guides and able else without_guidance(sample)
+
+    @cached_property
+    def model(self) -> Model:
+        """The trained model."""
+        self._transformer_stage().require()
+        return load_model(self.folder.model, self.device)
+
+    @cached_property
+    def weak(self) -> Model | None:
+        """The weaker model that AutoGuidance guides away from, if the recipe names one."""
+        weak = self.recipe.evaluation.weak
+        return load_model(model_folder(Path(weak)), self.device) if weak is not None else None
+
+    @property
+    def classifier_settings(self) -> classifier.ClassifierSettings:
+        """How the evaluator is made.
+
+        Raises:
+            SFDError: the recipe has none.
+        """
+        settings = self.recipe.evaluation.classifier
+        if settings is None:
+            raise SFDError(
+                f"recipe {self.recipe.name!r} has no evaluation.classifier; "
+                "measure its samples with `sfd evaluate SAMPLES --reference …`, or set evaluation.classifier={}"
+            )
+        return settings
+
+    def _evaluator_stage(self) -> Stage:
+        settings, folder = self.classifier_settings, self.folder.evaluator
+        made_from: dict[str, Any] = {
+            "data": self.data_record(),
+            "classifier": settings.model_dump(exclude={"training"}),
+        }
+        made_from["training"] = lasting(settings.training)
+        results = (folder / "extractor" / "extractor.json",)
+        name, command = "evaluation classifier", "sfd train-evaluator"
+        return Stage(name, command, folder, made_from, extent(settings.training), results)
+
+    def train_evaluator(self) -> None:
+        """Train the classifier that judges the samples, on images that nothing else in the run sees."""
+        stage, settings = self._evaluator_stage(), self.classifier_settings
+
+        def work() -> None:
+            classifier.train(self.images[1], settings, stage.folder, device=self.device)
+
+        stage.carry_out(work, self.device, together=True)
+
+    @cached_property
+    def evaluator(self) -> Extractor:
+        """The classifier that judges the samples."""
+        self._evaluator_stage().require()
+        return load_extractor(self.folder.evaluator / "extractor", self.device)
+
+    def data_record(self) -> dict[str, Any]:
+        """What a stage's images are, for its record."""
+        return {**self.recipe.data.model_dump(exclude={"strict", "classes"}), "identity": self.images[0].identity}
+
+
+def transformer_config(recipe: Recipe, latents: LatentSet) -> DiTConfig:
+    """Derive the network's architecture from the recipe and what the latents are."""
+    weights = {name: s.weight for name, s in recipe.streams.items()}
+    patch_sizes = {name: s.patch_size for name, s in recipe.streams.items()}
+    composite = latents.composite(patch_sizes, weights)
+    composite = CompositeLatent(streams=tuple(composite[name] for name in recipe.streams))
+    check_classes(recipe.data, len(latents.manifest.classes), str(latents.folder))
+    features = latents.manifest.features
+    return architecture(recipe, composite, len(latents.manifest.classes), features["channels"] if features else None)
+
+
+def _without_projector(network: LightningDiT) -> LightningDiT:
+    """Leave the REPA projector behind: only training has a use for it."""
+    fields = {"repa_block": None, "repa_channels": None, "checkpointing": False}
+    plain = LightningDiT(network.config.model_copy(update=fields))
+    kept = {name: t for name, t in network.state_dict().items() if not name.startswith("projector.")}
+    plain.load_state_dict(kept)
+    return plain.eval().requires_grad_(False)
+
+
+def _published(settings: EncoderSettings) -> Component | None:
+    """Load a published encoder, if that is what the recipe names."""
+    if settings.pretrained is None:
+        return None
+    module = registry.find(ENCODERS, settings.name, "encoder")
+    return cast(Component, module.pretrained(settings.pretrained, settings.config))
+
+
+def _trained(settings: EncoderSettings, make_stage: Callable[[], Stage]) -> Path:
+    """Find a trained encoder: the one that the recipe names, or the one that this run made."""
+    if settings.folder is not None:
+        return Path(settings.folder)
+    stage = make_stage()
+    stage.require()
+    return stage.folder
+
+
+def _part_files(folder: Path) -> tuple[Path, ...]:
+    return folder / CONFIG_FILE, folder / WEIGHTS_FILE

@@ -1,0 +1,369 @@
+"""Recipes: everything that a run depends on, in one frozen and checked record.
+
+A recipe is YAML. It may name another one to start from (`extends: other.yaml`, relative to itself); the command line
+overrides single fields (`train.steps=500`). What results is validated whole before anything is computed, and saved with
+the run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from sfd.data.encode import LatentSettings
+from sfd.data.source import DataSettings
+from sfd.evaluation.extractors.classifier import ClassifierSettings
+from sfd.generation.generate import SamplingConfig
+from sfd.models.dit import SIZES
+from sfd.models.pca import PCAConfig
+from sfd.models.semvae import SemVAEConfig, SemVAEObjective
+from sfd.training.config import TrainSettings
+from sfd.training.tasks.diffusion import LossSettings
+from sfd.utils import files, registry
+from sfd.utils.config import Settings, parse
+from sfd.utils.errors import SFDError, unknown
+
+MAX_EXTENDS = 8
+RECIPE_BYTES = 1 << 20
+MAX_VALUES = 100_000
+OF_ONE_RUN = ("note", "published")  # fields that say something of one recipe, and of none that extends it
+
+
+class EncoderSettings(Settings):
+    """An encoder: which one, its own settings, and how it is trained here, or where a finished one lies."""
+
+    name: str = Field(description="a module of sfd.encoders")
+    config: dict[str, Any] = Field({}, description="its settings; of a published one: what it should be")
+    objective: dict[str, Any] = Field({}, description="its training loss")
+    train: TrainSettings | None = Field(None, description="train it in the run")
+    folder: str | None = Field(None, description="a trained encoder's directory")
+    pretrained: str | None = Field(None, description="a published encoder: a hub name, or a folder in the hub's format")
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderSettings:
+        module = registry.find("sfd.encoders", self.name, "encoder")
+        if self.pretrained is None:
+            parse(module.Config, self.config, f"settings of encoder {self.name!r}")
+        for field in self.config:  # of a published encoder only some are given, to be held against its own
+            if field not in module.Config.model_fields:
+                raise unknown("field", field, module.Config.model_fields)
+        if self.objective and not hasattr(module, "Objective"):
+            raise ValueError(f"encoder {self.name!r} has no training objective; leave `objective` out")
+        if self.objective:
+            parse(module.Objective, self.objective, f"objective of encoder {self.name!r}")
+        if self.folder is not None and (self.config or self.objective):
+            raise ValueError("a trained encoder from `folder` has its own config and objective; leave these out")
+        if self.pretrained is not None and not hasattr(module, "pretrained"):
+            raise ValueError(f"no {self.name!r} encoder is published; give `train`, or a trained one's `folder`")
+        if self.train is not None and not hasattr(module, "task"):
+            raise ValueError(f"encoder {self.name!r} cannot be trained here; give `pretrained` or `folder`")
+        if sum(way is not None for way in (self.train, self.folder, self.pretrained)) != 1:
+            raise ValueError(
+                "give exactly one of `train` (train one in the run), `folder` (a trained encoder's directory) and "
+                "`pretrained` (a hub name, or a folder in the hub's format)"
+            )
+        return self
+
+
+class CompressorSettings(Settings):
+    """What makes the semantic latent of the encoder's features: a SemVAE or PCA."""
+
+    name: Literal["semvae", "pca"] = "semvae"
+    channels: int = Field(8, gt=0, description="of the semantic latent")
+    width: int = Field(128, gt=0, description="SemVAE: of its transformer blocks")
+    heads: int = Field(4, gt=0, description="SemVAE")
+    blocks: int = Field(2, gt=0, description="SemVAE: transformer blocks in encoder and decoder each")
+    whiten: bool = Field(False, description="PCA: divide each component by its standard deviation")
+    standardize: bool = Field(False, description="PCA: divide each feature by its standard deviation first")
+    fit_images: int = Field(4096, gt=0, description="PCA: images that it is fitted on")
+    objective: SemVAEObjective = SemVAEObjective()
+    train: TrainSettings | None = Field(None, description="SemVAE: train it in the run")
+    folder: str | None = Field(None, description="a trained one's directory; the fields above say what it should be")
+
+    @model_validator(mode="after")
+    def _check(self) -> CompressorSettings:
+        if self.name == "semvae" and (self.train is None) == (self.folder is None):
+            raise ValueError(
+                "a semvae needs either `train` (train it in the run) or `folder` (a trained one's directory)"
+            )
+        if self.name == "pca" and self.train is not None:
+            raise ValueError("`train` is for a semvae, and pca takes none: it is fitted")
+        return self
+
+    def config(self, input_channels: int) -> SemVAEConfig | PCAConfig:
+        """Give the compressor's architecture for features of so many channels."""
+        return self.semvae(input_channels) if self.name == "semvae" else self.pca(input_channels)
+
+    def semvae(self, input_channels: int) -> SemVAEConfig:
+        """Give the SemVAE's architecture for features of so many channels."""
+        return SemVAEConfig(
+            input_channels=input_channels,
+            latent_channels=self.channels,
+            width=self.width,
+            heads=self.heads,
+            blocks=self.blocks,
+        )
+
+    def pca(self, input_channels: int) -> PCAConfig:
+        """Give the shape of the principal components for features of so many channels."""
+        return PCAConfig(
+            input_channels=input_channels,
+            latent_channels=self.channels,
+            whiten=self.whiten,
+            standardize=self.standardize,
+        )
+
+
+class StreamSettings(Settings):
+    """What the network makes of one stream; its channels and grid are those of its latents."""
+
+    weight: float = Field(1.0, ge=0, description="of its channels in the velocity loss")
+    patch_size: int = Field(1, gt=0)
+
+
+class TransformerSettings(Settings):
+    """The network's size; the rest of its architecture follows from the latents."""
+
+    size: str = Field("tiny", description=f"one of {', '.join(SIZES)}")
+    depth: int | None = Field(None, gt=0, description="in place of the size's own")
+    width: int | None = Field(None, gt=0, description="in place of the size's own")
+    heads: int | None = Field(None, gt=0, description="in place of the size's own")
+    clocks: Literal["streams", "one"] = Field("streams", description="a time embedder a stream, or one for all")
+    repa_block: int | None = Field(2, ge=1, description="block (from 1) whose tokens REPA aligns; null: no projector")
+    repa_width: int = Field(2048, gt=0)
+    checkpointing: bool | Literal["selective"] = Field(
+        False, description="recompute activations in the backward pass to save memory; selective: only the cheap ones"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TransformerSettings:
+        if self.size not in SIZES:
+            raise unknown("transformer size", self.size, SIZES)
+        return self
+
+
+class EvaluationSettings(Settings):
+    """What the finished model is asked for and how it is judged."""
+
+    samples_per_class: int = Field(64, gt=0, description="of an unconditional model: in all")
+    seed: int = Field(0, ge=0, description="image i has seed + i")
+    unguided: bool = Field(True, description="also measure samples without guidance")
+    classifier: ClassifierSettings | None = Field(
+        ClassifierSettings(), description="the run's own judge; null: none, samples are measured by `sfd evaluate`"
+    )
+    weak: str | None = Field(
+        None,
+        description="a model's directory or a run's folder, for AutoGuidance; null: guide by the null class",
+    )
+
+
+class Recipe(Settings):
+    """One run, from images to report."""
+
+    name: str = Field(min_length=1)
+    note: str = Field("", description="what it is for")
+    published: dict[str, float | None] = Field(
+        {}, description="numbers published for this run, by metric; null: none was published"
+    )
+    seed: int = Field(0, ge=0)
+    data: DataSettings
+    texture: EncoderSettings
+    semantic: EncoderSettings
+    compressor: CompressorSettings
+    latents: LatentSettings = LatentSettings()
+    streams: dict[str, StreamSettings]
+    schedule: dict[str, Any]
+    transformer: TransformerSettings = TransformerSettings()
+    loss: LossSettings = LossSettings()
+    train: TrainSettings
+    sample: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        from sfd.schedules import build_schedule
+
+        for name in self.streams:
+            if name not in ("texture", "semantic"):
+                raise unknown("stream", name, ("texture", "semantic"))
+        if "texture" not in self.streams:
+            raise SFDError("streams must hold 'texture': it is what pixels are decoded from")
+        if not 0 <= self.train.betas[0] < 1 or not 0 <= self.train.betas[1] < 1:
+            raise SFDError(f"train.betas must lie in [0, 1), got {self.train.betas}")
+        schedule = build_schedule(self.schedule, tuple(self.streams))
+        if self.transformer.clocks == "one" and schedule.knots:
+            raise SFDError(
+                f"transformer.clocks 'one' gives the network a single time, but the schedule {self.schedule['name']!r} "
+                "gives each stream its own; use clocks: streams, or the synchronous schedule"
+            )
+        if self.loss.repa and self.transformer.repa_block is None:
+            raise SFDError("loss.repa is set, but transformer.repa_block is null; set it, or set loss.repa to 0")
+        if self.evaluation.weak is not None and not self.sample.guides:
+            raise SFDError(
+                "evaluation.weak is set, but sample.guidance is 1 for every stream, so it would do nothing; give a "
+                "scale, such as 1.5"
+            )
+        if self.evaluation.weak is not None and self.sample.paired:
+            raise SFDError(
+                "sample.paired evaluates one network once with both labels, but evaluation.weak is another; set one"
+            )
+        self._check_data()
+        return self
+
+    def _check_data(self) -> None:
+        if self.latents.published is not None and self.texture.train is not None:
+            raise SFDError(
+                "latents.published are another encoder's: a texture encoder trained here would decode them to noise; "
+                "give the one that made them, as texture.pretrained or texture.folder"
+            )
+        if self.data.source is None and self.latents.published is None:
+            raise SFDError("data.source is missing; give a folder of images, or latents.published=FOLDER")
+        if self.data.source is None and self.evaluation.classifier is not None:
+            raise SFDError(
+                "evaluation trains its classifier on held-out images, but data.source names none; give it, or set "
+                "evaluation.classifier=null"
+            )
+        if self.data.holdout == 0 and self.evaluation.classifier is not None:
+            raise SFDError(
+                "data.holdout is 0, but evaluation trains its classifier on held-out images; give a share, or set "
+                "evaluation.classifier=null"
+            )
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, with `extends` followed and overrides applied.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.field=value`, the value as YAML.
+
+    Raises:
+        SFDError: the file is missing or no YAML, or a field is unknown or of the wrong type.
+    """
+    values = _merge(_defaults(), _read(path, MAX_EXTENDS))
+    for override in overrides:
+        _apply(values, override)
+    if isinstance(values.get("streams"), dict):
+        # An inherited stream is taken out by `semantic: null`.
+        values["streams"] = {name: stream for name, stream in values["streams"].items() if stream is not None}
+    return parse(Recipe, values, path.name)
+
+
+def _defaults() -> dict[str, Any]:
+    """What every recipe starts from: values that are changed field by field, not replaced whole."""
+    return {
+        "streams": {"texture": {}, "semantic": {"weight": 2.0}},
+        "schedule": {"name": "offset", "delta": 0.3},
+        "evaluation": EvaluationSettings().model_dump(mode="json"),
+    }
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML, with numbers as YAML 1.2 has them: 1e-4 is one.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        if _written_out(root, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES} values")
+        return yaml.load(text, Loader=_Loader)  # derived from SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # What the library meets in values that do not fit their tags, and in numbers of thousands of digits.
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _written_out(node: yaml.Node | None, sizes: dict[int, float]) -> float:
+    """Count the values that a node stands for if every alias is written out; infinite if it contains itself.
+
+    A few lines of aliases of aliases stand for more values than any memory holds.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+        inner = node.value if isinstance(node, yaml.SequenceNode) else inner
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in inner)
+    return sizes[id(node)]
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but numbers in scientific notation need no point, and dates are text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe out in full, as YAML that reads back as the same recipe."""
+    values = recipe.model_dump(mode="json")
+    # A stream that every recipe starts with and this one has not must be taken out again on reading.
+    values["streams"] |= {name: None for name in _defaults()["streams"] if name not in recipe.streams}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path, depth: int) -> dict[str, Any]:
+    if depth == 0:
+        raise SFDError(f"{path}: more than {MAX_EXTENDS} recipes extend one another; is one extending itself?")
+    try:
+        if path.stat().st_size > RECIPE_BYTES:
+            raise SFDError(
+                f"{path} is {path.stat().st_size} bytes long, too much for a recipe (at most {RECIPE_BYTES})"
+            )
+        values = read_yaml(files.read_text(path))
+    except FileNotFoundError:
+        raise SFDError(f"there is no recipe {path}; give a YAML file such as recipes/shapes-demo.yaml") from None
+    except OSError as error:
+        raise files.explained(error, path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SFDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SFDError(f"{path}: a recipe is a mapping of fields to values, but {type(values).__name__} was found")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    inherited = _read(path.parent / str(base), depth - 1)
+    for own in OF_ONE_RUN:
+        inherited.pop(own, None)
+    return _merge(inherited, values)
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace fields of `base`, mapping by mapping; one with another `name` is another thing, and replaces all."""
+    merged = dict(base)
+    for key, value in changes.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and value.get("name") in (None, before.get("name")):
+            value = _merge(before, value)
+        merged[key] = value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    field, equals, text = override.partition("=")
+    if not equals or not field:
+        raise SFDError(f"{override!r} is no override; write field=value, such as train.steps=500")
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError:
+        raise SFDError(f"the value in {override!r} is not valid YAML; quote it if it has special characters") from None
+    *parents, last = field.split(".")
+    place = values
+    for name in parents:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise SFDError(f"{override!r}: {name!r} holds no fields of its own")
+    place[last] = value

@@ -1,0 +1,283 @@
+"""What a recipe will build, known and checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from pydantic import ValidationError
+
+from sfd.data.published import KEYS, read_shards
+from sfd.data.shards import FEATURES
+from sfd.encoders import SEMANTIC, TEXTURE, load_encoder
+from sfd.generation.generate import check_sampling
+from sfd.latents import CompositeLatent, Stream
+from sfd.models.component import Component
+from sfd.models.compressor import Compressor, load_compressor
+from sfd.models.convnet import ConvNet
+from sfd.models.dit import SIZES, DiTConfig
+from sfd.models.inference import require_compiler
+from sfd.models.pca import PCA
+from sfd.models.semvae import SemVAE
+from sfd.run.recipe import CompressorSettings, EncoderSettings, Recipe
+from sfd.schedules import Schedule, build_schedule
+from sfd.training import parallel
+from sfd.training.config import TrainSettings
+from sfd.utils import registry
+from sfd.utils.config import Settings, explain, parse
+from sfd.utils.errors import SFDError
+
+
+def check(recipe: Recipe, *, dry: bool = False) -> DiTConfig:
+    """Plan the whole run, so that parts that do not fit are found before hours of work.
+
+    Args:
+        recipe: what to plan.
+        dry: published latents need not be here; they are then taken to be what the recipe's encoders would make.
+
+    Returns:
+        the planned network.
+
+    Raises:
+        SFDError: an architecture that cannot be, streams that share no token grid, features that do not fit REPA, an
+            image size that does not fit an encoder or the evaluator, or a way of sampling that makes no sense.
+    """
+    if recipe.latents.published is not None and not dry:
+        read_shards(Path(recipe.latents.published))
+    try:
+        config = planned_architecture(recipe)
+        planned_compressor(recipe)
+        _check_evaluator(recipe)
+    except (ValidationError, ValueError) as error:
+        raise explain(error, DiTConfig, f"recipe {recipe.name!r}") from None
+    composite = config.composite
+    check_sampling(build_schedule(recipe.schedule, composite.names), composite, recipe.sample, has_weak=True)
+    if recipe.loss.repa:
+        _check_repa(recipe, composite)
+    return config
+
+
+def check_machine(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a whole run of a recipe that this machine cannot do to its end.
+
+    Raises:
+        SFDError: a training that its processes or its device cannot do, or networks to be compiled where none can be.
+    """
+    for settings in trainings(recipe):
+        parallel.check(settings, device)
+    if recipe.sample.compile == "on":
+        require_compiler(device)
+
+
+def trainings(recipe: Recipe) -> list[TrainSettings]:
+    """List how everything is trained that a whole run of a recipe trains."""
+    encoding = [recipe.semantic.train, recipe.compressor.train] if recipe.latents.published is None else []
+    judge = recipe.evaluation.classifier
+    each = [recipe.texture.train, *encoding, recipe.train, judge.training if judge is not None else None]
+    return [settings for settings in each if settings is not None]
+
+
+def planned_architecture(recipe: Recipe) -> DiTConfig:
+    """Derive the network from the recipe alone.
+
+    Classes that `data.classes` does not tell are known only with the data, and count as 0.
+    """
+    shapes = planned_shapes(recipe)
+    composite = CompositeLatent(
+        streams=tuple(
+            Stream(
+                name=name,
+                channels=shapes[name].channels,
+                grid=shapes[name].grid,
+                patch_size=stream.patch_size,
+                weight=stream.weight,
+            )
+            for name, stream in recipe.streams.items()
+        )
+    )
+    features = shapes[FEATURES].channels if FEATURES in shapes else None
+    return architecture(recipe, composite, recipe.data.classes or 0, features)
+
+
+class Shape(NamedTuple):
+    """What a latent is."""
+
+    channels: int
+    grid: int
+
+
+def planned_shapes(recipe: Recipe) -> dict[str, Shape]:
+    """Derive the shape of each stream, and of the features, from the encoders or from published shards.
+
+    Raises:
+        SFDError: encoders of the wrong kind or for other image sizes, or published latents that do not fit the recipe.
+    """
+    texture, size = planned_encoder(recipe.texture), recipe.data.image_size
+    _check_kind("texture", texture, TEXTURE)
+    _check_size(recipe, "texture encoder", texture.downsample)
+    shapes = {"texture": Shape(texture.channels, size // texture.downsample)}
+    if recipe.latents.published is not None and Path(recipe.latents.published).is_dir():
+        return _published_shapes(recipe, Path(recipe.latents.published), shapes["texture"])
+    semantic = planned_encoder(recipe.semantic)
+    _check_kind("semantic", semantic, SEMANTIC)
+    _check_size(recipe, "semantic encoder", semantic.downsample)
+    tile = getattr(semantic, "tile", 1)
+    if size % tile:
+        raise SFDError(
+            f"data.image_size is {size}, but the semantic encoder reads tiles of {tile} pixels; "
+            f"choose a multiple of {tile}, or set semantic.config.tile"
+        )
+    grid = size // semantic.downsample
+    return shapes | {"semantic": Shape(recipe.compressor.channels, grid), FEATURES: Shape(semantic.channels, grid)}
+
+
+def _published_shapes(recipe: Recipe, folder: Path, decoded: Shape) -> dict[str, Shape]:
+    entries = read_shards(folder)[0].entries
+    shapes = {name: Shape(*entries[key].shape[1:3]) for name, key in KEYS.items() if key in entries}
+    if shapes["texture"] != decoded:
+        raise SFDError(
+            f"{folder} holds texture latents of {_shape(shapes['texture'])}, but the texture encoder decodes "
+            f"{_shape(decoded)} for data.image_size {recipe.data.image_size}; name the encoder and the image size that "
+            "they were made with"
+        )
+    for name in recipe.streams:
+        if name not in shapes:
+            raise SFDError(f"{folder} holds no {name} latents ({KEYS[name]}); take it out with streams.{name}=null")
+    if recipe.loss.repa and FEATURES not in shapes:
+        raise SFDError(f"{folder} holds no features ({KEYS[FEATURES]}), which loss.repa needs; set loss.repa=0")
+    return shapes
+
+
+def _shape(shape: Shape) -> str:
+    return f"{shape.channels} channels on {shape.grid}×{shape.grid}"
+
+
+def latent_bytes(recipe: Recipe) -> tuple[int, int]:
+    """Give the bytes that an image takes in the shards, in both orientations: its latents', and its features'."""
+    shapes, orientations = planned_shapes(recipe), 2
+    entry, half = getattr(torch, recipe.latents.dtype).itemsize, torch.float16.itemsize
+    sizes = {name: orientations * shape.channels * shape.grid**2 for name, shape in shapes.items()}
+    return entry * sum(sizes[name] for name in recipe.streams), half * sizes[FEATURES] * recipe.latents.features
+
+
+def architecture(recipe: Recipe, composite: CompositeLatent, num_classes: int, features: int | None) -> DiTConfig:
+    """Join the recipe's network with the streams that it works on."""
+    given = recipe.transformer
+    size = SIZES[given.size]
+    repa = bool(recipe.loss.repa)
+    schedule = build_schedule(recipe.schedule, composite.names)
+    return DiTConfig(
+        depth=given.depth or size.depth,
+        width=given.width or size.width,
+        heads=given.heads or size.heads,
+        composite=composite,
+        num_classes=num_classes,
+        clocks=leading_first(schedule) if given.clocks == "streams" else (),
+        repa_block=given.repa_block if repa else None,
+        repa_width=given.repa_width,
+        repa_channels=features if repa else None,
+        checkpointing=given.checkpointing,
+    )
+
+
+def leading_first(schedule: Schedule) -> tuple[str, ...]:
+    """Order streams as the published time embedding does: those ahead first; on a par, texture last."""
+    middle = schedule.at(torch.tensor(0.5, dtype=torch.float64)).time.tolist()
+    ahead = dict(zip(schedule.streams, middle, strict=True))
+    backwards = schedule.streams[::-1]
+    return tuple(sorted(backwards, key=lambda name: -ahead[name]))
+
+
+def planned_encoder(settings: EncoderSettings) -> Any:
+    """Build an encoder without memory for its weights, or load the one whose `folder` the recipe names.
+
+    Raises:
+        SFDError: a trained one is damaged, or the architecture of a published one cannot be known here.
+    """
+    if settings.folder is not None:
+        return load_encoder(Path(settings.folder))
+    module = registry.find("sfd.encoders", settings.name, "encoder")
+    if settings.pretrained is not None:
+        config = module.planned(settings.pretrained, settings.config)
+    else:
+        config = parse(module.Config, settings.config)
+    return _without_memory(module.build, module.Config, config.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _without_memory(build: Callable[[Any], Component], config: type[Settings], values: str) -> Component:
+    with torch.device("meta"):
+        return build(config.model_validate_json(values))
+
+
+def planned_compressor(recipe: Recipe) -> Component | None:
+    """Build the compressor without memory for its weights; None where no semantic latents are made.
+
+    Raises:
+        SFDError: the one that the recipe names is damaged, or another than the recipe describes.
+    """
+    if "semantic" not in recipe.streams or recipe.latents.published is not None:
+        return None
+    channels = planned_encoder(recipe.semantic).channels
+    if recipe.compressor.folder is not None and Path(recipe.compressor.folder).is_dir():
+        return cast(Component, given_compressor(recipe.compressor, channels))
+    with torch.device("meta"):
+        if recipe.compressor.name == "pca":
+            return PCA(recipe.compressor.pca(channels))
+        return SemVAE(recipe.compressor.semvae(channels))
+
+
+def _check_evaluator(recipe: Recipe) -> None:
+    if recipe.evaluation.classifier is not None:
+        with torch.device("meta"):
+            evaluator = ConvNet(recipe.evaluation.classifier.network)
+        _check_size(recipe, "evaluation classifier", evaluator.config.downsample)
+
+
+def _check_kind(stream: str, encoder: Any, kind: str) -> None:
+    if encoder.kind != kind:
+        raise SFDError(f"{stream}: {encoder.name!r} is a {encoder.kind}, but a {kind} is needed; name another")
+
+
+def given_compressor(settings: CompressorSettings, input_channels: int) -> Compressor:
+    """Load the compressor whose `folder` a recipe names, for features of so many channels.
+
+    Raises:
+        SFDError: there is none, it is damaged, or it is another than the recipe describes.
+    """
+    compressor = load_compressor(Path(str(settings.folder)))
+    part = cast(Component, compressor)
+    if part.name != settings.name:
+        raise SFDError(
+            f"compressor.name is {settings.name!r}, but {settings.folder} holds a {part.name}; name that one"
+        )
+    for field, expected in settings.config(input_channels):
+        found = getattr(part.config, field)
+        if found != expected:
+            raise SFDError(
+                f"{settings.folder} holds a {part.name} with {field} = {found}, but {expected} is expected, by the "
+                "recipe's compressor and semantic encoder; change the recipe, or give another folder"
+            )
+    return compressor
+
+
+def _check_size(recipe: Recipe, what: str, downsample: int) -> None:
+    if recipe.data.image_size % downsample:
+        raise SFDError(
+            f"data.image_size is {recipe.data.image_size}, but the {what} shrinks images by {downsample}; "
+            f"choose a multiple of {downsample}"
+        )
+
+
+def _check_repa(recipe: Recipe, composite: CompositeLatent) -> None:
+    if not recipe.latents.features:
+        raise SFDError("loss.repa needs the encoder's features; set latents.features=true, or loss.repa=0")
+    grid = planned_shapes(recipe)[FEATURES].grid
+    if grid != composite.token_grid:
+        raise SFDError(
+            f"loss.repa aligns tokens with features, but tokens are on a grid of {composite.token_grid} rows and "
+            f"features on one of {grid}; choose patch sizes that make these equal, or set loss.repa=0"
+        )

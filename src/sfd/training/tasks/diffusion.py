@@ -1,0 +1,146 @@
+"""What the transformer is trained on: noised composite latents, the velocities that made them, and three losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sfd import flow
+from sfd.data.shards import FEATURES, LatentSet
+from sfd.models.dit import LightningDiT, Output
+from sfd.schedules import Schedule
+from sfd.training.order import EpochOrder
+from sfd.utils import rng
+from sfd.utils.config import Settings
+from sfd.utils.errors import SFDError
+
+QUARTERS = 4
+
+
+class LossSettings(Settings):
+    """The objective: velocity + cosine + REPA (Pan et al. 2025), and what is drawn for each sample."""
+
+    base_time: flow.BaseTime = Field("logit_normal", description="as the published runs; the paper's text says uniform")
+    cosine: float = Field(1.0, ge=0, description="weight of 1 − cos(v̂, v)")
+    repa: float = Field(1.0, ge=0, description="weight of the alignment with the encoder's features; 0: none")
+    resting: bool = Field(True, description="also train a stream while its clock stands still, as the published runs")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples that are trained on the null class")
+    flip: bool = Field(True, description="use both orientations of every image")
+
+
+class DiffusionTask:
+    """The `Task` of the transformer. Every draw is a function of (seed, step, sample)."""
+
+    name = "transformer"
+
+    def __init__(
+        self,
+        model: LightningDiT,
+        latents: LatentSet,
+        schedule: Schedule,
+        settings: LossSettings,
+        *,
+        seed: int,
+        batch_size: int,
+        previewer: Callable[[int, nn.Module, Path], None] | None = None,
+    ) -> None:
+        """Join what is needed.
+
+        Raises:
+            SFDError: REPA is asked for, but the latents hold no features or the network has no projector.
+        """
+        self.model, self.latents, self.schedule, self.settings = model, latents, schedule, settings
+        self.composite, self.null_class, self.previewer = model.config.composite, model.null_class, previewer
+        self.seed, self.batch_size = seed, batch_size
+        self.order = EpochOrder(seed, len(latents))
+        if settings.repa and latents.manifest.features is None:
+            raise SFDError(
+                f"loss.repa is {settings.repa}, but {latents.folder} holds no features; prepare the latents with "
+                "latents.features=true, or set loss.repa=0"
+            )
+        if settings.repa and model.projector is None:
+            raise SFDError("loss.repa needs transformer.repa_block to be set; set it, or set loss.repa=0")
+        self._weights = self.composite.expand(torch.tensor([s.weight for s in self.composite.streams]))
+
+    def batch(self, step: int, samples: range) -> dict[str, Tensor]:
+        """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels and images' numbers (B,), features.
+
+        Where resting streams are left out, also which streams move: (B, K).
+        """
+        indices = self.order.indices(step, samples, self.batch_size)
+        uniforms, normals = self._draw(step, samples)
+        flips = (uniforms[:, 0] < 0.5) & self.settings.flip
+        raw = {name: self.latents.read(name, indices, flips) for name in self.composite.names}
+        labels = self.latents.labels[torch.from_numpy(indices)]
+        dropped = torch.from_numpy(uniforms[:, 1] < self.settings.label_dropout)
+        u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), self.settings.base_time)
+        time, rate = self.schedule.at(u)
+        batch = {
+            "x1": self.composite.join(self.composite.normalize(raw)),
+            "x0": torch.from_numpy(normals[:, 1:].copy()),
+            "times": time,
+            "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
+            "indices": torch.from_numpy(indices),
+        }
+        if not self.settings.resting:
+            batch["moving"] = rate > 0
+        if self.settings.repa:
+            # As stored, in half precision: the loss turns them into float32, on the device.
+            batch["features"] = self.latents.read(FEATURES, indices, flips, dtype=None)
+        return batch
+
+    def _draw(self, step: int, samples: range) -> tuple[np.ndarray, np.ndarray]:
+        """Draw (B, 2) uniforms, for flip and label dropout, and (B, 1 + N) normals, for base time and noise."""
+        uniforms = np.empty((len(samples), 2))
+        normals = np.empty((len(samples), 1 + self.composite.size), dtype=np.float32)
+        for row, generator in enumerate(rng.generators(self.seed, "sample", step, last=samples)):
+            uniforms[row] = generator.random(2)
+            generator.standard_normal(out=normals[row], dtype=np.float32)
+        return uniforms, normals
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the objective and its parts, each averaged over the batch."""
+        x1, x0, times = batch["x1"], batch["x0"], batch["times"]
+        x = flow.interpolate(x1, x0, self.composite.expand(times))
+        target = flow.velocity_target(x1, x0)
+        output: Output = model(x, times, batch["labels"], project=bool(self.settings.repa))
+        predicted = output.velocity
+        if "moving" in batch:  # entries that are 0 in both count neither in the squares nor in the cosine
+            moving = self.composite.expand(batch["moving"])
+            predicted, target = predicted * moving, target * moving
+        self._weights = self._weights.to(x.device)  # once: each copy would wait for a GPU
+        velocity = flow.velocity_loss(predicted, target, self._weights).mean()
+        losses = {"loss": velocity, "velocity": velocity}
+        if self.settings.cosine:
+            positions = self.composite.positions
+            losses["cosine"] = flow.cosine_loss(positions(predicted), positions(target)).mean()
+            losses["loss"] = losses["loss"] + self.settings.cosine * losses["cosine"]
+        if output.projection is not None:
+            losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
+            losses["loss"] = losses["loss"] + self.settings.repa * losses["repa"]
+        return losses | self._by_stream(predicted, target, times)
+
+    @torch.no_grad()
+    def _by_stream(self, velocity: Tensor, target: Tensor, times: Tensor) -> dict[str, Tensor]:
+        """Give each stream's own velocity loss, and as pairs (sum, count) that in each quarter of its own time."""
+        errors = self.composite.split((velocity.float() - target).square())
+        record = {}
+        for k, (name, error) in enumerate(errors.items()):
+            loss = error.flatten(1).mean(1)
+            record[f"velocity/{name}"] = loss.mean()
+            quarter = (times[:, k] * QUARTERS).long().clamp(max=QUARTERS - 1)
+            within = nn.functional.one_hot(quarter, QUARTERS).to(loss.dtype)  # (B, 4)
+            # No matrix product, which autocast would round to bf16.
+            pairs = torch.stack(((loss[:, None] * within).sum(0), within.sum(0)), 1)
+            record |= {f"velocity/{name}/quarter-{q + 1}": pair for q, pair in enumerate(pairs)}
+        return record
+
+    def preview(self, step: int, model: nn.Module, folder: Path) -> None:
+        """Write a sample grid, where a previewer was given."""
+        if self.previewer is not None:
+            self.previewer(step, model, folder)

@@ -1,0 +1,143 @@
+"""How the embedded encoders are trained: the tasks for `sfd.training.trainer.fit`."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfd.data.images import ImageSource, to_tensor
+from sfd.encoders import autoencoder_kl, convnet
+from sfd.training.images import ImageBatches
+from sfd.training.tasks.augment import DRAWS, recolour
+from sfd.utils import rng
+
+START_IMAGES = 2000  # from which the texture autoencoder takes its first linear maps
+
+
+class TextureTask:
+    """Train a texture autoencoder to give its images back."""
+
+    name = "texture encoder"
+
+    def __init__(
+        self,
+        encoder: autoencoder_kl.TextureAutoencoder,
+        source: ImageSource,
+        objective: autoencoder_kl.Objective,
+        *,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        self.model: nn.Module = encoder
+        self.objective = objective
+        self.data = ImageBatches(source, seed, batch_size)
+        grid = source.image_size // encoder.downsample
+        self.latent_shape = (encoder.channels, grid, grid)
+        # The starting point is made again on every start; a checkpoint, if there is one, takes its place.
+        first = rng.generator(seed, "start").permutation(len(source))[:START_IMAGES]
+        encoder.start_from(to_tensor(source.load(first)))
+
+    def batch(self, step: int, samples: range) -> dict[str, Tensor]:
+        """Give images and the noise that their latents are drawn with."""
+        noise = self.data.normal("posterior", step, samples, self.latent_shape)
+        return self.data.batch(step, samples) | {"noise": noise}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the objective; `psnr` (dB) is logged beside it."""
+        reconstruction, moments = model(batch["images"], batch["noise"])
+        # Sums over pixels are taken in float32 whatever the network ran in.
+        error = reconstruction.float() - batch["images"]
+        absolute, mse = error.abs().mean(), error.square().mean()
+        gradient = sum(error.diff(dim=d).abs().mean() for d in (2, 3))
+        kl = moments.kl().mean()
+        weights = self.objective
+        return {
+            "loss": absolute + weights.mse * mse + weights.gradient * gradient + weights.kl * kl,
+            "absolute": absolute,
+            "kl": kl,
+            "psnr": -10 * torch.log10(mse.detach() / 4),
+        }
+
+    def finish(self, model: nn.Module) -> autoencoder_kl.TextureAutoencoder:
+        """Take the encoder out of what `fit` returned."""
+        return cast(autoencoder_kl.TextureAutoencoder, model)
+
+
+class SemanticLearner(nn.Module):
+    """A semantic encoder below a linear classifier of its mean features; the classifier is thrown away afterwards."""
+
+    def __init__(self, encoder: convnet.ConvNetEncoder, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.channels, classes) if classes else None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give features (B, C, h, w) and logits (B, classes), or None without classes."""
+        features = self.encoder(images)
+        return features, None if self.classifier is None else self.classifier(features.mean((2, 3)))
+
+
+class SemanticTask:
+    """Train a semantic encoder on images and recoloured copies of them: equal features at equal places, and labels."""
+
+    name = "semantic encoder"
+
+    def __init__(
+        self,
+        encoder: convnet.ConvNetEncoder,
+        source: ImageSource,
+        objective: convnet.Objective,
+        *,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        with rng.seeded(seed, "classifier of the semantic encoder"):
+            self.model: nn.Module = SemanticLearner(encoder, len(source.classes))
+        self.objective = objective
+        self.data = ImageBatches(source, seed, batch_size)
+
+    def batch(self, step: int, samples: range) -> dict[str, Tensor]:
+        """Give images, labels and the numbers by which the second view is recoloured."""
+        return self.data.batch(step, samples) | {"draws": self.data.uniform("recolour", step, samples, DRAWS)}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the objective; `accuracy` is logged beside it where there are labels."""
+        images, labels, weights = batch["images"], batch["labels"], self.objective
+        # The first view is the image itself, so that the encoder has seen what it will be given.
+        features, logits = model(torch.cat([images, recolour(images, batch["draws"])]))
+        invariance, variance, covariance = vicreg(*features.float().chunk(2))
+        loss = weights.invariance * invariance + weights.variance * variance + weights.covariance * covariance
+        record = {"invariance": invariance, "variance": variance, "covariance": covariance}
+        if logits is not None:
+            labels = labels.repeat(2)
+            cross_entropy = F.cross_entropy(logits.float(), labels)
+            loss = loss + weights.cross_entropy * cross_entropy
+            record |= {"cross_entropy": cross_entropy, "accuracy": (logits.argmax(1) == labels).float().mean()}
+        return {"loss": loss, **record}
+
+    def finish(self, model: nn.Module) -> convnet.ConvNetEncoder:
+        """Take the encoder out of what `fit` returned."""
+        return cast(SemanticLearner, model).encoder
+
+
+def vicreg(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute VICReg's invariance, variance and covariance terms between features (B, C, h, w) at equal positions.
+
+    Bardes et al. 2021 (arXiv 2105.04906), equations 1 to 5, with every position of every image one sample. The mean
+    over the batch is taken position by position, so that features that only tell the position count as constant.
+    """
+    channels = first.shape[1]
+    invariance = (first - second).square().mean()
+    variance, covariance = first.new_zeros(()), first.new_zeros(())
+    # In float32 whatever the network ran in: the terms are small differences.
+    with torch.autocast(first.device.type, enabled=False):
+        for view in (first, second):
+            samples = (view - view.mean(0)).movedim(1, -1).flatten(0, 2)  # (B·h·w, C)
+            matrix = samples.T @ samples / max(len(samples) - 1, 1)
+            spread = (matrix.diagonal() + 1e-4).sqrt()
+            variance = variance + F.relu(1 - spread).mean() / 2
+            covariance = covariance + (matrix.square().sum() - matrix.diagonal().square().sum()) / channels / 2
+    return invariance, variance, covariance

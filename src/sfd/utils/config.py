@@ -1,0 +1,74 @@
+"""The base of every configuration record: frozen, typed, unknown fields refused with the nearest right name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sfd.utils.errors import SFDError, unknown
+
+
+class Settings(BaseModel):
+    """A frozen record whose fields are its whole configuration: what is saved is what was constructed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+SettingsType = TypeVar("SettingsType", bound=BaseModel)
+
+
+def parse(kind: type[SettingsType], values: Mapping[str, Any], where: str = "") -> SettingsType:
+    """Validate plain values (from YAML or JSON) as `kind`.
+
+    Args:
+        kind: the record's class.
+        values: field names to plain values; lists stand for tuples.
+        where: what is being read ("recipe.yaml", "model.json"), named first in the message.
+
+    Raises:
+        SFDError: an unknown field (with the nearest right name), a missing one, or one of the wrong type.
+    """
+    try:
+        # Validation from JSON takes lists for tuples and stays strict otherwise: "3" is no integer.
+        return kind.model_validate_json(json.dumps(dict(values)))
+    except (ValidationError, TypeError, ValueError) as error:
+        raise explain(error, kind, where) from None
+
+
+def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDError:
+    """Say in a sentence what validation found wrong; `kind` is the record that was validated."""
+    prefix = f"{where}: " if where else ""
+    if not isinstance(error, ValidationError):
+        return SFDError(f"{prefix}{error}")
+    # A misspelt field is unknown under one name and missing under another; the first says more.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    # Where a choice of names is one of several types, its place ends in that type.
+    location = [str(part) for part in first["loc"] if not str(part).startswith("literal[")]
+    field = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        parent = _owner(kind, location[:-1])
+        choices = list(parent.model_fields) if parent else []
+        return SFDError(f"{prefix}field {field!r}: {unknown('field', location[-1], choices)}")
+    if first["type"] == "missing":
+        return SFDError(f"{prefix}field {field!r} is missing; add it")
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        choices = re.findall("'([^']+)'", first["ctx"]["expected"])
+        return SFDError(f"{prefix}field {field!r}: {unknown(location[-1], first['input'], choices)}")
+    given = json.dumps(first["input"], default=str)[:80]
+    return SFDError(f"{prefix}field {field!r}: {first['msg']}, but {given} was given")
+
+
+def _owner(kind: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
+    """Follow field names down to the record that holds the last of them."""
+    owner: type[BaseModel] | None = kind
+    for name in location:
+        if owner is None or name not in owner.model_fields:
+            return owner
+        annotation = owner.model_fields[name].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        owner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return owner
