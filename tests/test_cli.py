@@ -48,7 +48,8 @@ def recipe(tmp_path):
 
 def test_help_does_not_wait_for_pytorch():
     code = (
-        "import sys; from sfd.cli.main import main; main(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+        "import sys; from sfd.cli.main import main; main(['--help'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("False")
