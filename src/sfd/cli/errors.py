@@ -28,11 +28,9 @@ class Group(click.Group):
             raise Interrupted(signal.SIGINT) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find a command; only a recipe's stages, and what can be done in parts, is for several processes."""
+        """Find a command; only those of a recipe use a process group."""
         name, command, rest = super().resolve_command(ctx, args)
         names = {parameter.name for parameter in command.params} if command is not None else set()
-        if command is not None and not names & {"recipe", "part"}:
-            distributed.check_single(command.name or "")
         self._in_parts = "recipe" not in names
         return name, command, rest
 

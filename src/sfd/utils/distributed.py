@@ -12,8 +12,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from sfd.utils.errors import SFDError
 
@@ -23,6 +24,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 CODE = "code"
 # How long a process whose companion failed may go on, to end in its own way.
 GRACE_SECONDS = 2.0
+
+Item = TypeVar("Item")
 
 
 def rank() -> int:
@@ -53,6 +56,31 @@ def launched() -> bool:
 def elastic() -> bool:
     """Whether a launcher watches that takes every exit code but 0 for a failure, to be answered with a restart."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank_slice(items: Sequence[Item]) -> Sequence[Item]:
+    """Give this rank's share of independent work: every WORLD_SIZE-th item, from the RANK-th on.
+
+    It needs these two environment variables alone, and no process group: a launcher sets them, or an array job.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" not in os.environ:
+        raise SFDError("WORLD_SIZE is set, but RANK is not; set both to split the work, or unset WORLD_SIZE")
+    return items[rank() :: world_size()]
+
+
+def has_group() -> bool:
+    """Whether the ranks can talk to each other; without, `broadcast` and `barrier` do nothing."""
+    return _company is not None
+
+
+def local_device(name: str) -> str:
+    """Name the GPU of this rank: "auto" and "cuda" become "cuda:LOCAL_RANK" where the launcher set that."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or name not in ("auto", "cuda"):
+        return name
+    import torch
+
+    return f"cuda:{int(local) % torch.cuda.device_count()}" if torch.cuda.is_available() else name
 
 
 class Company:

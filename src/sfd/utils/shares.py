@@ -68,11 +68,4 @@ def choose_share(part: str | None) -> Share:
     return parse_share(part)
 
 
-def own_device(name: str) -> str:
-    """Give each process that a launcher started on this machine a GPU of its own: "cuda" becomes "cuda:2"."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK")
-    if local is None or name not in ("auto", "cuda") or not torch.cuda.is_available():
-        return name
-    return f"cuda:{int(local) % torch.cuda.device_count()}"
+own_device = distributed.local_device
