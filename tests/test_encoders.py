@@ -13,8 +13,9 @@ from sfd.encoders import autoencoder_kl, convnet, load_encoder, load_semantic_en
 from sfd.encoders._base import PACKAGE
 from sfd.models.pca import PCA, PCAConfig
 from sfd.training.config import TrainSettings
+from sfd.training.tasks import TASKS
 from sfd.training.tasks.augment import DRAWS, recolour
-from sfd.training.tasks.encoders import vicreg
+from sfd.training.tasks.semantic import vicreg
 from sfd.training.trainer import fit
 from sfd.utils import files, registry, rng
 from sfd.utils.errors import SFDError
@@ -42,8 +43,8 @@ def make(name: str, seed: int = 0):
 
 
 def make_task(name: str, source, seed: int = 0, batch_size: int = 16):
-    module = registry.find(PACKAGE, name, "encoder")
-    return module.task(make(name), source, module.Objective(), seed=seed, batch_size=batch_size)
+    task = TASKS[name]
+    return task(make(name), source, task.Objective(), seed=seed, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -26,7 +26,7 @@ from sfd.schedules import build_schedule
 from sfd.training.batches import Batches
 from sfd.training.config import TrainSettings
 from sfd.training.tasks.diffusion import DiffusionTask
-from sfd.training.tasks.encoders import TextureTask
+from sfd.training.tasks.texture import TextureObjective, TextureTask
 from sfd.training.trainer import Task
 from sfd.utils import rng
 
@@ -84,7 +84,7 @@ def _loaded(setting: Setting) -> Iterator[Loaded]:
     ):
         source = FolderSource(folder, IMAGE_SIZE, budget=budget)
         encoder = autoencoder_kl.build(autoencoder_kl.Config())
-        texture = TextureTask(encoder, source, autoencoder_kl.Objective(), seed=0, batch_size=8)
+        texture = TextureTask(encoder, source, TextureObjective(), seed=0, batch_size=8)
         yield Loaded(f"{what}, texture encoder", texture, 8, len(source), files, 8)
 
 

@@ -16,7 +16,8 @@ from sfd.encoders import autoencoder_kl, convnet, kl
 from sfd.generation.generate import decode
 from sfd.generation.model import load_model
 from sfd.sampling import initial_noise
-from sfd.training.tasks.encoders import SemanticTask, TextureTask
+from sfd.training.tasks.semantic import SemanticObjective, SemanticTask
+from sfd.training.tasks.texture import TextureObjective, TextureTask
 
 IMAGES = 128
 CHUNKS = (8, 16, 32, 64, 128)
@@ -63,10 +64,10 @@ def _convolutional(
         latents = torch.randn(batch, decoder.channels, grid, grid, device=device)
         yield f"{what}", batch, partial(_decoded, decoder, latents, device)
     source = ShapesSource(2000, seed=0)
-    encoder, objective = autoencoder_kl.build(autoencoder_kl.Config()), autoencoder_kl.Objective()
+    encoder, objective = autoencoder_kl.build(autoencoder_kl.Config()), TextureObjective()
     texture = TextureTask(encoder, source, objective, seed=0, batch_size=64)
     learner = convnet.build(convnet.Config())
-    semantic = SemanticTask(learner, source, convnet.Objective(), seed=0, batch_size=64)
+    semantic = SemanticTask(learner, source, SemanticObjective(), seed=0, batch_size=64)
     yield "training the texture encoder", 64, partial(_trained, texture, device)
     yield "training the semantic encoder", 64, partial(_trained, semantic, device)
 

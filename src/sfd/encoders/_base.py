@@ -1,8 +1,8 @@
 """What an encoder is, and how one is loaded from its folder.
 
 An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config`, a function `build(config)` that gives a
-`Component` with fresh weights and, if it can be trained here, an `Objective` and a function `task`; if published
-weights can be used, functions `planned` and `pretrained`. See docs/extending-encoders.md.
+`Component` with fresh weights and, if published weights can be used, functions `planned` and `pretrained`. How one is
+trained is no part of it (see `sfd.training.tasks`). See docs/extending-encoders.md.
 """
 
 from __future__ import annotations

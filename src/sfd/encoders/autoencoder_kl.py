@@ -8,8 +8,6 @@ begins with a blurred picture and not with none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -19,10 +17,6 @@ from sfd.encoders._base import TEXTURE, autoencoder, check_divisible
 from sfd.models.component import Component
 from sfd.models.gaussian import DiagonalGaussian
 from sfd.utils.config import Settings
-
-if TYPE_CHECKING:
-    from sfd.data.images import ImageSource
-    from sfd.training.tasks.encoders import TextureTask
 
 START_LOGVAR = -5.0  # of the posterior: a standard deviation of 0.08, for latents of about 1
 
@@ -44,17 +38,6 @@ class Config(Settings):
         if any(w < 1 or w % self.groups for w in self.widths):
             raise ValueError(f"widths must be positive multiples of groups = {self.groups}, got {self.widths}")
         return self
-
-
-class Objective(Settings):
-    """The training loss: pixels |x̂ − x| + mse·(x̂ − x)² + gradient·|∇x̂ − ∇x| + kl·KL.
-
-    All but KL are means over an image's entries; KL is summed over an image's latent.
-    """
-
-    mse: float = Field(1.0, ge=0)
-    gradient: float = Field(0.5, ge=0, description="differences of neighbouring pixels: sharp edges, no seams")
-    kl: float = Field(1e-6, ge=0)
 
 
 class TextureAutoencoder(Component):
@@ -146,12 +129,3 @@ class TextureAutoencoder(Component):
 def build(config: Config) -> TextureAutoencoder:
     """Make the autoencoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
     return TextureAutoencoder(config)
-
-
-def task(
-    encoder: TextureAutoencoder, source: ImageSource, objective: Objective, *, seed: int, batch_size: int
-) -> TextureTask:
-    """Say how it is trained on `source`."""
-    from sfd.training.tasks.encoders import TextureTask
-
-    return TextureTask(encoder, source, objective, seed=seed, batch_size=batch_size)

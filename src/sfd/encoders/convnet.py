@@ -1,12 +1,10 @@
 """The embedded semantic encoder: a small residual convolutional network, trained here to see shapes and not colours.
 
 It learns from class labels where the data have any and, with or without them, from two differently coloured views of
-each image (see `SemanticTask`).
+each image (see `sfd.training.tasks.semantic`).
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -16,10 +14,6 @@ from sfd.encoders._base import SEMANTIC, check_divisible
 from sfd.models.component import Component
 from sfd.models.convnet import ConvNet, ConvNetConfig
 from sfd.utils.config import Settings
-
-if TYPE_CHECKING:
-    from sfd.data.images import ImageSource
-    from sfd.training.tasks.encoders import SemanticTask
 
 
 class Config(Settings):
@@ -34,19 +28,6 @@ class Config(Settings):
     def body(self) -> ConvNetConfig:
         """The network below the last linear map."""
         return ConvNetConfig(widths=self.widths, blocks=self.blocks, stem_stride=self.stem_stride)
-
-
-class Objective(Settings):
-    """The training loss: cross-entropy·CE (of labels, if there are any) + VICReg between the two views.
-
-    VICReg (Bardes et al. 2021, arXiv 2105.04906) on the features at equal positions: invariance·mean (a − b)² +
-    variance·hinge(1 − std) + covariance·Σ off-diagonal² / channels.
-    """
-
-    cross_entropy: float = Field(3.0, ge=0)
-    invariance: float = Field(5.0, ge=0)
-    variance: float = Field(5.0, ge=0)
-    covariance: float = Field(0.2, ge=0)
 
 
 class ConvNetEncoder(Component):
@@ -82,12 +63,3 @@ class ConvNetEncoder(Component):
 def build(config: Config) -> ConvNetEncoder:
     """Make the encoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
     return ConvNetEncoder(config)
-
-
-def task(
-    encoder: ConvNetEncoder, source: ImageSource, objective: Objective, *, seed: int, batch_size: int
-) -> SemanticTask:
-    """Say how it is trained on `source`."""
-    from sfd.training.tasks.encoders import SemanticTask
-
-    return SemanticTask(encoder, source, objective, seed=seed, batch_size=batch_size)

@@ -42,6 +42,7 @@ from sfd.run.stages import Stage
 from sfd.run.validate import architecture, check_machine, given_compressor
 from sfd.schedules import Schedule, build_schedule
 from sfd.training.config import TrainSettings, extent, lasting
+from sfd.training.tasks import TASKS
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.tasks.semvae import SemVAETask
 from sfd.training.trainer import fit
@@ -139,8 +140,9 @@ class Pipeline:
         def work() -> None:
             with rng.seeded(self.recipe.seed, stage.name):
                 encoder = module.build(parse(module.Config, settings.config))
-            objective = parse(module.Objective, settings.objective)
-            task = module.task(encoder, self.images[0], objective, seed=self.recipe.seed, batch_size=train.batch_size)
+            kind = TASKS[settings.name]
+            objective = parse(kind.Objective, settings.objective)
+            task = kind(encoder, self.images[0], objective, seed=self.recipe.seed, batch_size=train.batch_size)
             trained = task.finish(fit(task, train, stage.folder, device=self.device))
             if distributed.is_main_process():
                 trained.save(stage.folder)

@@ -24,6 +24,7 @@ from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
 from sfd.training.config import TrainSettings
+from sfd.training.tasks import TASKS
 from sfd.training.tasks.diffusion import LossSettings
 from sfd.utils import files, registry
 from sfd.utils.config import Settings, parse
@@ -53,15 +54,15 @@ class EncoderSettings(Settings):
         for field in self.config:  # of a published encoder only some are given, to be held against its own
             if field not in module.Config.model_fields:
                 raise unknown("field", field, module.Config.model_fields)
-        if self.objective and not hasattr(module, "Objective"):
+        if self.objective and self.name not in TASKS:
             raise ValueError(f"encoder {self.name!r} has no training objective; leave `objective` out")
         if self.objective:
-            parse(module.Objective, self.objective, f"objective of encoder {self.name!r}")
+            parse(TASKS[self.name].Objective, self.objective, f"objective of encoder {self.name!r}")
         if self.folder is not None and (self.config or self.objective):
             raise ValueError("a trained encoder from `folder` has its own config and objective; leave these out")
         if self.pretrained is not None and not hasattr(module, "pretrained"):
             raise ValueError(f"no {self.name!r} encoder is published; give `train`, or a trained one's `folder`")
-        if self.train is not None and not hasattr(module, "task"):
+        if self.train is not None and self.name not in TASKS:
             raise ValueError(f"encoder {self.name!r} cannot be trained here; give `pretrained` or `folder`")
         if sum(way is not None for way in (self.train, self.folder, self.pretrained)) != 1:
             raise ValueError(

@@ -1,1 +1,6 @@
-"""What each part is trained on."""
+"""What each part is trained on. `TASKS` holds those of the encoders that can be trained here, by encoder name."""
+
+from sfd.training.tasks.semantic import SemanticTask
+from sfd.training.tasks.texture import TextureTask
+
+TASKS: dict[str, type[TextureTask] | type[SemanticTask]] = {"autoencoder_kl": TextureTask, "convnet": SemanticTask}

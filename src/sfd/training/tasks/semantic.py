@@ -1,75 +1,39 @@
-"""How the embedded encoders are trained: the tasks for `sfd.training.trainer.fit`."""
+"""Training of the embedded semantic encoder: class labels, and equal features for differently coloured views."""
 
 from __future__ import annotations
 
 from typing import cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd.data.images import ImageSource, to_tensor
-from sfd.encoders import autoencoder_kl, convnet
+from sfd.data.images import ImageSource
+from sfd.encoders.convnet import ConvNetEncoder
 from sfd.training.images import ImageBatches
 from sfd.training.tasks.augment import DRAWS, recolour
 from sfd.utils import rng
+from sfd.utils.config import Settings
 
-START_IMAGES = 2000  # from which the texture autoencoder takes its first linear maps
 
+class SemanticObjective(Settings):
+    """The training loss: cross-entropy·CE (of labels, if there are any) + VICReg between the two views.
 
-class TextureTask:
-    """Train a texture autoencoder to give its images back."""
+    VICReg (Bardes et al. 2021, arXiv 2105.04906) on the features at equal positions: invariance·mean (a − b)² +
+    variance·hinge(1 − std) + covariance·Σ off-diagonal² / channels.
+    """
 
-    name = "texture encoder"
-
-    def __init__(
-        self,
-        encoder: autoencoder_kl.TextureAutoencoder,
-        source: ImageSource,
-        objective: autoencoder_kl.Objective,
-        *,
-        seed: int,
-        batch_size: int,
-    ) -> None:
-        self.model: nn.Module = encoder
-        self.objective = objective
-        self.data = ImageBatches(source, seed, batch_size)
-        grid = source.image_size // encoder.downsample
-        self.latent_shape = (encoder.channels, grid, grid)
-        # The starting point is made again on every start; a checkpoint, if there is one, takes its place.
-        first = rng.generator(seed, "start").permutation(len(source))[:START_IMAGES]
-        encoder.start_from(to_tensor(source.load(first)))
-
-    def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give images and the noise that their latents are drawn with."""
-        noise = self.data.normal("posterior", step, samples, self.latent_shape)
-        return self.data.batch(step, samples) | {"noise": noise}
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the objective; `psnr` (dB) is logged beside it."""
-        reconstruction, moments = model(batch["images"], batch["noise"])
-        # Sums over pixels are taken in float32 whatever the network ran in.
-        error = reconstruction.float() - batch["images"]
-        absolute, mse = error.abs().mean(), error.square().mean()
-        gradient = sum(error.diff(dim=d).abs().mean() for d in (2, 3))
-        kl = moments.kl().mean()
-        weights = self.objective
-        return {
-            "loss": absolute + weights.mse * mse + weights.gradient * gradient + weights.kl * kl,
-            "absolute": absolute,
-            "kl": kl,
-            "psnr": -10 * torch.log10(mse.detach() / 4),
-        }
-
-    def finish(self, model: nn.Module) -> autoencoder_kl.TextureAutoencoder:
-        """Take the encoder out of what `fit` returned."""
-        return cast(autoencoder_kl.TextureAutoencoder, model)
+    cross_entropy: float = Field(3.0, ge=0)
+    invariance: float = Field(5.0, ge=0)
+    variance: float = Field(5.0, ge=0)
+    covariance: float = Field(0.2, ge=0)
 
 
 class SemanticLearner(nn.Module):
     """A semantic encoder below a linear classifier of its mean features; the classifier is thrown away afterwards."""
 
-    def __init__(self, encoder: convnet.ConvNetEncoder, classes: int) -> None:
+    def __init__(self, encoder: ConvNetEncoder, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Linear(encoder.channels, classes) if classes else None
@@ -84,12 +48,13 @@ class SemanticTask:
     """Train a semantic encoder on images and recoloured copies of them: equal features at equal places, and labels."""
 
     name = "semantic encoder"
+    Objective = SemanticObjective
 
     def __init__(
         self,
-        encoder: convnet.ConvNetEncoder,
+        encoder: ConvNetEncoder,
         source: ImageSource,
-        objective: convnet.Objective,
+        objective: SemanticObjective,
         *,
         seed: int,
         batch_size: int,
@@ -118,7 +83,7 @@ class SemanticTask:
             record |= {"cross_entropy": cross_entropy, "accuracy": (logits.argmax(1) == labels).float().mean()}
         return {"loss": loss, **record}
 
-    def finish(self, model: nn.Module) -> convnet.ConvNetEncoder:
+    def finish(self, model: nn.Module) -> ConvNetEncoder:
         """Take the encoder out of what `fit` returned."""
         return cast(SemanticLearner, model).encoder
 
