@@ -5,19 +5,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sfd.data.grid import image_grid
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics, Protocol
 from sfd.evaluation.report import (
     Gallery,
     ReportContent,
-    ScheduleCurves,
     StageCost,
-    Strip,
-    duration,
-    memory,
     write_report,
 )
+from sfd.generation.trajectory import ScheduleCurves, Strip
 from sfd.utils.errors import SFDError
+from sfd.utils.units import duration, memory
 
 RNG = np.random.default_rng(0)
 CLASSES = ("disk", "ring")
@@ -171,7 +170,7 @@ def test_a_strip_without_its_schedule_is_refused(tmp_path):
 
 def test_a_grid_shows_every_image_in_its_place():
     shown = images(5, 4)
-    grid = np.asarray(figures.image_grid(shown, columns=3, scale=2))
+    grid = np.asarray(image_grid(shown, columns=3, scale=2))
     assert grid.shape == (18, 28, 4)
     np.testing.assert_array_equal(grid[10:18:2, 10:18:2, :3], shown[4])
     assert not grid[10:, 20:, 3].any()

@@ -1,4 +1,4 @@
-"""Pictures for the report: image grids, latents as colours, curves; bitmaps as PNG, drawings as SVG."""
+"""Pictures for the report: latents as colours, curves; bitmaps as PNG, drawings as SVG."""
 
 from __future__ import annotations
 
@@ -13,37 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sfd.utils.errors import SFDError
-
 # One colour a stream everywhere; readable on white and on black.
 COLOURS = ("#d9822b", "#2b7bba", "#3a9a5b", "#a05bb8", "#c2476a")
 INK = "#808080"  # axes and text of drawings until the page's own colour replaces it
-GAP = 1  # pixels between the images of a grid, before scaling
 MAX_PNG = 100_000  # bytes of a picture in the report beyond which it is stored as WebP
 MAX_POINTS = 400  # of a drawn curve
-
-
-def image_grid(images: np.ndarray, columns: int, scale: int = 1) -> Image.Image:
-    """Lay images out row by row.
-
-    Args:
-        images: uint8 (N, H, W, 3).
-        columns: images in a row.
-        scale: by which pixels are repeated.
-
-    Returns:
-        A picture with transparent gaps, also where the last row is short.
-    """
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
-        raise SFDError(f"a grid takes uint8 images (N, H, W, 3), got {images.dtype} {images.shape}")
-    count, height, width = images.shape[:3]
-    rows = -(-count // columns)
-    canvas = np.zeros((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 4), np.uint8)
-    for place, image in enumerate(images):
-        top, left = place // columns * (height + GAP), place % columns * (width + GAP)
-        canvas[top : top + height, left : left + width, :3] = image
-        canvas[top : top + height, left : left + width, 3] = 255
-    return Image.fromarray(canvas.repeat(scale, axis=0).repeat(scale, axis=1), "RGBA")
 
 
 def semantic_colours(latents: np.ndarray) -> np.ndarray:

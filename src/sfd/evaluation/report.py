@@ -14,10 +14,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from sfd import __version__
+from sfd.data.grid import image_grid
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
+from sfd.generation.trajectory import ScheduleCurves, Strip
 from sfd.utils import files
 from sfd.utils.errors import SFDError
+from sfd.utils.units import duration, memory
 
 MAX_ROWS = 24  # classes shown of a gallery
 MAX_COLUMNS = 10  # images shown of a class
@@ -37,28 +40,6 @@ class Gallery:
     images: np.ndarray  # uint8 (N, H, W, 3)
     labels: np.ndarray | None  # (N,), into classes; None: images have no class
     classes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class ScheduleCurves:
-    """The schedule on a fine grid of base times; streams in the order of `names`."""
-
-    names: Sequence[str]
-    base: np.ndarray  # (n,) ascending from 0 to 1
-    times: np.ndarray  # (n, K)
-    rates: np.ndarray  # (n, K)
-    knots: Sequence[float]  # base times within (0, 1) at which a rate jumps
-
-
-@dataclass(frozen=True)
-class Strip:
-    """One sample on its way from noise to image, at n base times."""
-
-    caption: str
-    base: np.ndarray  # (n,) ascending
-    times: np.ndarray  # (n, K), streams in the order of the schedule's names
-    semantic: np.ndarray  # (n, C, h, w) latents
-    decoded: np.ndarray  # uint8 (n, H, W, 3), the texture latents decoded
 
 
 @dataclass(frozen=True)
@@ -115,21 +96,6 @@ def write_report(path: Path, content: ReportContent) -> None:
     files.write_text(path, page)
 
 
-def duration(seconds: float) -> str:
-    """Say a duration: 4.2 s, 3 min 05 s, 1 h 02 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def memory(size: int) -> str:
-    """Say an amount of memory: 812 MB, 1.4 GB (powers of ten)."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
 def percent(share: float | None) -> str:
     """Say a share in percent; a dash if there is none."""
     return "–" if share is None else f"{100 * share:.1f} %"
@@ -167,7 +133,7 @@ def _gallery(gallery: Gallery) -> dict[str, Any]:
         present = [index for index in range(len(gallery.classes)) if (labels == index).any()]
         rows = [(gallery.classes[index], images[labels == index][:MAX_COLUMNS]) for index in present]
     shown = [
-        {"name": name, "columns": len(row), "picture": figures.data_uri(figures.image_grid(row, len(row)))}
+        {"name": name, "columns": len(row), "picture": figures.data_uri(image_grid(row, len(row)))}
         for name, row in rows[:MAX_ROWS]
     ]
     left_out = f"The first {MAX_ROWS} of {len(rows)} rows." if len(rows) > MAX_ROWS else ""

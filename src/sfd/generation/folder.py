@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sfd.evaluation.figures import image_grid
+from sfd.data.grid import image_grid
 from sfd.generation.device_memory import Sampler, fitting_batch_size
 from sfd.generation.generate import SamplingConfig, generate, with_compile
 from sfd.generation.model import TEXTURE_STREAM, Model

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from sfd.evaluation.report import ScheduleCurves, Strip
 from sfd.generation.generate import SamplingConfig, decode, generate
 from sfd.generation.model import TEXTURE_STREAM, Model
 from sfd.sampling import Progress
@@ -14,6 +16,28 @@ from sfd.utils.errors import SFDError
 STRIP_FRAMES = 13
 STRIP_STEPS = 48
 CURVE_POINTS = 201
+
+
+@dataclass(frozen=True)
+class ScheduleCurves:
+    """The schedule on a fine grid of base times; streams in the order of `names`."""
+
+    names: Sequence[str]
+    base: np.ndarray  # (n,) ascending from 0 to 1
+    times: np.ndarray  # (n, K)
+    rates: np.ndarray  # (n, K)
+    knots: Sequence[float]  # base times within (0, 1) at which a rate jumps
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One sample on its way from noise to image, at n base times."""
+
+    caption: str
+    base: np.ndarray  # (n,) ascending
+    times: np.ndarray  # (n, K), streams in the order of the schedule's names
+    semantic: np.ndarray  # (n, C, h, w) latents
+    decoded: np.ndarray  # uint8 (n, H, W, 3), the texture latents decoded
 
 
 def class_labels(model: Model) -> list[int]:

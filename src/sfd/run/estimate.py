@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from sfd.encoders._published import is_here
-from sfd.evaluation.report import duration
 from sfd.generation.generate import SamplingConfig
 from sfd.generation.model import model_config
 from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops
 from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
 from sfd.run.validate import check, latent_bytes, planned_compressor, planned_encoder
 from sfd.utils.errors import SFDError
+from sfd.utils.units import duration
 
 # A training step costs a forward and a backward pass, the latter twice the former.
 PASSES_A_STEP = 3

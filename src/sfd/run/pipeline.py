@@ -20,6 +20,7 @@ from torch import nn
 
 from sfd.data.cache import cached
 from sfd.data.folder import skipped_report
+from sfd.data.grid import image_grid
 from sfd.data.images import ImageSource, to_tensor
 from sfd.data.shards import FEATURES, MANIFEST, LatentSet
 from sfd.data.source import check_classes, open_source
@@ -27,7 +28,6 @@ from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
 from sfd.evaluation.extractors import classifier
 from sfd.evaluation.extractors._base import Extractor, load_extractor
-from sfd.evaluation.figures import image_grid
 from sfd.generation.generate import SamplingConfig, generate, without_guidance
 from sfd.generation.model import RECORD, Model, load_model, model_folder
 from sfd.latents import CompositeLatent

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sfd.data.encode import Preparation
+from sfd.data.grid import image_grid
 from sfd.data.images import to_uint8
 from sfd.data.published import describe_published, identity, statistics_files
 from sfd.data.shards import FEATURES, MANIFEST, LatentSet, read_manifest, shard_path
-from sfd.evaluation.figures import image_grid
 from sfd.generation.model import TEXTURE_STREAM
 from sfd.run.recipe import Recipe, load_recipe
 from sfd.run.stages import RunFolder, Stage
