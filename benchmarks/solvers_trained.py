@@ -27,6 +27,7 @@ from sfd.evaluation.evaluate import Reference, evaluate, measure
 from sfd.evaluation.extractors import classifier
 from sfd.generation.generate import SamplingConfig, check_sampling, decode, generate
 from sfd.generation.model import Model, load_model
+from sfd.training.tasks.classifier import ClassifierSettings, divide, train_classifier
 from sfd.utils.device import choose_device
 from sfd.utils.errors import SFDError
 
@@ -97,12 +98,13 @@ def judged(
 
 def judge(folder: Path, device: torch.device) -> Reference:
     """Train the classifier, or load the one that is there, and look at the real images that test it."""
-    held_out, how = ShapesSource(HELD_OUT, HELD_OUT_SEED), classifier.ClassifierSettings()
+    held_out, how = ShapesSource(HELD_OUT, HELD_OUT_SEED), ClassifierSettings()
     if (folder / "extractor").exists():
         extractor = classifier.load(folder / "extractor", device)
     else:
-        extractor = classifier.train(held_out, how, folder, device=device)
-    return measure(classifier.divide(held_out, how)[1], extractor, "held-out real images")
+        extractor = classifier.ClassifierExtractor(train_classifier(held_out, how, folder, device=device))
+        extractor.save(folder / "extractor")
+    return measure(divide(held_out, how)[1], extractor, "held-out real images")
 
 
 def whole_numbers(text: str) -> list[int]:

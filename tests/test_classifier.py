@@ -6,10 +6,12 @@ from sfd.data.shapes import ShapesSource
 from sfd.data.split import split
 from sfd.evaluation.extractors import classifier
 from sfd.evaluation.extractors._base import load_extractor
-from sfd.evaluation.extractors.classifier import Classifier, ClassifierSettings, ClassifierTask, Config
+from sfd.evaluation.extractors.classifier import ClassifierExtractor
 from sfd.evaluation.metrics import frechet_distance, gaussian
+from sfd.models.classifier import Classifier, ClassifierConfig
 from sfd.models.convnet import ConvNetConfig
 from sfd.training.config import TrainSettings
+from sfd.training.tasks.classifier import ClassifierSettings, ClassifierTask, augment, divide, train_classifier
 from sfd.utils import files, rng
 from sfd.utils.errors import SFDError
 
@@ -43,7 +45,9 @@ def settings(steps):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
-    return classifier.train(SOURCE, settings(60), folder, device=CPU), folder / "extractor"
+    extractor = ClassifierExtractor(train_classifier(SOURCE, settings(60), folder, device=CPU))
+    extractor.save(folder / "extractor")
+    return extractor, folder / "extractor"
 
 
 def test_a_short_training_beats_chance_on_images_it_never_saw(trained):
@@ -77,7 +81,7 @@ def test_features_notice_missing_colours(trained):
 
 
 def test_training_without_classes_tells_rotations(tmp_path):
-    model = classifier.train(Unlabelled(1000), settings(60), tmp_path, device=CPU)
+    model = ClassifierExtractor(train_classifier(Unlabelled(1000), settings(60), tmp_path, device=CPU))
     assert model.task == "4 rotations" and model.accuracy > 0.9
     assert model.extract(SOURCE.load([0])).probabilities is None
 
@@ -125,12 +129,12 @@ def test_held_out_images_that_will_not_do_are_refused(images, message):
 def test_what_passes_the_check_can_be_trained_on(tmp_path):
     few = Few([0] * 5 + [1] * 5)
     classifier.check_data(few, settings(1))
-    model = classifier.train(few, settings(1), tmp_path, device=CPU)
-    assert len(classifier.divide(few, settings(1))[1]) == 4 and model.accuracy is not None
+    model = train_classifier(few, settings(1), tmp_path, device=CPU)
+    assert len(divide(few, settings(1))[1]) == 4 and model.accuracy is not None
 
 
 def test_the_reference_is_disjoint_from_the_training_images():
-    training, reference = classifier.divide(SOURCE, settings(1))
+    training, reference = divide(SOURCE, settings(1))
     assert len(training) + len(reference) == 1000 and len(reference) == pytest.approx(400, abs=10)
     assert not set(training.indices) & set(reference.indices)
 
@@ -146,18 +150,18 @@ def test_a_batch_is_a_function_of_its_step_and_slots():
 def test_augmentation_without_shift_and_flip_changes_nothing():
     images = SOURCE.load(range(5))
     generators = [rng.generator(0, "test", i) for i in range(5)]
-    np.testing.assert_array_equal(classifier.augment(images, generators, 0, False), images)
+    np.testing.assert_array_equal(augment(images, generators, 0, False), images)
 
 
 def test_identity_changes_with_weights_and_configuration():
     with rng.seeded(0, "test"):
-        one = Classifier(Config(image_size=16, network=NETWORK))
+        one = ClassifierExtractor(Classifier(ClassifierConfig(image_size=16, network=NETWORK)))
     before = one.identity
-    other = Classifier(Config(image_size=32, network=NETWORK))
-    other.load_state_dict(one.state_dict())
+    other = ClassifierExtractor(Classifier(ClassifierConfig(image_size=32, network=NETWORK)))
+    other.network.load_state_dict(one.network.state_dict())
     assert other.identity != before
     with torch.no_grad():
-        one.head.bias[0] += 1e-3
+        one.network.head.bias[0] += 1e-3
     assert one.identity != before
 
 

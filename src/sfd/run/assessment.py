@@ -14,7 +14,6 @@ import psutil
 import torch
 
 from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
-from sfd.evaluation.extractors.classifier import divide
 from sfd.evaluation.report import MAX_ROWS, Gallery, ReportContent, StageCost, Strip, write_report
 from sfd.evaluation.samples import load_samples
 from sfd.generation.folder import image_path, read_images, write_grid, write_samples
@@ -25,6 +24,7 @@ from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, dump_recipe
 from sfd.run.stages import RunFolder, Stage
 from sfd.training.log import read_line
+from sfd.training.tasks.classifier import divide
 from sfd.utils import distributed, files
 from sfd.utils.config import parse
 from sfd.utils.shares import place

@@ -26,8 +26,8 @@ from sfd.data.shards import FEATURES, MANIFEST, LatentSet
 from sfd.data.source import check_classes, open_source
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
-from sfd.evaluation.extractors import classifier
 from sfd.evaluation.extractors._base import Extractor, load_extractor
+from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data
 from sfd.generation.generate import SamplingConfig, generate, without_guidance
 from sfd.generation.model import RECORD, Model, load_model, model_folder
 from sfd.latents import CompositeLatent
@@ -43,6 +43,7 @@ from sfd.run.validate import architecture, check_machine, given_compressor
 from sfd.schedules import Schedule, build_schedule
 from sfd.training.config import TrainSettings, extent, lasting
 from sfd.training.tasks import TASKS
+from sfd.training.tasks.classifier import ClassifierSettings, train_classifier
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.tasks.semvae import SemVAETask
 from sfd.training.trainer import fit
@@ -106,7 +107,7 @@ class Pipeline:
             self.folder.skipped.unlink(missing_ok=True)
         training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
         if self.recipe.evaluation.classifier is not None:
-            classifier.check_data(held_out, self.recipe.evaluation.classifier)
+            check_data(held_out, self.recipe.evaluation.classifier)
         return training, held_out
 
     def train_texture(self) -> None:
@@ -313,7 +314,7 @@ class Pipeline:
         return load_model(model_folder(Path(weak)), self.device) if weak is not None else None
 
     @property
-    def classifier_settings(self) -> classifier.ClassifierSettings:
+    def classifier_settings(self) -> ClassifierSettings:
         """How the evaluator is made.
 
         Raises:
@@ -343,7 +344,9 @@ class Pipeline:
         stage, settings = self._evaluator_stage(), self.classifier_settings
 
         def work() -> None:
-            classifier.train(self.images[1], settings, stage.folder, device=self.device)
+            network = train_classifier(self.images[1], settings, stage.folder, device=self.device)
+            if distributed.is_main_process():
+                ClassifierExtractor(network).save(stage.folder / "extractor")
 
         stage.carry_out(work, self.device, together=True)
 

@@ -18,13 +18,13 @@ from pydantic import Field, model_validator
 
 from sfd.data.encode import LatentSettings
 from sfd.data.source import DataSettings
-from sfd.evaluation.extractors.classifier import ClassifierSettings
 from sfd.generation.generate import SamplingConfig
 from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
+from sfd.training.tasks.classifier import ClassifierSettings
 from sfd.training.tasks.diffusion import LossSettings
 from sfd.utils import files, registry
 from sfd.utils.config import Settings, parse
