@@ -64,5 +64,5 @@ def solve(
 
 def texture_errors(model: Model, x: Tensor, reference: Tensor) -> Tensor:
     """Relative error of each image's texture: (B,)."""
-    ours, theirs = (model.composite.split(t)[TEXTURE_STREAM].flatten(1) for t in (x, reference))
+    ours, theirs = (model.composite.unpack(t)[TEXTURE_STREAM].flatten(1) for t in (x, reference))
     return (ours - theirs).norm(dim=1) / theirs.norm(dim=1)

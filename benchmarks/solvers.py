@@ -89,7 +89,7 @@ def methods() -> Iterator[tuple[str, list[tuple[float, dict[str, Any]]]]]:
 
 def texture_errors(x: Tensor, reference: Tensor) -> Tensor:
     """Relative error of each sample's texture: (B,)."""
-    ours, theirs = (COMPOSITE.split(t)["texture"].flatten(1) for t in (x, reference))
+    ours, theirs = (COMPOSITE.unpack(t)["texture"].flatten(1) for t in (x, reference))
     return (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
 
 

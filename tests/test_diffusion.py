@@ -108,7 +108,7 @@ def test_latents_and_features_are_flipped_together(latents):
     def expected(flip):
         flips = np.full(200, flip)
         raw = {name: latents.read(name, indices, flips) for name in STREAMS}
-        return task.composite.join(task.composite.normalize(raw)), latents.read(FEATURES, indices, flips, None)
+        return task.composite.pack(task.composite.normalize(raw)), latents.read(FEATURES, indices, flips, None)
 
     (x1, features), (x1_flipped, features_flipped) = expected(False), expected(True)
     flipped = (batch["features"] != features).flatten(1).any(1)
@@ -161,13 +161,13 @@ def test_the_velocity_is_judged_on_the_straight_path(latents):
     task = make_task(latents)
     batch = task.batch(0, range(8))
     x1, x0, composite = batch["x1"], batch["x0"], task.composite
-    t = composite.expand(batch["times"])
+    t = composite.per_entry(batch["times"])
     velocity = task.model(t * x1 + (1 - t) * x0, batch["times"], batch["labels"]).velocity
-    squares = composite.split((velocity - (x1 - x0)).square())
+    squares = composite.unpack((velocity - (x1 - x0)).square())
     # The semantic stream's channels weigh twice as much as the texture's.
     total = squares["texture"].sum() + 2 * squares["semantic"].sum()
     torch.testing.assert_close(task.loss(task.model, batch)["velocity"], total / x1.numel())
-    cosine = flow.cosine_loss(composite.positions(velocity), composite.positions(x1 - x0)).mean()
+    cosine = flow.cosine_loss(composite.per_position(velocity), composite.per_position(x1 - x0)).mean()
     torch.testing.assert_close(task.loss(task.model, batch)["cosine"], cosine)
 
 
@@ -182,11 +182,11 @@ def test_a_stream_at_rest_is_trained_or_left_out(latents, resting):
     texture, semantic = (head.weight.grad.abs().sum() for head in task.model.heads)
     assert semantic > 0 and (texture > 0) == resting
     velocity = task.model(
-        flow.interpolate(batch["x1"], batch["x0"], task.composite.expand(batch["times"])),
+        flow.interpolate(batch["x1"], batch["x0"], task.composite.per_entry(batch["times"])),
         batch["times"],
         batch["labels"],
     ).velocity
-    squares = task.composite.split((velocity - (batch["x1"] - batch["x0"])).square())
+    squares = task.composite.unpack((velocity - (batch["x1"] - batch["x0"])).square())
     total = 2 * squares["semantic"].sum() + resting * squares["texture"].sum()
     torch.testing.assert_close(losses["velocity"], total / batch["x1"].numel())
 

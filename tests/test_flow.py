@@ -39,9 +39,9 @@ def test_velocity_is_the_derivative_of_the_path(t):
 def test_each_stream_travels_at_its_own_time():
     x1, x0 = pair()
     times = torch.tensor([[0.0, 1.0]]).expand(4, 2)
-    x = COMPOSITE.split(flow.interpolate(x1, x0, COMPOSITE.expand(times)))
-    assert torch.equal(x["texture"], COMPOSITE.split(x0)["texture"])
-    assert torch.equal(x["semantic"], COMPOSITE.split(x1)["semantic"])
+    x = COMPOSITE.unpack(flow.interpolate(x1, x0, COMPOSITE.per_entry(times)))
+    assert torch.equal(x["texture"], COMPOSITE.unpack(x0)["texture"])
+    assert torch.equal(x["semantic"], COMPOSITE.unpack(x1)["semantic"])
 
 
 def test_logit_normal_times_have_normal_logits():
@@ -76,7 +76,7 @@ def test_cosine_loss_of_known_angles():
 def test_losses_are_float32_for_bf16_predictions():
     x1, x0 = pair()
     assert flow.velocity_loss(x1.bfloat16(), x0, torch.ones(COMPOSITE.size)).dtype == torch.float32
-    positions = COMPOSITE.positions(x1)
+    positions = COMPOSITE.per_position(x1)
     assert flow.cosine_loss(positions.bfloat16(), positions).dtype == torch.float32
 
 
@@ -90,7 +90,7 @@ def test_repa_loss_compares_tokens_row_by_row():
 
 def test_positions_fold_to_the_shared_grid():
     x, _ = pair()
-    positions, latents = COMPOSITE.positions(x), COMPOSITE.split(x)
+    positions, latents = COMPOSITE.per_position(x), COMPOSITE.unpack(x)
     assert positions.shape == (4, 3 * 2 * 2 + 5, 4)
     # The last position holds the texture's last 2×2 entries of each channel, then the semantic channels.
     assert torch.equal(positions[:, :12, 3], latents["texture"][:, :, 2:, 2:].flatten(1))
@@ -103,4 +103,4 @@ def test_positions_of_equal_grids_are_the_latents_own():
         Stream(name="semantic", channels=2, grid=4, patch_size=2),
     )
     x = torch.randn(2, 80)
-    assert torch.equal(CompositeLatent(streams=streams).positions(x), x.reshape(2, 5, 16))
+    assert torch.equal(CompositeLatent(streams=streams).per_position(x), x.reshape(2, 5, 16))

@@ -55,7 +55,7 @@ def by_hand(model: Model, other: Model, other_labels: list[int], scales: list[fl
             v_w = other.transformer(x, times.expand(3, 2), torch.tensor(other_labels)).velocity
         halfway = zip(times_at((u + after) / 2), (texture, semantic), scales, strict=True)
         g = torch.tensor([s if low <= t <= high else 1.0 for t, (low, high), s in halfway])
-        x = x + (after - u) * COMPOSITE.expand(rates) * (v_w + COMPOSITE.expand(g) * (v_c - v_w))
+        x = x + (after - u) * COMPOSITE.per_entry(rates) * (v_w + COMPOSITE.per_entry(g) * (v_c - v_w))
     return x
 
 

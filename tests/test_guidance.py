@@ -58,16 +58,16 @@ def test_one_scale_extrapolates_all_streams(scale, x, strong, weak):
 
 
 def test_a_scale_a_stream(x, strong, weak):
-    v = COMPOSITE.split(guide(strong, weak, {"semantic": 1.9, "texture": 1.3}, COMPOSITE)(x, HALF))
+    v = COMPOSITE.unpack(guide(strong, weak, {"semantic": 1.9, "texture": 1.3}, COMPOSITE)(x, HALF))
     for name, g in {"semantic": 1.9, "texture": 1.3}.items():
-        expected = COMPOSITE.split(torch.lerp(weak(x, HALF), strong(x, HALF), g))[name]
+        expected = COMPOSITE.unpack(torch.lerp(weak(x, HALF), strong(x, HALF), g))[name]
         torch.testing.assert_close(v[name], expected)
 
 
 def test_a_stream_without_a_scale_gets_the_strong_velocity_exactly(x, strong, weak):
-    v = COMPOSITE.split(guide(strong, weak, {"semantic": 3.0}, COMPOSITE)(x, HALF))
-    assert torch.equal(v["texture"], COMPOSITE.split(strong(x, HALF))["texture"])
-    assert not torch.equal(v["semantic"], COMPOSITE.split(strong(x, HALF))["semantic"])
+    v = COMPOSITE.unpack(guide(strong, weak, {"semantic": 3.0}, COMPOSITE)(x, HALF))
+    assert torch.equal(v["texture"], COMPOSITE.unpack(strong(x, HALF))["texture"])
+    assert not torch.equal(v["semantic"], COMPOSITE.unpack(strong(x, HALF))["semantic"])
 
 
 def test_scales_are_not_rounded_to_a_networks_dtype(x):
@@ -83,10 +83,10 @@ def test_intervals_are_on_each_streams_own_time(x, strong, weak):
     guided = guide(strong, weak, scale, COMPOSITE, interval)
     for texture, semantic in [(0.0, 0.3), (0.25, 0.5), (0.5, 0.8), (0.8, 1.0)]:
         times = torch.tensor([texture, semantic])
-        v = COMPOSITE.split(guided(x, times))
+        v = COMPOSITE.unpack(guided(x, times))
         for name, g, inside in [("texture", 3.0, 0.25 <= texture <= 0.75), ("semantic", 2.0, semantic <= 0.5)]:
             expected = torch.lerp(weak(x, times), strong(x, times), g if inside else 1.0)
-            assert torch.equal(v[name], COMPOSITE.split(expected)[name])
+            assert torch.equal(v[name], COMPOSITE.unpack(expected)[name])
 
 
 def test_the_weak_model_is_called_inside_intervals_only(x, strong, weak):
@@ -144,10 +144,10 @@ def test_a_piece_decides_who_is_guided_whatever_the_times(x, strong, weak):
     guided = guide(strong, weak, 2.0, COMPOSITE, {"texture": (0.2, 0.5), "semantic": (0.5, 1.0)})
     guided.begin([True, True], [0.4, 0.45])
     for times in (HALF, HALF + 0.1, torch.tensor([[0.1, 0.9]] * 4)):
-        v = COMPOSITE.split(guided(x, times))
-        assert torch.equal(v["semantic"], COMPOSITE.split(strong(x, times))["semantic"])
+        v = COMPOSITE.unpack(guided(x, times))
+        assert torch.equal(v["semantic"], COMPOSITE.unpack(strong(x, times))["semantic"])
         expected = torch.lerp(weak(x, times), strong(x, times), 2.0)
-        assert torch.equal(v["texture"], COMPOSITE.split(expected)["texture"])
+        assert torch.equal(v["texture"], COMPOSITE.unpack(expected)["texture"])
     calls = weak.calls
     guided.begin([True, True], [0.7, 0.2])
     assert torch.equal(guided(x, HALF), strong(x, HALF))

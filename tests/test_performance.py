@@ -244,7 +244,7 @@ def test_the_plain_sampler_solves_the_same_equation():
     noise = initial_noise(range(2), measuring.COMPOSITE).double()
 
     def velocity(x, times):
-        return (1 - x) * (1 + measuring.COMPOSITE.expand(times))
+        return (1 - x) * (1 + measuring.COMPOSITE.per_entry(times))
 
     plain = overhead.published_sampling(velocity, noise, rtol=1e-6)
     exact = 1 + (noise - 1) * math.exp(-1.5)  # each stream's time runs from 0 to 1, whatever its clock

@@ -65,7 +65,7 @@ def switched(weak=WEAKER.velocity) -> Guided:
 
 def carried(noise: Tensor) -> Tensor:
     """Where `switched` carries noise, exactly: a Gaussian's flow is x(t) = t·m + √V(t)·x0 on each entry's own time."""
-    low, high = COMPOSITE.expand(torch.tensor(JUMPS, dtype=torch.float64).T)
+    low, high = COMPOSITE.per_entry(torch.tensor(JUMPS, dtype=torch.float64).T)
     x, ends = noise, (torch.zeros_like(low), low, high, torch.ones_like(low))
     for data, (start, end) in zip((SINGLE, WEAKER, SINGLE), pairwise(ends), strict=True):
         before, after = (t**2 * data.stds**2 + (1 - t) ** 2 for t in (start, end))

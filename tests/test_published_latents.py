@@ -48,7 +48,7 @@ def change(path, **tensors):
 def test_the_reference_composite_and_features_come_out(latents, expected, suffix, flip):
     composite = latents.composite({}, {})
     normal = composite.normalize({name: everything(latents, name, flip) for name in composite.names})
-    joined = composite.join(normal).view(len(latents), -1, 8, 8)
+    joined = composite.pack(normal).view(len(latents), -1, 8, 8)
     torch.testing.assert_close(joined, expected[f"composite_{suffix}"], rtol=0, atol=1e-6)
     assert torch.equal(everything(latents, FEATURES, flip), expected[f"features_{suffix}"])
 

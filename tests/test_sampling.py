@@ -184,10 +184,10 @@ def test_a_stream_at_rest_does_not_move_a_bit(solver, noise):
     arrived = next(p.x for p in seen if p.u == last)
     for p in seen:
         if p.u <= first:
-            assert torch.equal(COMPOSITE.split(p.x)["texture"], COMPOSITE.split(noise)["texture"])
+            assert torch.equal(COMPOSITE.unpack(p.x)["texture"], COMPOSITE.unpack(noise)["texture"])
         if p.u >= last:
-            assert torch.equal(COMPOSITE.split(p.x)["semantic"], COMPOSITE.split(arrived)["semantic"])
-    assert not torch.equal(COMPOSITE.split(x)["texture"], COMPOSITE.split(noise)["texture"])
+            assert torch.equal(COMPOSITE.unpack(p.x)["semantic"], COMPOSITE.unpack(arrived)["semantic"])
+    assert not torch.equal(COMPOSITE.unpack(x)["texture"], COMPOSITE.unpack(noise)["texture"])
 
 
 def test_the_velocity_of_a_stream_at_rest_is_not_needed(noise):
@@ -195,7 +195,7 @@ def test_the_velocity_of_a_stream_at_rest_is_not_needed(noise):
     data, schedule = mixture(1), build_schedule({"name": "sequential"}, STREAMS)
 
     def velocity(x: Tensor, times: Tensor) -> Tensor:
-        waiting = COMPOSITE.expand(torch.tensor([times[1].item() < 1, False]))
+        waiting = COMPOSITE.per_entry(torch.tensor([times[1].item() < 1, False]))
         return data.velocity(x, times).masked_fill(waiting, torch.nan)
 
     x = integrate(velocity, noise, schedule, COMPOSITE, solver="heun", steps=40).x

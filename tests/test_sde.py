@@ -67,13 +67,13 @@ def test_the_way_back_is_the_noising_process(name, monkeypatch):
             now, then = (schedule.at(torch.tensor([b], dtype=torch.float64), piece.segment).time for b in (u, earlier))
             # What of data, of initial and of fresh noise is in the state.
             parts = torch.stack([now[0], 1 - now[0], torch.zeros_like(now[0])])
-            state = COMPOSITE.expand(parts)
+            state = COMPOSITE.per_entry(parts)
             equation = _Equation(
                 _Counter(DATA.velocity, 3), state, schedule, COMPOSITE, piece, (u,), _Noise(range(3), COMPOSITE)
             )
             back = equation.whole(equation.renoise(equation.moving_entries(state), u, earlier))
-            moving = COMPOSITE.expand(torch.tensor(piece.moving))
-            t = COMPOSITE.expand(then[0])
+            moving = COMPOSITE.per_entry(torch.tensor(piece.moving))
+            t = COMPOSITE.per_entry(then[0])
             assert torch.equal(back[:, ~moving], state[:, ~moving]), "a stream that rests stays as it is"
             torch.testing.assert_close(back[0, moving], t[moving], rtol=0, atol=1e-12)
             noise = back[1:].square().sum(0).sqrt()

@@ -22,18 +22,18 @@ def latents(batch: int = 2) -> dict[str, torch.Tensor]:
 
 def test_split_undoes_join():
     given_latents = latents()
-    back = COMPOSITE.split(COMPOSITE.join(given_latents))
+    back = COMPOSITE.unpack(COMPOSITE.pack(given_latents))
     assert all(torch.equal(back[name], given_latents[name]) for name in given_latents)
 
 
 def test_join_undoes_split():
     packed = torch.randn(3, COMPOSITE.size)
-    assert torch.equal(COMPOSITE.join(COMPOSITE.split(packed)), packed)
+    assert torch.equal(COMPOSITE.pack(COMPOSITE.unpack(packed)), packed)
 
 
 def test_split_gives_views():
     packed = torch.zeros(1, COMPOSITE.size)
-    COMPOSITE.split(packed)["semantic"].fill_(1)
+    COMPOSITE.unpack(packed)["semantic"].fill_(1)
     assert packed.sum() == COMPOSITE["semantic"].size
 
 
@@ -44,19 +44,19 @@ def test_any_number_of_streams_round_trips(shapes, token_grid):
     )
     composite = CompositeLatent(streams=streams)
     packed = torch.arange(2.0 * composite.size).view(2, -1)
-    assert torch.equal(composite.join(composite.split(packed)), packed)
+    assert torch.equal(composite.pack(composite.unpack(packed)), packed)
 
 
 def test_packed_order_is_stacked_channels_where_grids_agree():
     composite = CompositeLatent(streams=(Stream(name="a", channels=2, grid=3), Stream(name="b", channels=1, grid=3)))
     stacked = torch.randn(2, 3, 3, 3)
-    packed = composite.join({"a": stacked[:, :2], "b": stacked[:, 2:]})
+    packed = composite.pack({"a": stacked[:, :2], "b": stacked[:, 2:]})
     assert torch.equal(packed, stacked.flatten(1))
 
 
 def test_expand_repeats_each_value_over_its_stream():
-    expanded = COMPOSITE.expand(torch.tensor([[1.0, 2.0]]))
-    parts = COMPOSITE.split(expanded)
+    expanded = COMPOSITE.per_entry(torch.tensor([[1.0, 2.0]]))
+    parts = COMPOSITE.unpack(expanded)
     assert (parts["texture"] == 1).all() and (parts["semantic"] == 2).all()
 
 
@@ -79,7 +79,7 @@ def test_a_stream_without_statistics_is_left_alone():
 
 def test_join_names_the_stream_that_does_not_fit():
     with pytest.raises(SFDError, match=r"'semantic'.*\(3, 4, 4\).*\(3, 5, 5\)"):
-        COMPOSITE.join({**latents(), "semantic": torch.zeros(2, 3, 5, 5)})
+        COMPOSITE.pack({**latents(), "semantic": torch.zeros(2, 3, 5, 5)})
 
 
 @pytest.mark.parametrize(

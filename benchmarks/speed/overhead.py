@@ -89,7 +89,7 @@ class Plain(Bare):
         latents, composite = self.task.latents, self.task.composite
         (numbers, flips) = torch.tensor([index]).numpy(), (torch.rand(1) < 0.5).numpy()
         read = {name: latents.read(name, numbers, flips) for name in composite.names}
-        item = {"x1": composite.join(composite.normalize(read))[0], "label": latents.labels[index]}
+        item = {"x1": composite.pack(composite.normalize(read))[0], "label": latents.labels[index]}
         if self.task.settings.repa:
             item["features"] = latents.read(FEATURES, numbers, flips)[0]
         return item
@@ -189,7 +189,7 @@ def published_sampling(velocity: VelocityField, noise: Tensor, rtol: float = 1e-
         semantic, texture = (1 + DELTA) * us, (1 + DELTA) * us - DELTA
         rates = [torch.where((t >= 0) & (t < 1), 1 + DELTA, 0.0) for t in (texture, semantic)]
         times = torch.stack([texture.clamp(0, 1), semantic.clamp(0, 1)], 1)
-        parts = COMPOSITE.split(velocity(x, times)).values()
+        parts = COMPOSITE.unpack(velocity(x, times)).values()
         return torch.cat([rate[:, None] * part.flatten(1) for rate, part in zip(rates, parts, strict=True)], 1)
 
     ends = torch.tensor([0.0, 1.0]).to(noise)

@@ -24,7 +24,7 @@ class Training:
         self.x, self.target = torch.randn(2, batch, COMPOSITE.size, device=device)
         self.times = torch.rand(batch, 2, device=device)
         self.labels = class_labels(batch, device)
-        self.weights = COMPOSITE.expand(torch.tensor([s.weight for s in COMPOSITE.streams], device=device))
+        self.weights = COMPOSITE.per_entry(torch.tensor([s.weight for s in COMPOSITE.streams], device=device))
 
     def cut(self, batch: int) -> None:
         """Take smaller batches from now on."""
@@ -37,7 +37,7 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
             velocity = self.model(self.x, self.times, self.labels).velocity
             loss = flow.velocity_loss(velocity, self.target, self.weights).mean()
-            loss = loss + flow.cosine_loss(COMPOSITE.positions(velocity), COMPOSITE.positions(self.target)).mean()
+            loss = loss + flow.cosine_loss(COMPOSITE.per_position(velocity), COMPOSITE.per_position(self.target)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()

@@ -94,7 +94,7 @@ class Guided:
         if bool((now == 1).all()):
             self._forget()
             return self._strong(x, times)
-        weights = self._composite.expand(sent(now.to(x.dtype), x.device))
+        weights = self._composite.per_entry(sent(now.to(x.dtype), x.device))
         if self._known and self._since < self._every - 1:
             self._since += 1
             wanted = self._strong(x, times).to(x.dtype)

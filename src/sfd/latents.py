@@ -1,7 +1,7 @@
 """Composite latents: an ordered set of named streams that one network denoises together.
 
 A composite latent travels packed, (B, N): the streams one after another, each flattened from (channels, grid, grid).
-Splitting gives views, so packing costs nothing and solvers see one tensor. Where all grids agree, packed order is that
+Unpacking gives views, so packing costs nothing and solvers see one tensor. Where all grids agree, packed order is that
 of channels stacked in stream order, which is how the published latents are stored (texture first).
 """
 
@@ -19,6 +19,9 @@ from torch.nn.functional import pixel_unshuffle
 from sfd.utils.config import Settings
 from sfd.utils.errors import SFDError
 from sfd.utils.transfer import sent
+
+TEXTURE, SEMANTIC = "texture", "semantic"
+"""Names of the method's two streams; pixels are decoded from the texture stream alone."""
 
 
 class Stream(Settings):
@@ -63,6 +66,12 @@ class Stream(Settings):
         """Rows and columns of tokens."""
         return self.grid // self.patch_size
 
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (channels, 1, 1) each, in the dtype and on the device of `like`."""
+        values = torch.tensor([self.mean or [0.0], self.std or [1.0]], dtype=like.dtype)
+        mean, std = sent(values[:, :, None, None], like.device)
+        return mean, std
+
 
 class CompositeLatent(Settings):
     """The streams of a composite latent, in packed order."""
@@ -84,9 +93,14 @@ class CompositeLatent(Settings):
         return tuple(s.name for s in self.streams)
 
     @cached_property
+    def sizes(self) -> list[int]:
+        """Number of entries of each stream in one latent."""
+        return [s.size for s in self.streams]
+
+    @cached_property
     def size(self) -> int:
         """N: number of entries in one packed latent."""
-        return sum(s.size for s in self.streams)
+        return sum(self.sizes)
 
     @property
     def token_grid(self) -> int:
@@ -98,40 +112,32 @@ class CompositeLatent(Settings):
         return self.streams[self.index(name)]
 
     def index(self, name: str) -> int:
-        """Give the place of a stream in packed order.
-
-        Raises:
-            SFDError: there is no such stream.
-        """
+        """Place of a stream in packed order."""
         if name not in self.names:
             raise SFDError(f"there is no stream {name!r} in this composite latent (it has {', '.join(self.names)})")
         return self.names.index(name)
 
-    def split(self, packed: Tensor) -> dict[str, Tensor]:
-        """Unpack (B, N) into views (B, channels, grid, grid), one a stream."""
-        parts = packed.split([s.size for s in self.streams], dim=1)
+    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """Split (B, N) into views (B, channels, grid, grid), one per stream."""
+        parts = packed.split(self.sizes, dim=1)
         return {s.name: part.unflatten(1, s.shape) for s, part in zip(self.streams, parts, strict=True)}
 
-    def join(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Pack one (B, channels, grid, grid) a stream into (B, N); the inverse of `split`.
-
-        Raises:
-            SFDError: a stream is missing, or its latent has another shape than declared.
-        """
+    def pack(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Join (B, channels, grid, grid) of each stream into (B, N); the inverse of `unpack`."""
         for s in self.streams:
             given = tuple(latents[s.name].shape[1:]) if s.name in latents else None
             if given != s.shape:
                 raise SFDError(f"stream {s.name!r}: expected latents of shape {s.shape}, got {given}")
         return torch.cat([latents[s.name].flatten(1) for s in self.streams], dim=1)
 
-    def expand(self, values: Tensor) -> Tensor:
-        """Repeat one value a stream, (…, K), over that stream's entries: (…, N)."""
-        # Views, not `repeat_interleave`: its sizes would be a tensor on the device, which a GPU is waited for to get.
-        each = zip(values.unbind(-1), self.streams, strict=True)
-        return torch.cat([value[..., None].expand(*value.shape, s.size) for value, s in each], dim=-1)
+    def per_entry(self, values: Tensor) -> Tensor:
+        """Repeat one value per stream, (…, K), over that stream's entries: (…, N)."""
+        # Views, not `repeat_interleave`: with sizes in a device tensor it would synchronise.
+        each = zip(values.unbind(-1), self.sizes, strict=True)
+        return torch.cat([value[..., None].expand(*value.shape, size) for value, size in each], dim=-1)
 
-    def positions(self, packed: Tensor) -> Tensor:
-        """Line up the entries of (B, N) by place: (B, ΣC, P), the channels of all streams at each of P positions.
+    def per_position(self, packed: Tensor) -> Tensor:
+        """Rearrange (B, N) by position: (B, ΣC, P), the channels of all streams at each of P positions.
 
         Where all grids agree, positions are the latents' own. Otherwise every stream is folded, space to depth, onto
         the coarsest grid that they share, the greatest common divisor of their grids.
@@ -139,22 +145,22 @@ class CompositeLatent(Settings):
         grid = math.gcd(*(s.grid for s in self.streams))
         if all(s.grid == grid for s in self.streams):
             return packed.unflatten(1, (-1, grid**2))
-        latents = self.split(packed)
+        latents = self.unpack(packed)
         folded = [pixel_unshuffle(latents[s.name], s.grid // grid) for s in self.streams]
         return torch.cat(folded, dim=1).flatten(2)
 
     def normalize(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Standardise each stream per channel with the data set's statistics."""
-        return {s.name: (latents[s.name] - m) / d for s in self.streams for m, d in [_statistics(s, latents[s.name])]}
+        normal = {}
+        for s in self.streams:
+            mean, std = s.statistics(latents[s.name])
+            normal[s.name] = (latents[s.name] - mean) / std
+        return normal
 
     def denormalize(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Undo `normalize`."""
-        return {s.name: latents[s.name] * d + m for s in self.streams for m, d in [_statistics(s, latents[s.name])]}
-
-
-def _statistics(stream: Stream, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation as (channels, 1, 1), or 0 and 1 for a stream that is not normalised."""
-    if not stream.mean:
-        return like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1)
-    mean, std = torch.tensor([stream.mean, stream.std], dtype=like.dtype)[:, :, None, None]
-    return sent(mean, like.device), sent(std, like.device)
+        raw = {}
+        for s in self.streams:
+            mean, std = s.statistics(latents[s.name])
+            raw[s.name] = latents[s.name] * std + mean
+        return raw

@@ -234,7 +234,7 @@ class _Equation:
     def _rates(self, rate: Tensor, device: torch.device) -> Tensor:
         """Give each moving entry its stream's rate; made anew only where a rate changes."""
         if self._expanded is None or not torch.equal(rate, self._expanded[0]):
-            self._expanded = rate, self.moving_entries(self._composite.expand(sent(rate, device)))
+            self._expanded = rate, self.moving_entries(self._composite.per_entry(sent(rate, device)))
         return self._expanded[1]
 
     def __call__(self, u: float | Tensor, state: Tensor, moving: Tensor | None = None) -> Tensor:
@@ -246,7 +246,7 @@ class _Equation:
     def renoise(self, state: Tensor, u: float, earlier: float) -> Tensor:
         """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`."""
         now, then = (
-            self._composite.expand(self._schedule.at(torch.tensor(b, dtype=torch.float64), self._piece.segment).time)
+            self._composite.per_entry(self._schedule.at(torch.tensor(b, dtype=torch.float64), self._piece.segment).time)
             for b in (u, earlier)
         )
         # A stream that is still pure noise stays as it is.

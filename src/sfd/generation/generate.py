@@ -243,7 +243,7 @@ def decode(
     model: Model, packed: Tensor, precision: Precision = "float32", *, at_once: int = DECODED_AT_ONCE
 ) -> np.ndarray:
     """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3), `at_once` a call."""
-    latents = model.composite.denormalize(model.composite.split(packed))[TEXTURE_STREAM].to(model.device)
+    latents = model.composite.denormalize(model.composite.unpack(packed))[TEXTURE_STREAM].to(model.device)
     with torch.autocast(model.device.type, torch.bfloat16, precision == "bf16"):
         pixels = [to_pixels(model.texture.decode(z).float()) for z in latents.split(at_once)]
     return torch.cat(pixels).cpu().numpy()

@@ -71,7 +71,7 @@ def phase_strip(
     wanted = np.linspace(0, 1, STRIP_FRAMES + 1)[1:]
     frames = [min(seen, key=lambda p: abs(p.u - u)) for u in wanted]
     states = torch.cat([frame.x for frame in frames])
-    latents = model.composite.split(states.cpu())
+    latents = model.composite.unpack(states.cpu())
     leader = next(name for name in model.composite.names if name != TEXTURE_STREAM)
     named = f"class {model.classes[chosen]!r}, " if model.classes else ""
     return Strip(

@@ -192,7 +192,7 @@ class LightningDiT(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, N) → tokens (B, T, width): the sum of the streams' patch embeddings and the position's."""
-        latents = self.config.composite.split(x)
+        latents = self.config.composite.unpack(x)
         tokens = self.position + self.embedding_bias
         for embedding, stream in zip(self.embeddings, self.config.composite.streams, strict=True):
             tokens = tokens + embedding(patchify(latents[stream.name], stream.patch_size))
@@ -210,7 +210,7 @@ class LightningDiT(nn.Module):
             s.name: unpatchify(head(tokens), s.patch_size, s.grid)
             for head, s in zip(self.heads, self.config.composite.streams, strict=True)
         }
-        return self.config.composite.join(latents).float()
+        return self.config.composite.pack(latents).float()
 
     def _check(self, x: Tensor, times: Tensor, project: bool) -> None:
         composite = self.config.composite

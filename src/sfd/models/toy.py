@@ -116,7 +116,7 @@ class GaussianMixture:
         return self.weights.log() + log_density
 
     def _entry_times(self, x: Tensor, times: Tensor) -> Tensor:
-        return self.composite.expand(times.to(x)).unsqueeze(-2)  # (1, N) or (B, 1, N), to go with (C, N)
+        return self.composite.per_entry(times.to(x)).unsqueeze(-2)  # (1, N) or (B, 1, N), to go with (C, N)
 
 
 def _exact(weights: Tensor) -> np.ndarray:

@@ -29,7 +29,7 @@ def check(case: Case) -> None:
     for suffix, flip in (("plain", False), ("flip", True)):
         flips = np.full(len(latents), flip)
         normal = composite.normalize({name: latents.read(name, everything, flips) for name in composite.names})
-        ours[f"composite_{suffix}"] = composite.positions(composite.join(normal))
+        ours[f"composite_{suffix}"] = composite.per_position(composite.pack(normal))
         if latents.manifest.features is not None:
             ours[f"features_{suffix}"] = latents.read(FEATURES, everything, flips)
     for stream in composite.streams:

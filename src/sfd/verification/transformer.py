@@ -130,14 +130,14 @@ def _check_losses(case: Case, io: References, network: LightningDiT) -> None:
     shape = (None, sum(s.channels for s in composite.streams), grid, grid)
     x1, x0 = io.shaped("loss_x1", *shape).flatten(1), io.shaped("loss_x0", *shape).flatten(1)
     times = _schedule(case, network).at(io.shaped("loss_base_time", len(x1))).time
-    noised = flow.interpolate(x1, x0, composite.expand(times))
+    noised = flow.interpolate(x1, x0, composite.per_entry(times))
     repa = network.projector is not None
     output = network(noised, times, io.shaped("y", len(x1)), project=repa)
     target = flow.velocity_target(x1, x0)
-    weights = composite.expand(torch.tensor([s.weight for s in composite.streams], device=case.device))
+    weights = composite.per_entry(torch.tensor([s.weight for s in composite.streams], device=case.device))
     losses = {
         "loss_velocity": flow.velocity_loss(output.velocity, target, weights),
-        "loss_cosine": flow.cosine_loss(composite.positions(output.velocity), composite.positions(target)),
+        "loss_cosine": flow.cosine_loss(composite.per_position(output.velocity), composite.per_position(target)),
     }
     if repa:
         tokens = composite.token_grid
@@ -211,7 +211,7 @@ def _euler(
     for now, following in pairwise(t):
         times = {"texture": (now - delta).clamp(min=0), "semantic": now.clamp(max=1)}
         moves = {"texture": now >= delta, "semantic": now <= 1}
-        rates = composite.expand(torch.stack([moves[name] for name in composite.names]).float())
+        rates = composite.per_entry(torch.stack([moves[name] for name in composite.names]).float())
         v = velocity(x, torch.stack([times[name] for name in composite.names]))
         x = x + (following - now).to(x.device) * rates.to(x.device) * v
     return x

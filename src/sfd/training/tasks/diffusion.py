@@ -65,7 +65,7 @@ class DiffusionTask:
             )
         if settings.repa and model.projector is None:
             raise SFDError("loss.repa needs transformer.repa_block to be set; set it, or set loss.repa=0")
-        self._weights = self.composite.expand(torch.tensor([s.weight for s in self.composite.streams]))
+        self._weights = self.composite.per_entry(torch.tensor([s.weight for s in self.composite.streams]))
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
         """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels and images' numbers (B,), features.
@@ -81,7 +81,7 @@ class DiffusionTask:
         u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), self.settings.base_time)
         time, rate = self.schedule.at(u)
         batch = {
-            "x1": self.composite.join(self.composite.normalize(raw)),
+            "x1": self.composite.pack(self.composite.normalize(raw)),
             "x0": torch.from_numpy(normals[:, 1:].copy()),
             "times": time,
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
@@ -106,12 +106,12 @@ class DiffusionTask:
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the objective and its parts, each averaged over the batch."""
         x1, x0, times = batch["x1"], batch["x0"], batch["times"]
-        x = flow.interpolate(x1, x0, self.composite.expand(times))
+        x = flow.interpolate(x1, x0, self.composite.per_entry(times))
         target = flow.velocity_target(x1, x0)
         output: Output = model(x, times, batch["labels"], project=bool(self.settings.repa))
         predicted = output.velocity
         if "moving" in batch:  # entries that are 0 in both count neither in the squares nor in the cosine
-            moving = self.composite.expand(batch["moving"])
+            moving = self.composite.per_entry(batch["moving"])
             predicted, target = predicted * moving, target * moving
         self._weights = self._weights.to(x.device)  # once: each copy would wait for a GPU
         velocity = flow.velocity_loss(predicted, target, self._weights).mean()
@@ -128,7 +128,7 @@ class DiffusionTask:
     @torch.no_grad()
     def _by_stream(self, velocity: Tensor, target: Tensor, times: Tensor) -> dict[str, Tensor]:
         """Give each stream's own velocity loss, and as pairs (sum, count) that in each quarter of its own time."""
-        errors = self.composite.split((velocity.float() - target).square())
+        errors = self.composite.unpack((velocity.float() - target).square())
         record = {}
         for k, (name, error) in enumerate(errors.items()):
             loss = error.flatten(1).mean(1)
