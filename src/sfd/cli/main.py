@@ -350,13 +350,15 @@ def verify(folder: Path, tolerance: float, out: Path | None, device: str) -> Non
 
 
 @main.command()
-@click.argument("folder", type=FOLDER, default=Path("recipes"))
+@click.argument("folder", type=FOLDER, required=False)
 @click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=400.0, show_default=True)
-def recipes(folder: Path, tflops: float) -> None:
-    """List the recipes in FOLDER: purpose, published numbers, parameters, hours of training at a rate."""
+def recipes(folder: Path | None, tflops: float) -> None:
+    """List the shipped recipes, or those in FOLDER: purpose, published numbers, parameters, hours of training."""
     from sfd.run.estimate import table
     from sfd.run.recipe import load_recipe
+    from sfd.utils.shipped import RECIPE, shipped_folder
 
+    folder = folder or shipped_folder(RECIPE)
     paths = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
     if not paths:
         raise SFDError(f"there is no recipe in {folder}; give a folder of YAML files, such as recipes")

@@ -24,6 +24,7 @@ from sfd.schedules import Schedule, build_schedule
 from sfd.utils import files
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError, unknown
+from sfd.utils.shipped import find_model
 
 RECORD, WEIGHTS, TEXTURE_FOLDER = "model.json", "model.safetensors", "texture"
 TEXTURE_STREAM = "texture"
@@ -126,11 +127,12 @@ class Model:
 
 
 def model_folder(path: Path) -> Path:
-    """Find the model in a folder that is one, or in a run's folder.
+    """Find the model in a folder that is one, in a run's folder, or among the shipped ones by its name.
 
     Raises:
         SFDError: the run has not trained its transformer yet.
     """
+    path = find_model(path)
     if (path / RECORD).exists():
         return path
     if (path / "recipe.yaml").exists() and not (path / "model" / RECORD).exists():

@@ -1,8 +1,8 @@
 """Recipes: everything that a run depends on, in one frozen and checked record.
 
-A recipe is YAML. It may name another one to start from (`extends: other.yaml`, relative to itself); the command line
-overrides single fields (`train.steps=500`). What results is validated whole before anything is computed, and saved with
-the run.
+A recipe is YAML. It may name another one to start from (`extends: other.yaml`, relative to itself, or a shipped
+recipe's name); the command line overrides single fields (`train.steps=500`). What results is validated whole before
+anything is computed, and saved with the run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sfd.training.tasks.diffusion import LossSettings
 from sfd.utils import files, registry
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError, unknown
+from sfd.utils.shipped import find_recipe
 
 MAX_EXTENDS = 8
 RECIPE_BYTES = 1 << 20
@@ -241,13 +242,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with `extends` followed and overrides applied.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or a shipped recipe's name.
         overrides: `dotted.field=value`, the value as YAML.
 
     Raises:
         SFDError: the file is missing or no YAML, or a field is unknown or of the wrong type.
     """
-    values = _merge(_defaults(), _read(path, MAX_EXTENDS))
+    values = _merge(_defaults(), _read(find_recipe(path), MAX_EXTENDS))
     for override in overrides:
         _apply(values, override)
     if isinstance(values.get("streams"), dict):
@@ -325,8 +326,6 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
                 f"{path} is {path.stat().st_size} bytes long, too much for a recipe (at most {RECIPE_BYTES})"
             )
         values = read_yaml(files.read_text(path))
-    except FileNotFoundError:
-        raise SFDError(f"there is no recipe {path}; give a YAML file such as recipes/shapes-demo.yaml") from None
     except OSError as error:
         raise files.explained(error, path) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -336,7 +335,8 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    inherited = _read(path.parent / str(base), depth - 1)
+    beside = path.parent / str(base)
+    inherited = _read(beside if beside.exists() else find_recipe(str(base)), depth - 1)
     for own in OF_ONE_RUN:
         inherited.pop(own, None)
     return _merge(inherited, values)
