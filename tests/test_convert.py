@@ -199,7 +199,7 @@ class TestTransformer:
         ("name", "tensor", "words"),
         [
             ("blocks.1.norm1.weight", None, "missing: blocks.1.norm1.weight"),
-            ("blocks.1.norm3.weight", torch.ones(32), "left over: blocks.1.norm3.weight"),
+            ("blocks.1.norm3.weight", torch.ones(32), "unexpected: blocks.1.norm3.weight"),
             ("blocks.1.norm1.weight", torch.ones(31), "misshapen: blocks.1.norm1.weight"),
             ("x_embedder.proj.weight", torch.ones(3), "published transformer"),
             ("pos_embed", torch.ones(1), "published transformer"),

@@ -69,7 +69,7 @@ def test_missing_tensor_is_named(published):
 
 def test_left_over_tensor_is_named(published):
     state, config = published
-    with pytest.raises(SFDError, match=r"left over: blocks\.7\.norm1\.weight"):
+    with pytest.raises(SFDError, match=r"unexpected: blocks\.7\.norm1\.weight"):
         interop.from_published(state | {"blocks.7.norm1.weight": torch.ones(64)}, config)
 
 
@@ -126,7 +126,7 @@ class TestSemVAE:
     def test_an_unknown_tensor_is_refused(self, tensors):
         config = semvae.inferred_config(shapes(tensors), heads=4)
         tensors["encoder.1.extra"] = tensors.pop("decoder.3.bias")
-        with pytest.raises(SFDError, match=r"missing: decoder\.3\.bias; left over: encoder\.1\.extra"):
+        with pytest.raises(SFDError, match=r"missing: decoder\.3\.bias; unexpected: encoder\.1\.extra"):
             semvae.from_published(tensors, config)
 
     def test_other_checkpoints_are_refused(self):

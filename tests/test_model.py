@@ -59,17 +59,11 @@ def test_an_unknown_format_is_refused(folder, given):
         load_model(folder, CPU)
 
 
-def test_a_schedule_changed_by_hand_is_noticed(folder):
-    change(folder, schedule={"name": "synchronous"})
-    with pytest.raises(SFDError, match=r"or model\.json was changed"):
-        load_model(folder, CPU)
-
-
 @pytest.mark.parametrize("part", [".", "texture"])
-def test_one_bit_of_weights_below_half_precision_is_noticed(folder, part):
+def test_one_changed_bit_of_weights_is_noticed(folder, part):
     path = folder / part / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-4] ^= 1  # the lowest bit of the last float32
     path.write_bytes(data)
-    with pytest.raises(SFDError, match="damaged or was changed: it has not the checksum"):
+    with pytest.raises(SFDError, match=r"model\.safetensors is damaged"):
         load_model(folder, CPU)

@@ -41,7 +41,7 @@ def test_every_published_number_is_looked_at(findings):
     shards = {("latent_shards", name) for name in load_file(GOLDEN / "latent_shards.expected.safetensors")}
     assert shards <= looked_at
     for path in GOLDEN.glob("keys_*.json"):
-        assert {(path.stem, f"tensors {what}") for what in ("missing", "left over")} <= looked_at
+        assert {(path.stem, f"tensors {what}") for what in ("missing", "unexpected")} <= looked_at
     numbers = {name for name, value in json.loads((GOLDEN / "metrics.json").read_text()).items() if name != "note"}
     assert {("metrics", name) for name in numbers} <= looked_at
     assert findings.missing == () and findings.unchecked == ()
@@ -162,7 +162,7 @@ def test_names_without_a_place_exit_with_1(tmp_path):
     result = command(tmp_path)
     assert result.exit_code == 1
     words = [line.split() for line in result.output.splitlines() if " tensors " in line]
-    assert [(row[2], row[-3]) for row in words] == [("missing", "1"), ("left", "1"), ("misshapen", "0")]
+    assert [(row[2], row[-3]) for row in words] == [("missing", "1"), ("unexpected", "1"), ("misshapen", "0")]
 
 
 def refused(folder: Path, *words: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfd.encoders._base import autoencoder
-from sfd.models.component import fitting, shapes
+from sfd.models.component import require_match, shapes
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 
@@ -96,7 +96,7 @@ def from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Au
     Raises:
         SFDError: a tensor is missing, unknown or misshapen.
     """
-    fitting(state, published_shapes(config), WHAT)
+    require_match(state, published_shapes(config), WHAT)
     network = build(config)
     levels = len(config["block_out_channels"])
     ours = {name: state[_published_name(name, levels)].reshape(t.shape) for name, t in network.state_dict().items()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sfd.models.component import fitting, shapes
+from sfd.models.component import require_match, shapes
 from sfd.models.semvae import SemVAE, SemVAEConfig
 from sfd.utils.config import explain
 from sfd.utils.errors import SFDError
@@ -76,7 +76,7 @@ def from_published(tensors: Mapping[str, Tensor], config: SemVAEConfig) -> SemVA
     Raises:
         SFDError: a tensor is missing, unknown or misshapen.
     """
-    fitting(tensors, published_shapes(config), WHAT)
+    require_match(tensors, published_shapes(config), WHAT)
     model = SemVAE(config)
     model.load_state_dict({ours: tensors[theirs] for theirs, ours in published_names(config.blocks).items()})
     return model

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfd.latents import CompositeLatent, Stream
-from sfd.models.component import fitting, shapes
+from sfd.models.component import require_match, shapes
 from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.models.layers import position_table
 from sfd.utils.config import explain
@@ -137,7 +137,7 @@ def to_published(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Te
     """
     with torch.device("meta"):
         expected = shapes(LightningDiT(config))
-    fitting(state, expected, "transformer")
+    require_match(state, expected, "transformer")
     return _publish(state, config)
 
 
@@ -154,7 +154,7 @@ def from_published(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, 
     table = state.get(LABELS)
     if table is not None and len(table) == config.num_classes > 0:
         state = {**state, LABELS: torch.cat([table, table.new_zeros(1, *table.shape[1:])])}
-    fitting(state, published_shapes(config), "published transformer")
+    require_match(state, published_shapes(config), "published transformer")
     for name, table in tables(config).items():
         given = state[name]
         rounding = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0

@@ -18,7 +18,6 @@ from torch import Tensor
 from sfd.models import component
 from sfd.models.component import Component
 from sfd.utils import files, registry
-from sfd.utils.config import parse
 from sfd.utils.errors import SFDError
 
 if TYPE_CHECKING:
@@ -60,13 +59,7 @@ def load_encoder(folder: Path) -> Component:
     Raises:
         SFDError: the folder holds no encoder, one that this version does not know, or damaged weights.
     """
-    saved = component.read(folder, (TEXTURE, SEMANTIC))
-    module = registry.find(PACKAGE, saved.name, "encoder")
-    config = parse(module.Config, saved.config, str(folder / component.CONFIG_FILE))
-    component.check_fit(lambda: module.build(config), saved.tensors, str(folder))
-    encoder = cast(Component, module.build(config))
-    encoder.fill(saved)
-    return encoder.eval().requires_grad_(False)
+    return component.load(folder, (TEXTURE, SEMANTIC), lambda name: registry.find(PACKAGE, name, "encoder"))
 
 
 def load_texture_encoder(folder: Path) -> TextureEncoder:

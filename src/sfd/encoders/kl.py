@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfd.encoders import _published
 from sfd.encoders._base import TEXTURE, autoencoder, check_divisible
-from sfd.models.component import Component, check_fit, load_tensors
+from sfd.models.component import Component, assemble
 from sfd.utils import files
 from sfd.utils.config import Settings
 from sfd.utils.errors import SFDError
@@ -147,10 +147,7 @@ def pretrained(source: str, given: Mapping[str, Any]) -> PublishedAutoencoder:
     config = planned(str(folder), given)
     read = files.read_tensors(folder / f"{FORMAT.weights}.safetensors")
     tensors = {_present_name(name): tensor for name, tensor in read.items()}
-    check_fit(lambda: build(config).net, tensors, source)
-    encoder = build(config)
-    load_tensors(encoder.net, tensors, source)
-    return encoder.eval().requires_grad_(False)
+    return assemble(lambda: build(config), {f"net.{name}": t for name, t in tensors.items()}, source)
 
 
 def _present_name(name: str) -> str:

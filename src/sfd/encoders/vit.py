@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sfd.encoders import _published
 from sfd.encoders._base import SEMANTIC, without_torchvision
-from sfd.models.component import Component, some
+from sfd.models.component import Component, abbreviate
 from sfd.utils.config import Settings
 from sfd.utils.errors import SFDError, unknown
 
@@ -119,7 +119,7 @@ class VisionTransformer(Component):
             net = network(settings)
         self.net = net
         for name, values in zip(("mean", "std"), self.family.normalisation, strict=True):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+            self.register_buffer(name, torch.tensor(values, device="cpu")[:, None, None], persistent=False)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -315,10 +315,10 @@ def _load(folder: Path, config: Config) -> Any:
     own = {name for name, _ in net.named_children()}
     problems = {
         "missing": sorted(report["missing_keys"]),
-        "left over": sorted(name for name in report["unexpected_keys"] if name.partition(".")[0] in own),
+        "unexpected": sorted(name for name in report["unexpected_keys"] if name.partition(".")[0] in own),
         "misshapen": sorted(name for name, *_ in report["mismatched_keys"]),
     }
-    differences = "; ".join(f"{label}: {some(names)}" for label, names in problems.items() if names)
+    differences = "; ".join(f"{label}: {abbreviate(names)}" for label, names in problems.items() if names)
     if differences:
         raise SFDError(f"{folder}: the weights do not fit config.json ({differences}); use the files of one model")
     return net

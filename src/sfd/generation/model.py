@@ -7,8 +7,6 @@ texture/              the encoder whose decoder turns the texture stream into pi
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +15,7 @@ import torch
 
 from sfd.encoders import TextureEncoder, load_texture_encoder
 from sfd.latents import CompositeLatent
-from sfd.models.component import Component, check_fit, check_sum, load_tensors
+from sfd.models.component import Component, assemble, fingerprint, read_weights
 from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.models.inference import Inference, Precision
 from sfd.schedules import Schedule, build_schedule
@@ -36,7 +34,7 @@ class ModelRecord(Settings):
 
     format: int
     identity: str
-    sha256: str | None = None  # of the file of weights; None of models from before it was kept
+    sha256: str  # of the file of weights
     transformer: DiTConfig
     schedule: dict[str, Any]
     classes: tuple[str, ...]
@@ -53,6 +51,7 @@ class Model:
     classes: tuple[str, ...]
     history: dict[str, Any] = field(default_factory=dict)
     """What it was trained on and for how long; for people, never read back."""
+    stamp: str = ""  # the identity, once the weights are final
     _inference: dict[tuple[Precision, bool], Inference] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -62,12 +61,9 @@ class Model:
 
     @property
     def identity(self) -> str:
-        """Sixteen hexadecimal digits that stand for weights (at half precision), architecture and schedule."""
-        digest = hashlib.sha256(self.transformer.config.model_dump_json().encode())
-        digest.update(json.dumps(self.schedule.spec, sort_keys=True).encode())
-        for name, tensor in sorted(self.transformer.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().half().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Sixteen hexadecimal digits: of a loaded model what was saved with it, else computed."""
+        about = [self.transformer.config.model_dump(mode="json"), dict(sorted(self.schedule.spec.items()))]
+        return self.stamp or fingerprint(about, self.transformer)
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +119,7 @@ class Model:
                 "classes": list(self.classes),
                 "history": self.history,
             }
-            files.write_json(partial / RECORD, record, sealed=True)
+            files.write_json(partial / RECORD, record)
 
 
 def model_folder(path: Path) -> Path:
@@ -165,21 +161,12 @@ def load_model(folder: Path, device: torch.device) -> Model:
             "use the version of sfd that wrote the model"
         )
     record = parse(ModelRecord, values, str(folder / RECORD))
-    tensors, where = files.read_tensors(folder / WEIGHTS), str(folder / WEIGHTS)
-    check_fit(lambda: LightningDiT(record.transformer), tensors, where)
-    transformer = LightningDiT(record.transformer)
-    load_tensors(transformer, tensors, where)
-    transformer.eval().requires_grad_(False)
+    tensors = read_weights(folder / WEIGHTS, record.sha256)
+    transformer = assemble(lambda: LightningDiT(record.transformer), tensors, str(folder / WEIGHTS))
     schedule = build_schedule(record.schedule, record.transformer.composite.names)
     texture = load_texture_encoder(folder / TEXTURE_FOLDER)
     check_tokenizer(record.transformer.composite, texture, str(folder))
-    model = Model(transformer, schedule, texture, record.classes, record.history)
-    if model.identity != record.identity:
-        raise SFDError(
-            f"{folder / WEIGHTS} is not the file that {RECORD} was written with, or {RECORD} was changed; "
-            "restore both from one source"
-        )
-    check_sum(folder / WEIGHTS, record.sha256)
+    model = Model(transformer, schedule, texture, record.classes, record.history, record.identity)
     return model.to(device)
 
 

@@ -1,7 +1,8 @@
-"""Trained parts as folders: `config.json` says what it is, `model.safetensors` holds its weights.
+"""Components: networks saved as a folder of `config.json` (what it is) and `model.safetensors` (its weights).
 
-A part's identity is a hash of its name, its configuration and its weights at half precision. Latents remember the
-identity of what made them; rounding to half precision before hashing lets a part be shipped in float16 and stay itself.
+The `identity` stands for a component wherever it is recorded, as the tokenizer of latents for example. It is a hash of
+kind, name, configuration and weights (at half precision, so that float16 and float32 copies of published weights
+agree), computed when the weights are made. A saved component carries it along, whatever dtype it is saved in.
 """
 
 from __future__ import annotations
@@ -10,37 +11,37 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from types import ModuleType
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sfd.utils import files
-from sfd.utils.config import Settings
+from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 class Component(nn.Module):
-    """A network that can be saved as a folder. Subclasses say what they are and set `config` when constructed."""
+    """A network that can be saved as a folder. Subclasses set `config` in their constructor."""
 
     kind: ClassVar[str]  # what it does: "texture encoder", "semantic encoder", "compressor"
     name: ClassVar[str]  # which one it is: the module that defines it
     config: Settings
+    stamp = ""  # the identity, once the weights are final
 
     @property
     def identity(self) -> str:
-        """Sixteen hexadecimal digits that stand for this configuration with these weights."""
-        digest = hashlib.sha256(json.dumps([self.kind, self.name, self.config.model_dump(mode="json")]).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Sixteen hexadecimal digits: of a loaded component what was saved with it, else computed."""
+        return self.stamp or fingerprint([self.kind, self.name, self.config.model_dump(mode="json")], self)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write this part to `folder`, weights as `dtype`. The configuration goes last: where it is, the rest is."""
+        """Write the component to `folder`, weights as `dtype`; the configuration last: where it is, the rest is."""
         files.write_tensors(folder / WEIGHTS_FILE, {name: t.to(dtype) for name, t in self.state_dict().items()})
         about = {
             "kind": self.kind,
@@ -49,106 +50,64 @@ class Component(nn.Module):
             "sha256": files.checksum(folder / WEIGHTS_FILE),
             "config": self.config.model_dump(mode="json"),
         }
-        files.write_json(folder / CONFIG_FILE, about, sealed=True)
-
-    def fill(self, saved: Saved) -> None:
-        """Take the weights of a saved part, as float32.
-
-        Raises:
-            SFDError: tensors are missing, left over or misshapen, or the weights are not those that were saved.
-        """
-        load_tensors(self, saved.tensors, str(saved.folder))
-        if self.identity != saved.identity:
-            raise SFDError(
-                f"{saved.folder}: {CONFIG_FILE} was saved with weights of identity {saved.identity}, but "
-                f"{WEIGHTS_FILE} beside it has {self.identity}; restore both files from one source"
-            )
-        check_sum(saved.folder / WEIGHTS_FILE, saved.sha256)
+        files.write_json(folder / CONFIG_FILE, about)
 
 
-class Saved(NamedTuple):
-    """What a part's folder holds."""
-
-    folder: Path
-    kind: str
-    name: str
-    identity: str
-    sha256: str | None
-    """Of the file of weights; None of folders from before it was kept."""
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-
-def read(folder: Path, kinds: tuple[str, ...]) -> Saved:
-    """Read a part's folder; nothing is unpickled.
+def load(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]) -> Component:
+    """Load a component, in eval mode, without gradients, on the CPU, as float32.
 
     Args:
         folder: holds `config.json` and `model.safetensors`.
-        kinds: the kinds of part that are welcome.
-
-    Raises:
-        SFDError: a file is missing or unreadable, or the part is of another kind.
+        kinds: the kinds of component that are accepted.
+        find: gives the module of a component's name; the module has a `Config` and `build(config)`.
     """
     wanted = " or ".join(kinds)
-    about = _read_config(folder / CONFIG_FILE, wanted)
+    about = files.read_json(folder / CONFIG_FILE, wanted)
+    missing = [key for key in ("kind", "name", "identity", "sha256", "config") if key not in about]
+    if missing:
+        raise SFDError(f"{folder / CONFIG_FILE} describes no {wanted}: it lacks {', '.join(missing)}; restore the file")
     if about["kind"] not in kinds:
         raise SFDError(f"{folder} holds a {about['kind']} ({about['name']}), but a {wanted} was expected")
-    tensors = files.read_tensors(folder / WEIGHTS_FILE)
-    return Saved(folder, about["kind"], about["name"], about["identity"], about.get("sha256"), about["config"], tensors)
+    module = find(about["name"])
+    config = parse(module.Config, about["config"], str(folder / CONFIG_FILE))
+    tensors = read_weights(folder / WEIGHTS_FILE, about["sha256"])
+    component: Component = assemble(lambda: module.build(config), tensors, str(folder))
+    component.stamp = about["identity"]
+    return component
 
 
-def check_sum(path: Path, expected: str | None) -> None:
-    """Notice bits of a file of weights that its identity, at half precision, passes over.
-
-    Raises:
-        SFDError: the file has another SHA-256 than `expected`, if that is known.
-    """
-    if expected is not None and files.checksum(path) != expected:
-        raise SFDError(f"{path} is damaged or was changed: it has not the checksum that was kept; restore it")
-
-
-def _read_config(path: Path, wanted: str) -> dict[str, Any]:
-    about = files.read_json(path, wanted)
-    missing = [key for key in ("kind", "name", "identity", "config") if key not in about]
-    if missing:
-        raise SFDError(f"{path} does not describe a {wanted}: it lacks {', '.join(missing)}; restore the file")
-    return about
+def fingerprint(about: Any, network: nn.Module) -> str:
+    """Hash plain values and a network's weights, rounded to half precision, into sixteen hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that a network does not fit, before it is built: a configuration can ask for any memory.
+def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Read a safetensors file whose SHA-256 is known."""
+    tensors = files.read_tensors(path)
+    if files.checksum(path) != sha256:
+        raise SFDError(f"{path} is damaged or is not the file that was saved here: its SHA-256 differs; restore it")
+    return tensors
+
+
+def assemble(build: Callable[[], Network], tensors: Mapping[str, Tensor], where: str) -> Network:
+    """Build a network around its weights, in eval mode, without gradients, as float32.
 
     Args:
-        build: makes the network; called on the meta device, which allocates nothing.
-        tensors: its weights.
-        where: they come from.
-
-    Raises:
-        SFDError: they do not fit, or there is no such network.
+        build: makes the network; called on the meta device, so that nothing is drawn that would be overwritten.
+        tensors: all of its weights and persistent buffers.
+        where: they come from; errors name it.
     """
-    try:
-        with torch.device("meta"):
-            expected = shapes(build())
-    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise SFDError(f"{where}: the configuration describes no network ({reason}); use the model's own") from None
-    _check(tensors, expected, where)
-
-
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Fill all of a module's weights and buffers by name, converted to their own types.
-
-    Raises:
-        SFDError: some tensors are missing, left over, or of another shape; they are named.
-    """
-    _check(tensors, shapes(module), where)
-    module.load_state_dict(dict(tensors))
-
-
-def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    problems = misfit(tensors, expected)
-    if problems:
-        raise SFDError(f"{where}: the weights do not fit the configuration ({problems}); use the files of one model")
+    with torch.device("meta"):
+        network = build()
+    require_match(tensors, shapes(network), where)
+    # Copied: a file's tensors share one mapped block of memory.
+    own = {n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for n, t in tensors.items()}
+    network.load_state_dict(own, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -157,10 +116,10 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def differences(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """List the tensors that are "missing", "left over" and "misshapen", by comparing names and shapes."""
+    """List the tensors that are "missing", "unexpected" and "misshapen", by comparing names and shapes."""
     return {
         "missing": sorted(expected.keys() - given.keys()),
-        "left over": sorted(given.keys() - expected.keys()),
+        "unexpected": sorted(given.keys() - expected.keys()),
         "misshapen": [
             f"{name} {given[name]} for {shape}"
             for name, shape in expected.items()
@@ -170,28 +129,19 @@ def differences(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
 
 
 def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """Name the tensors that are missing, left over or misshapen; nothing ("") where all fit.
-
-    Args:
-        tensors: what is given.
-        expected: the shape of everything that should be, by name.
-    """
+    """Name the tensors that are missing, unexpected and misshapen, the first few of each; "" if all fit."""
     problems = differences({name: tuple(t.shape) for name, t in tensors.items()}, expected)
-    return "; ".join(f"{label}: {some(names)}" for label, names in problems.items() if names)
+    return "; ".join(f"{label}: {abbreviate(names)}" for label, names in problems.items() if names)
 
 
-def fitting(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Refuse tensors that are not those expected.
-
-    Raises:
-        SFDError: some are missing, left over or misshapen; they are named, and so is `what` they should make up.
-    """
+def require_match(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse tensors that are not those expected; `where` (a file, a kind of network) is named first."""
     problems = misfit(tensors, expected)
     if problems:
-        raise SFDError(f"{what}: the tensors do not fit its configuration ({problems})")
+        raise SFDError(f"{where}: the weights do not fit the configuration ({problems}); use the files of one model")
 
 
-def some(names: list[str], limit: int = 4) -> str:
-    """List names, the first few of many."""
+def abbreviate(names: list[str], limit: int = 4) -> str:
+    """List the first few of many names."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

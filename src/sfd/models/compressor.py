@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from sfd.models import component
-from sfd.models.component import Component
-from sfd.utils.config import parse
 from sfd.utils.errors import unknown
 
 KIND = "compressor"
-# Name in config.json to module and the name of its configuration record.
-COMPRESSORS = {"semvae": ("sfd.models.semvae", "SemVAEConfig"), "pca": ("sfd.models.pca", "PCAConfig")}
+COMPRESSORS = ("semvae", "pca")  # modules of sfd.models
 
 
 class Compressor(Protocol):
@@ -42,18 +40,11 @@ class Compressor(Protocol):
 
 
 def load_compressor(folder: Path) -> Compressor:
-    """Load the compressor in `folder`, in eval mode, without gradients, on the CPU.
+    """Load the compressor in `folder`, in eval mode, without gradients, on the CPU."""
+    return cast(Compressor, component.load(folder, (KIND,), _module))
 
-    Raises:
-        SFDError: the folder holds no compressor, one that this version does not know, or damaged weights.
-    """
-    saved = component.read(folder, (KIND,))
-    if saved.name not in COMPRESSORS:
-        raise unknown(KIND, saved.name, COMPRESSORS)
-    module_name, config_name = COMPRESSORS[saved.name]
-    module = importlib.import_module(module_name)
-    config = parse(getattr(module, config_name), saved.config, str(folder / component.CONFIG_FILE))
-    component.check_fit(lambda: module.build(config), saved.tensors, str(folder))
-    part = cast(Component, module.build(config))
-    part.fill(saved)
-    return cast(Compressor, part.eval().requires_grad_(False))
+
+def _module(name: str) -> ModuleType:
+    if name not in COMPRESSORS:
+        raise unknown(KIND, name, COMPRESSORS)
+    return importlib.import_module(f"sfd.models.{name}")

@@ -41,10 +41,10 @@ def position_table(width: int, grid: int) -> Tensor:
     The first half of the width encodes the column, the second the row, each as sines, then cosines.
 
     Returns:
-        (grid², width), tokens row by row.
+        (grid², width), tokens row by row, on the CPU also where a network is built on the meta device.
     """
-    place = torch.arange(grid, dtype=torch.float64)
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    place = torch.arange(grid, dtype=torch.float64, device="cpu")
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
     angle = place[:, None] * frequency
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
     column = axis.expand(grid, grid, -1)
@@ -62,8 +62,8 @@ def rotary_table(head_width: int, grid: int) -> Tensor:
         (grid², head_width / 2, 2): cosine and sine of each pair's angle, tokens row by row.
     """
     half = head_width // 2
-    frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
-    axis = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64, device="cpu") / half)
+    axis = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * frequency
     row = axis[:, None].expand(grid, grid, -1)
     column = axis.expand(grid, grid, -1)
     angle = torch.cat([row, column], dim=2).flatten(0, 1)
@@ -136,7 +136,7 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         half = TIME_FREQUENCIES // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 

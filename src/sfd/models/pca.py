@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sfd.models.component import Component
@@ -28,11 +27,6 @@ class PCAConfig(Settings):
         if self.latent_channels > self.input_channels:
             raise ValueError(f"{self.latent_channels} components cannot be had of {self.input_channels} channels")
         return self
-
-    @model_serializer(mode="wrap")
-    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Left out where it is not used: what was saved before it existed keeps its identity.
-        return {name: value for name, value in dump(self).items() if name != "standardize" or value}
 
 
 class PCA(Component):
@@ -86,9 +80,7 @@ class PCA(Component):
         return self.variance.clamp(min=1e-8).sqrt()[:, None] * features
 
 
-def build(config: PCAConfig) -> PCA:
-    """Make a PCA that keeps the first channels as they are, to be filled or replaced by `fit_pca`."""
-    return PCA(config)
+Config, build = PCAConfig, PCA  # what `component.load` takes
 
 
 def fit_pca(batches: Iterable[Tensor], config: PCAConfig) -> PCA:

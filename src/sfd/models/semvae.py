@@ -140,6 +140,4 @@ class _Block(nn.Module):
         return tokens + self.mlp_out(F.gelu(self.mlp_in(self.norm2(tokens))))
 
 
-def build(config: SemVAEConfig) -> SemVAE:
-    """Make a SemVAE with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
-    return SemVAE(config)
+Config, build = SemVAEConfig, SemVAE  # what `component.load` takes
