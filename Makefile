@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/shapes-demo
 
-.PHONY: demo test faults lint format clean
+.PHONY: demo test faults lint format lines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -22,6 +22,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Lines of Python against what each folder may have, and the files of more than 400 lines.
+lines:
+	@git ls-files '*.py' | xargs wc -l | awk ' \
+		BEGIN { most["src"] = 11000; most["tests"] = 9000; most["benchmarks"] = 2000; most["faults"] = 900 } \
+		$$2 == "total" { next } \
+		{ split($$2, part, "/"); lines[part[1]] += $$1 } \
+		$$1 > 400 { long = long sprintf("%-10s %6d lines\n", $$2, $$1) } \
+		END { for (name in most) printf "%-10s %6d of at most %5d\n", name, lines[name], most[name]; printf "%s", long }'
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
