@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sfd.convert.transformer import published_config
+from sfd.models.dit import LightningDiT
 from sfd.utils import rng
 
 KL: dict[str, Any] = {
@@ -62,4 +64,39 @@ def save_vit(folder: Path, model_type: str, **changes: Any):
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
     network.save_pretrained(folder)
+    return network
+
+
+# In the published transformer's format.
+TRANSFORMER: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "input_size": 4,
+    "patch_size": 1,
+    "in_channels": 7,
+    "num_classes": 5,
+    "class_dropout_prob": 0.1,
+    "use_qknorm": True,
+    "use_swiglu": True,
+    "use_rope": True,
+    "use_rmsnorm": True,
+    "wo_shift": False,
+    "use_repa": True,
+    "repa_dino_version": "dinov2_vits14_reg",
+    "repa_depth": 1,
+    "repa_projector_dim": 16,
+    "semantic_chans": 3,
+    "semfirst_delta_t": 0.3,
+}
+
+
+def random_transformer(config: dict[str, Any], seed: int) -> LightningDiT:
+    """Build a network with random weights everywhere, also where a new one has zeros."""
+    import torch
+
+    network = LightningDiT(published_config(config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return network

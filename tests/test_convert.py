@@ -15,16 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference_folder import CONFIG, random_network
 from sfd.cli.main import main
 from sfd.convert import transformer as published
 from sfd.encoders import open_texture
 from sfd.generation.model import load_model
 from sfd.models.compressor import load_compressor
+from small_published import TRANSFORMER, random_transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 # 4 texture channels, as the reference autoencoder has, and 3 semantic ones; patch 2.
-SMALL = CONFIG | {"in_channels": 7, "semantic_chans": 3, "patch_size": 2}
+SMALL = TRANSFORMER | {"in_channels": 7, "semantic_chans": 3, "patch_size": 2}
 
 
 def sfd(*arguments):
@@ -51,7 +51,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 def state_of(config) -> dict[str, Tensor]:
-    network = random_network(config, 0)
+    network = random_transformer(config, 0)
     return {name: t.detach() for name, t in published.to_published(network.state_dict(), network.config).items()}
 
 

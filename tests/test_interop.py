@@ -1,4 +1,4 @@
-"""Every tensor of the published checkpoints is accounted for; their numbers are compared in test_verify.py."""
+"""Every tensor of the published checkpoints is accounted for; their numbers are compared in tests/reference."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -331,22 +330,6 @@ def convert(source: Path, out: Path, weights: str | None, heads: int | None, **m
     from sfd.convert.model_directory import Options as ModelOptions
 
     convert(source, out, Options(state=weights, heads=heads, model=ModelOptions(**model)))
-
-
-@main.command()
-@click.argument("folder", type=FOLDER)
-@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="relative error")
-@click.option("--json", "out", type=FOLDER, help="write what was found to this JSON file too")
-@device_option
-def verify(folder: Path, tolerance: float, out: Path | None, device: str) -> None:
-    """Compare with the published implementation's numbers in FOLDER; exit code 1 if any differs.
-
-    Dopri5 samples are allowed ten times the tolerance, metrics a hundredth of it.
-    """
-    from sfd.cli.verify import verify_folder
-
-    if not verify_folder(folder, tolerance, device, out):
-        sys.exit(1)
 
 
 @main.command()
