@@ -91,7 +91,7 @@ def test_a_device_that_is_not_there(recipe, tmp_path):
 
 
 def test_a_folder_in_use(recipe, tmp_path):
-    hold = "import sys, time; from pathlib import Path; from sfd import files\n"
+    hold = "import sys, time; from pathlib import Path; from sfd.utils import files\n"
     hold += "with files.exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "o")], stdout=subprocess.PIPE)
     process.stdout.readline()

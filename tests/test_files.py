@@ -1,3 +1,7 @@
+"""Files and folders are written whole or not at all; errors of the system become sentences."""
+
+from __future__ import annotations
+
 import errno
 import os
 import subprocess
@@ -11,122 +15,164 @@ from sfd.utils import files
 from sfd.utils.errors import SFDError
 
 
-def test_written_leaves_nothing_when_the_block_fails(tmp_path):
-    with pytest.raises(KeyboardInterrupt), files.written(tmp_path / "a.txt") as partial:
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(KeyboardInterrupt), files.atomic_write(tmp_path / "a.txt") as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_written_replaces_a_file_only_at_the_end(tmp_path):
-    files.write_text(tmp_path / "a.txt", "old")
-    with files.written(tmp_path / "a.txt") as partial:
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+    with files.atomic_write(tmp_path / "a.txt") as partial:
         partial.write_text("new")
         assert (tmp_path / "a.txt").read_text() == "old"
-    assert (tmp_path / "a.txt").read_text() == "new"
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "new"
 
 
-def test_a_file_never_replaces_a_folder(tmp_path):
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "precious").touch()
     with pytest.raises(SFDError, match="is a folder"):
         files.write_text(tmp_path / "run", "text")
-    assert (tmp_path / "run" / "precious").exists() and len(list(tmp_path.iterdir())) == 1
+    assert names(tmp_path) == ["run"]
 
 
-def test_written_replaces_a_folder(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "old").touch()
-    with files.written(tmp_path / "a") as partial:
+def write_folder(path: Path, name: str) -> None:
+    with files.atomic_write(path) as partial:
         partial.mkdir()
-        (partial / "new").touch()
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"]
+        files.write_text(partial / name, name)
 
 
-@pytest.mark.parametrize(
-    ("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot be accessed"), (errno.EIO, "error")]
-)
-def test_the_system_s_errors_become_sentences(tmp_path, number, message):
-    with pytest.raises(SFDError, match=message), files.written(tmp_path / "a"):
-        raise OSError(number, os.strerror(number))
+def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", "old")
+    write_folder(tmp_path / "a", "new")
+    assert names(tmp_path) == ["a", "a/new"]
 
 
-def test_a_full_disk_leaves_no_file(tmp_path):
-    # /dev/full stands for a disk with no space: every write to it fails with ENOSPC.
-    with pytest.raises(SFDError, match="no space left"), files.written(tmp_path / "a") as partial:
-        partial.touch()
-        with Path("/dev/full").open("wb", buffering=0) as full:
-            full.write(b"x")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_explained_for_any_path():
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert "holds .;" in str(files.explained(full, Path()))
-    assert "holds /a/b;" in str(files.explained(full, Path("/a/b/.c.partial/d.safetensors")))
+@pytest.mark.parametrize("at", range(1, 4))
+def test_a_folder_survives_a_kill_while_it_is_replaced(tmp_path: Path, at: int) -> None:
+    write_folder(tmp_path / "a", "old")
+    # Dies before the at-th rename or removal of a folder.
+    code = f"""
+import os, pathlib, shutil, sys
+from tests.test_files import write_folder
+calls = 0
+def dying(original):
+    def call(*args, **kwargs):
+        global calls
+        calls += pathlib.Path(args[0]).is_dir()
+        if calls == {at}:
+            os._exit(9)
+        return original(*args, **kwargs)
+    return call
+pathlib.Path.rename, pathlib.Path.replace = dying(pathlib.Path.rename), dying(pathlib.Path.replace)
+shutil.rmtree = dying(shutil.rmtree)
+write_folder(pathlib.Path(sys.argv[1]), "new")
+"""
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "a"], cwd=root, check=False).returncode == 9
+    assert list(tmp_path.rglob("old")) or (tmp_path / "a" / "new").exists()
+    with pytest.raises(KeyboardInterrupt), files.atomic_write(tmp_path / "a"):
+        raise KeyboardInterrupt  # a later attempt that fails finds the folder in its place
+    assert (tmp_path / "a" / "old").exists() or (tmp_path / "a" / "new").exists()
+    write_folder(tmp_path / "a", "newest")
+    assert names(tmp_path) == ["a", "a/newest"]
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_what_a_killed_process_left_is_removed(tmp_path, folder):
-    with files.written(tmp_path / "a") as partial:
-        partial.touch()
-    (tmp_path / "a").unlink()
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, folder: bool) -> None:
+    partial = files.partial_of(tmp_path / "a")
     if folder:
         partial.mkdir()
         (partial / "half").touch()
     else:
         partial.write_text("half")
-    with files.written(tmp_path / "a") as partial:
-        assert not partial.exists()
-        partial.mkdir()
-        (partial / "whole").touch()
-    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["a", "a/whole"]
+    write_folder(tmp_path / "a", "whole")
+    assert names(tmp_path) == ["a", "a/whole"]
 
 
-def test_written_files_have_the_usual_mode(tmp_path):
-    (tmp_path / "usual").touch()
-    (tmp_path / "usual folder").mkdir()
-    files.write_tensors(tmp_path / "alone", {"a": torch.ones(1)})
-    with files.written(tmp_path / "folder") as partial:
-        partial.mkdir()
-        files.write_tensors(partial / "inside", {"a": torch.ones(1)})
-        (partial / "private").touch(mode=0o600)
-    modes = {name: (tmp_path / name).stat().st_mode for name in ("alone", "folder/inside", "folder/private")}
-    assert set(modes.values()) == {(tmp_path / "usual").stat().st_mode}
-    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "usual folder").stat().st_mode
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot be accessed"), (errno.EIO, "error")]
+)
+def test_errors_of_the_system_become_sentences(tmp_path: Path, number: int, message: str) -> None:
+    with pytest.raises(SFDError, match=message), files.atomic_write(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
 
 
-def test_tensors_come_back(tmp_path):
-    tensors = {"a": torch.randn(3), "b": torch.arange(4)}
-    files.write_tensors(tmp_path / "t.safetensors", tensors)
-    back = files.read_tensors(tmp_path / "t.safetensors")
+def test_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
+    # /dev/full stands for a disk with no space: every write to it fails with ENOSPC.
+    with pytest.raises(SFDError, match="no space left"), files.atomic_write(tmp_path / "a") as partial:
+        partial.touch()
+        with Path("/dev/full").open("wb", buffering=0) as full:
+            full.write(b"x")
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_named_by_the_folder_that_the_user_knows() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "holds .;" in str(files.as_user_error(full, Path()))
+    assert "holds /a/b;" in str(files.as_user_error(full, Path("/a/b/.c.partial/d.safetensors")))
+
+
+def test_files_have_the_mode_of_the_umask_of_the_moment(tmp_path: Path) -> None:
+    def write() -> None:
+        files.write_tensors(tmp_path / "alone", {"a": torch.ones(1)})
+        with files.atomic_write(tmp_path / "folder") as partial:
+            partial.mkdir()
+            files.write_tensors(partial / "inside", {"a": torch.ones(1)})
+            (partial / "private").touch(mode=0o600)
+
+    before = os.umask(0o027)
+    try:
+        write()
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()} == {0o640}
+
+
+def test_importing_leaves_the_umask_alone() -> None:
+    code = "import os; os.umask = None; import sfd.utils.files"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tensors_come_back_and_damage_is_named(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "t.safetensors", {"a": torch.randn(100), "b": torch.arange(4)}
+    files.write_tensors(path, tensors)
+    back = files.read_tensors(path)
     assert all(torch.equal(back[k], tensors[k]) for k in tensors)
-
-
-def test_truncated_tensors_are_named(tmp_path):
-    files.write_tensors(tmp_path / "t.safetensors", {"a": torch.randn(100)})
-    whole = (tmp_path / "t.safetensors").read_bytes()
-    (tmp_path / "t.safetensors").write_bytes(whole[:-7])
+    path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(SFDError, match=r"t\.safetensors is no intact"):
-        files.read_tensors(tmp_path / "t.safetensors")
+        files.read_tensors(path)
 
 
-def test_damaged_json_is_named(tmp_path):
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2731523448\n"
+
+
+@pytest.mark.parametrize("read", [files.read_tensors, files.read_pickled])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(POINTER, "git-lfs pointer"), (b"<!DOCTYPE html><html>", "web page"), (b"\n<HTML>", "web page")],
+)
+def test_what_a_failed_download_left_is_named(tmp_path: Path, read, content: bytes, named: str) -> None:
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(SFDError, match=named):
+        read(tmp_path / "weights")
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(SFDError, match=r"model\.json is damaged"):
         files.read_json(tmp_path / "model.json", "model directory")
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-    code = "import sys; from pathlib import Path; from sfd import files, errors\n"
+def test_a_folder_in_use_is_refused_until_it_is_free(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from sfd.utils import errors, files\n"
     code += "try:\n  files.exclusive(Path(sys.argv[1])).__enter__()\nexcept errors.SFDError as e: print(e)"
-    with files.exclusive(tmp_path):
-        seen = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "is in use by another run" in seen.stdout
 
+    def attempt() -> str:
+        return subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout
 
-def test_a_folder_is_free_again_afterwards(tmp_path):
     with files.exclusive(tmp_path):
-        pass
-    with files.exclusive(tmp_path):
-        pass
+        assert "is in use by another run" in attempt()
+    assert attempt() == ""

@@ -163,8 +163,8 @@ def test_a_shard_cut_short_is_made_again(tmp_path, damage):
 
 
 def test_a_shard_in_another_process_s_hands_is_left_alone(tmp_path):
-    holder = "import sys, time; from pathlib import Path; from sfd import files\n"
-    holder += "with files.locked(Path(sys.argv[1]), ''): print('held', flush=True); time.sleep(60)"
+    holder = "import sys, time; from pathlib import Path; from sfd.utils import files\n"
+    holder += "with files.file_lock(Path(sys.argv[1]), ''): print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", holder, str(tmp_path / ".shard-00001.lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         process.stdout.readline()

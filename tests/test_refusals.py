@@ -220,7 +220,7 @@ def test_a_folder_that_is_compiled_is_not_spoilt(model_folder, tmp_path, monkeyp
     assert CliRunner().invoke(main, [*map(str, command)]).exit_code == 0
     record = files.read_json(tmp_path / "o" / "samples.json", "samples")
     record["sampling"]["compile"] = "on"
-    files.write_json(tmp_path / "o" / "samples.json", record, sealed=True)
+    files.write_json(tmp_path / "o" / "samples.json", record)
     (tmp_path / "o" / "000000.png").unlink()
     before = (tmp_path / "o" / "samples.json").read_bytes()
     monkeypatch.setattr(inference, "cannot_compile", lambda device: "no compiler")

@@ -145,7 +145,7 @@ def test_without_a_batch_size_the_folders_is_taken(tmp_path):
 
 
 def test_a_share_that_is_being_made_is_refused(tmp_path):
-    held = files.locked(tmp_path / ".part-1-of-2.lock", "")
+    held = files.file_lock(tmp_path / ".part-1-of-2.lock", "")
     with held, pytest.raises(SFDError, match=r"part 1/2 .* is being made by another process"):
         few(tmp_path, share=Share(1, 2))
 

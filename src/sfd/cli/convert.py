@@ -137,7 +137,7 @@ def _semvae_to_part(source: Path, out: Path, options: Options) -> None:
     _say_what_else(checkpoint)
     config = semvae.inferred_config(checkpoint.shapes, *([options.heads] if options.heads else []))
     model = semvae.from_published(checkpoint.tensors, config)
-    with files.written(out) as partial:
+    with files.atomic_write(out) as partial:
         model.save(partial)
     click.echo(
         f"{config.input_channels} channels to {config.latent_channels}; {config.blocks} blocks, {config.heads} heads"
@@ -156,7 +156,7 @@ def _ldm_to_diffusers(source: Path, out: Path, options: Options) -> None:
     kept, left_out = autoencoder.split_training_only(checkpoint.tensors)
     config = autoencoder.inferred_config({name: tuple(t.shape) for name, t in kept.items()})
     network = autoencoder.from_published(kept, config)
-    with files.written(out) as partial:
+    with files.atomic_write(out) as partial:
         network.save_pretrained(partial)
     _list(left_out, "tensors that only training needs")
 

@@ -45,7 +45,7 @@ class Group(click.Group):
                 raise
             from sfd.utils import files
 
-            self._leave(str(files.explained(error, Path(error.filename or "."))), 2)
+            self._leave(str(files.as_user_error(error, Path(error.filename or "."))), 2)
         except Interrupted as error:
             # An elastic launcher would answer any other code by starting the run again.
             self._leave(str(error), 0 if distributed.elastic() else error.code)

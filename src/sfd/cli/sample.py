@@ -73,7 +73,7 @@ def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidan
         guidance = STRIP_GUIDANCE if loaded.classes else 1.0
     seen = phase_strip(loaded, SamplingConfig(guidance=guidance), seed, label)
     figure = strip_picture(seen.base, seen.times, loaded.composite.names, seen.semantic, seen.decoded)
-    with files.written(out) as partial:
+    with files.atomic_write(out) as partial:
         figure.savefig(partial, format="png", facecolor="white")
 
 

@@ -115,7 +115,7 @@ def to_published(network: AutoencoderKL) -> dict[str, Tensor]:
     state = {name: t[..., None, None] if _is_convolution(name, t.dim()) else t for name, t in named.items()}
     implied = inferred_config({name: tuple(t.shape) for name, t in state.items()})
     for field, value in {**implied, "act_fn": "silu", "scaling_factor": None}.items():
-        given = files.plain(network.config[field])
+        given = files.jsonable(network.config[field])
         if value is not None and given != value:
             raise SFDError(f"the LDM format has no place for an autoencoder with {field} = {given}; it implies {value}")
     return state

@@ -69,7 +69,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: str) -> N
     if path.suffix == ".safetensors":
         files.write_tensors(path, tensors)
     elif path.suffix in (".pt", ".pth", ".ckpt"):
-        with files.written(path) as partial:
+        with files.atomic_write(path) as partial:
             torch.save({state: {name: t.detach().contiguous().cpu() for name, t in tensors.items()}}, partial)
     else:
         raise SFDError(f"{path} should end in .safetensors, .pt, .pth or .ckpt, for a file in the published format")
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[Any, Any]:
     except FileNotFoundError:
         raise SFDError(f"there is no file {path}") from None
     except OSError as error:
-        raise files.explained(error, path) from None
+        raise files.as_user_error(error, path) from None
     if start[8:] == b"{" or path.suffix == ".safetensors":
         return dict(files.read_tensors(path))
     if not start.startswith((b"PK", b"\x80")):

@@ -102,8 +102,8 @@ def _config(
     for field, value in stated or ():
         if value != getattr(config, field):
             raise SFDError(
-                f"the checkpoint's own configuration says {field} = {files.plain(_dumped(value))}, but its tensors and "
-                f"the options say {files.plain(_dumped(getattr(config, field)))}"
+                f"the checkpoint's own configuration says {field} = {files.jsonable(_dumped(value))}, but its tensors "
+                f"and the options say {files.jsonable(_dumped(getattr(config, field)))}"
             )
     return config
 

@@ -142,7 +142,7 @@ class Preparation:
     def _claimed(self, number: int) -> Iterator[None]:
         """Hold a shard for this process alone; the lock of one that is made serves no more, and goes."""
         lock = self.folder / f".shard-{number:05d}.lock"
-        with files.locked(lock, f"{shard_path(self.folder, number)} is being made by another process; give each its "
+        with files.file_lock(lock, f"{shard_path(self.folder, number)} is being made by another process; give each its "
                           "own --part I/N, with one N for all"):  # fmt: skip
             yield
             lock.unlink(missing_ok=True)
@@ -171,7 +171,7 @@ class Preparation:
             "shapes": {name: list(tensors[name].shape[1:]) for name in kept},
             "statistics": {name: gathered.record().model_dump() for name, gathered in statistics.items()},
         }
-        files.write_json(path.with_suffix(".json"), receipt, sealed=True)
+        files.write_json(path.with_suffix(".json"), receipt)
 
     def finish(self) -> Manifest:
         """Write the manifest, of what the receipts say alone: the same however the shards were shared out.
@@ -201,7 +201,7 @@ class Preparation:
             else None,
             shards=tuple(receipt.shard for receipt in made),
         )
-        files.write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"), sealed=True)
+        files.write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
 
     def _stream(self, name: str, receipts: list[Receipt]) -> StreamRecord:

@@ -18,7 +18,7 @@ from PIL import Image
 from sfd.data.cache import BUDGET, nbytes
 from sfd.data.images import ImageSource, Indices, decode, stable_hash
 from sfd.utils.errors import SFDError
-from sfd.utils.files import check_regular, explained, write_text
+from sfd.utils.files import as_user_error, write_text
 from sfd.utils.progress import bar
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -225,7 +225,6 @@ def _recalled(memory: Path, seen: dict[str, Any], count: int) -> list[int | str]
 def _open_files(path: Path) -> _Files:
     if path.is_dir():
         return _Directory(path)
-    check_regular(path)
     if zipfile.is_zipfile(path):
         return _Archive(path)
     if path.exists():
@@ -266,7 +265,6 @@ class _Directory:
                     self.sizes[prefix + entry.name] = 0
 
     def read(self, name: str) -> bytes:
-        check_regular(self.path / name)
         return (self.path / name).read_bytes()
 
     def fingerprint(self) -> str:
@@ -368,4 +366,4 @@ def write_folder(source: ImageSource, path: Path | str) -> None:
                     Image.fromarray(image).save(folders[source.labels[index]] / f"{index:06d}.png")
                 progress.advance(len(images))
     except OSError as error:
-        raise explained(error, path) from error
+        raise as_user_error(error, path) from error

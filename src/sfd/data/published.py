@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfd.data.images import stable_hash
-from sfd.data.shards import FEATURES, FLIP, FORMAT, LatentSet, Manifest, ShardRecord, StreamRecord, mapped
+from sfd.data.shards import FEATURES, FLIP, FORMAT, LatentSet, Manifest, ShardRecord, StreamRecord
 from sfd.data.statistics import ChannelStatistics
 from sfd.utils import files
 from sfd.utils.errors import SFDError
@@ -155,7 +155,7 @@ def _read_shard(path: Path) -> Shard:
     except SafetensorError as error:
         raise SFDError(f"{path} is damaged ({error}); fetch or make it again") from None
     except OSError as error:
-        raise files.explained(error, path) from None
+        raise files.as_user_error(error, path) from None
     streams = [KEYS["texture"], *(key for key in list(KEYS.values())[1:] if key in entries or key + FLIP in entries)]
     for name in (*(key + suffix for key in streams for suffix in ("", FLIP)), LABELS):
         if name not in entries:
@@ -190,7 +190,7 @@ def identity(folder: Path) -> str:
     probes = []
     for path in sorted(folder.glob("*.safetensors")):
         digest = hashlib.sha256()
-        for name, tensor in sorted(mapped(path).items()):
+        for name, tensor in sorted(files.read_tensors(path).items()):
             part = tensor if name == LABELS else tensor[[0, -1]] if len(tensor) else tensor
             digest.update(name.encode() + str(tuple(tensor.shape)).encode() + part.view(torch.uint8).numpy().tobytes())
         probes.append((path.name, path.stat().st_size, digest.hexdigest()))
@@ -201,7 +201,7 @@ def _classes(shards: list[Shard], given: int | None) -> tuple[str, ...]:
     """Number the classes; all labels 0 are none."""
     largest = 0
     for shard in shards:
-        labels = mapped(shard.path)[LABELS]
+        labels = files.read_tensors(shard.path)[LABELS]
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (given is not None and high >= given):
             raise SFDError(
@@ -255,7 +255,7 @@ def _compute_statistics(shards: list[Shard], streams: list[str]) -> dict[str, tu
         statistics = ChannelStatistics(shards[0].entries[KEYS[name]].shape[1])
         with bar(f"statistics of {name}", sum(shard.images for shard in shards)) as shown:
             for shard in shards:
-                for rows in mapped(shard.path)[KEYS[name]].split(_ROWS):
+                for rows in files.read_tensors(shard.path)[KEYS[name]].split(_ROWS):
                     statistics.add(rows)
                     shown.advance(len(rows))
                 if not torch.isfinite(statistics.std).all():
@@ -303,7 +303,7 @@ def write_published(latents: LatentSet, out: Path, shard_size: int) -> None:
     names = [*latents.manifest.streams, *([FEATURES] if latents.manifest.features else [])]
     starts = range(0, len(latents), shard_size)
     digits = max(3, len(str(len(starts) - 1)))  # so that names sort as numbers do
-    with files.written(out) as partial, bar("writing shards", len(latents)) as shown:
+    with files.atomic_write(out) as partial, bar("writing shards", len(latents)) as shown:
         partial.mkdir()
         for number, start in enumerate(starts):
             indices = np.arange(start, min(start + shard_size, len(latents)))

@@ -95,7 +95,7 @@ class LatentSet:
         self.folder = folder
         self.manifest = read_manifest(folder) if manifest is None else manifest
         self.verify(checksums=sum(s.bytes for s in self.manifest.shards) <= CHECKED_AT_OPENING)
-        self._shards = [mapped(folder / shard.file) for shard in self.manifest.shards]
+        self._shards = [files.read_tensors(folder / shard.file) for shard in self.manifest.shards]
         self._starts = np.cumsum([0] + [shard.count for shard in self.manifest.shards])
         self.labels = torch.cat([shard["labels"] for shard in self._shards]).long()
 
@@ -168,20 +168,3 @@ class LatentSet:
                 else:
                     out[torch.from_numpy(places)] = stored[torch.from_numpy(rows)].to(out.dtype)
         return out
-
-
-def mapped(path: Path) -> dict[str, Tensor]:
-    """Map a safetensors file: its tensors are read from the disk where they are used.
-
-    Raises:
-        SFDError: it is damaged or cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        handle = safe_open(path, "pt")
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise SFDError(f"{path} is no intact safetensors file ({error}); make or fetch it again") from None
-    except OSError as error:
-        raise files.explained(error, path) from None

@@ -59,8 +59,8 @@ def planned(source: str, given: Mapping[str, Any], config: type[ConfigType], for
     else:
         raise _absent(source, format)
     read = parse(config, {**given, **values}, where)
-    for field, value in files.plain(given).items():
-        found = files.plain(getattr(read, field))
+    for field, value in files.jsonable(given).items():
+        found = files.jsonable(getattr(read, field))
         if value != found:
             raise SFDError(
                 f"{source}: `config` says {field} = {value}, but {where} has {found}; "

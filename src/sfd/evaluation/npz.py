@@ -109,7 +109,7 @@ class Npz:
 
     def _damaged(self, error: Exception) -> SFDError:
         if isinstance(error, OSError) and error.errno is not None:
-            return files.explained(error, self.path)
+            return files.as_user_error(error, self.path)
         return SFDError(f"{self.path} is no whole .npz archive ({error}); make or fetch it again")
 
 

@@ -171,7 +171,11 @@ def pack(samples: Samples, out: Path) -> None:
     The archive is not compressed, so that any part of it can be read at once, and is either whole or not there.
     """
     images = samples.images
-    with files.written(out) as partial, zipfile.ZipFile(partial, "w") as archive, bar("packing", len(images)) as shown:
+    with (
+        files.atomic_write(out) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+        bar("packing", len(images)) as shown,
+    ):
         with _member(archive, IMAGES, (len(images), images.image_size, images.image_size, 3), "|u1") as stream:
             for batch in samples.batches():
                 stream.write(np.ascontiguousarray(batch).data)

@@ -125,13 +125,13 @@ def _done(writing: list[Future[None]]) -> int:
 
 def _write_image(folder: Path, number: int, image: np.ndarray) -> None:
     # Shared, because shares of different divisions may overlap: whoever is last writes what the other wrote.
-    with files.written(image_path(folder, number), shared=True) as partial:
+    with files.atomic_write(image_path(folder, number), shared=True) as partial:
         Image.fromarray(image).save(partial, "PNG")
 
 
 def write_grid(folder: Path, numbers: Sequence[int], columns: int) -> None:
     """Show some images of a folder as one picture, `grid.png`."""
-    with files.written(folder / GRID, shared=True) as partial:
+    with files.atomic_write(folder / GRID, shared=True) as partial:
         image_grid(read_images(folder, numbers), columns=columns).save(partial, "PNG")
 
 
@@ -172,7 +172,7 @@ def _locked(folder: Path, share: Share) -> AbstractContextManager[None]:
     if share == WHOLE:
         return files.exclusive(folder)
     message = f"part {share} of {folder} is being made by another process; give each its own --part I/N, one N for all"
-    return files.locked(folder / f".part-{share.number}-of-{share.of}.lock", message)
+    return files.file_lock(folder / f".part-{share.number}-of-{share.of}.lock", message)
 
 
 def _check_space(folder: Path, model: Model, images: int) -> None:
@@ -196,14 +196,14 @@ def _claim(folder: Path, record: dict[str, Any], decide: Callable[[], dict[str, 
         record: what the command asks for.
         decide: gives batch size and compilation, for a folder that is new.
     """
-    path, record = folder / RECORD, files.plain(record)
+    path, record = folder / RECORD, files.jsonable(record)
     asked = record["sampling"]
     with _claiming(folder):
         if not path.exists():
             if any(folder.glob("*.png")):
                 raise SFDError(f"{folder} holds images, but no {RECORD} that says what they are; give an empty folder")
             asked.update(decide())
-            files.write_json(path, record, sealed=True)
+            files.write_json(path, record)
         before = files.read_json(path, "folder of samples")
     recorded = before.get("sampling", {})
     asked["batch_size"] = asked["batch_size"] or recorded.get("batch_size")
@@ -220,5 +220,5 @@ def _claim(folder: Path, record: dict[str, Any], decide: Callable[[], dict[str, 
 def _claiming(folder: Path) -> Iterator[None]:
     """Keep processes that start together from writing two records."""
     message = f"another process has been writing {folder / RECORD} for {SECONDS_FOR_OTHERS:.0f} s; is it stuck?"
-    with files.locked(folder / ".claim.lock", message, wait=SECONDS_FOR_OTHERS):
+    with files.file_lock(folder / ".claim.lock", message, wait=SECONDS_FOR_OTHERS):
         yield

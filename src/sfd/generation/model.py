@@ -105,7 +105,7 @@ class Model:
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the directory, whole or not at all; weights as `dtype` (float16 halves the size for publication)."""
         check_tokenizer(self.composite, self.texture, str(folder))
-        with files.written(folder) as partial:
+        with files.atomic_write(folder) as partial:
             partial.mkdir()
             weights = {name: t.to(dtype) for name, t in self.transformer.state_dict().items()}
             files.write_tensors(partial / WEIGHTS, weights)

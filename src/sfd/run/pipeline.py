@@ -293,7 +293,7 @@ class Pipeline:
         if self.recipe.evaluation.weak is not None:
             settings = without_guidance(settings)
         images = np.concatenate([g.images for g in generate(model, labels, range(PREVIEW_IMAGES), settings)])
-        with files.written(folder / f"step-{step:09d}.png") as partial:
+        with files.atomic_write(folder / f"step-{step:09d}.png") as partial:
             image_grid(images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
 
     def sample_settings(self, model: Model) -> SamplingConfig:

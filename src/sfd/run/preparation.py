@@ -141,7 +141,7 @@ def _adopt(pipeline: Pipeline) -> None:
     manifest = describe_published(
         Path(str(recipe.latents.published)), tokenizers=_known_tokenizers(pipeline), classes=recipe.data.classes
     )
-    files.write_json(pipeline.folder.latents / MANIFEST, manifest.model_dump(mode="json"), sealed=True)
+    files.write_json(pipeline.folder.latents / MANIFEST, manifest.model_dump(mode="json"))
 
 
 def _known_tokenizers(pipeline: Pipeline) -> dict[str, str]:
@@ -156,7 +156,7 @@ def write_real_preview(pipeline: Pipeline, latents: LatentSet) -> None:
     raw = latents.read(TEXTURE_STREAM, chosen, np.zeros(len(chosen), bool)).to(pipeline.device)
     with torch.no_grad():
         images = to_uint8(pipeline.texture.decode(raw))
-    with files.written(path, shared=True) as partial:
+    with files.atomic_write(path, shared=True) as partial:
         image_grid(images, columns=REAL_COLUMNS).save(partial, "PNG")
     if pipeline.recipe.latents.published is not None:
         console.print(f"look whether these are images, not noise: {path}", markup=False, soft_wrap=True)

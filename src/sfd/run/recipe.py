@@ -325,9 +325,9 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
             raise SFDError(
                 f"{path} is {path.stat().st_size} bytes long, too much for a recipe (at most {RECIPE_BYTES})"
             )
-        values = read_yaml(files.read_text(path))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise files.explained(error, path) from None
+        raise files.as_user_error(error, path) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SFDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

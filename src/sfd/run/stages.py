@@ -68,14 +68,14 @@ class Stage:
         if not (self.folder / RECORD).exists():
             return False
         record = files.read_json(self.folder / RECORD, "stage")
-        different = first_difference(record["made_from"], files.plain(self.made_from))
+        different = first_difference(record["made_from"], files.jsonable(self.made_from))
         if different is not None:
             name, then, now = different
             raise SFDError(
                 f"{self.folder} was made with {name} = {then!r}, but this command has {now!r}; "
                 f"give another --out folder, or remove {self.folder} to make it anew"
             )
-        return record["extent"] == files.plain(self.extent) and all(path.exists() for path in self.results)
+        return record["extent"] == files.jsonable(self.extent) and all(path.exists() for path in self.results)
 
     def require(self) -> None:
         """Insist that the stage is done.
@@ -86,8 +86,8 @@ class Stage:
         if self.finished():
             return
         record = self.folder / RECORD
-        then = files.read_json(record, "stage")["extent"] if record.exists() else files.plain(self.extent)
-        different = first_difference(then, files.plain(self.extent))
+        then = files.read_json(record, "stage")["extent"] if record.exists() else files.jsonable(self.extent)
+        different = first_difference(then, files.jsonable(self.extent))
         reason = f": it was made with {different[0]} = {different[1]}, not {different[2]}" if different else ""
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
 
@@ -122,8 +122,8 @@ class Stage:
                 raise
         record: dict[str, Any] = {"stage": self.name, "finished": files.now(), **usage.record()}
         record["seconds"] += earlier
-        record |= {"made_from": files.plain(self.made_from), "extent": files.plain(self.extent)}
-        files.write_json(self.folder / RECORD, record, sealed=True)
+        record |= {"made_from": files.jsonable(self.made_from), "extent": files.jsonable(self.extent)}
+        files.write_json(self.folder / RECORD, record)
         (self.folder / SPENT).unlink(missing_ok=True)
 
     def spend(self, seconds: float) -> None:

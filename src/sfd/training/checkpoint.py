@@ -192,7 +192,7 @@ class Writer:
         try:
             record["good"] = self._finite(state) and record["good"]
             if distributed.is_main_process():
-                with files.written(path) as partial:
+                with files.atomic_write(path) as partial:
                     partial.mkdir()
                     self._write_state(partial, state)
                     _seal(partial, record)
@@ -233,12 +233,12 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:  # no `Exception`
         met = next(iter(error.failures.values()))[0]
-        raise (files.explained(met, path) if isinstance(met, OSError) else met) from error
+        raise (files.as_user_error(met, path) if isinstance(met, OSError) else met) from error
 
 
 def _seal(partial: Path, record: Mapping[str, Any]) -> None:
     sums = {path.name: files.checksum(path) for path in sorted(partial.glob("*.safetensors"))}
-    files.write_json(partial / RECORD, {**record, "sha256": sums}, sealed=True)
+    files.write_json(partial / RECORD, {**record, "sha256": sums})
 
 
 def _thin(newest: Path, settings: TrainSettings) -> None:

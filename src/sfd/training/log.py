@@ -140,7 +140,7 @@ class TrainingLog:
         try:
             yield
         except OSError as error:
-            raise files.explained(error, self.path) from error
+            raise files.as_user_error(error, self.path) from error
 
 
 def read_line(line: bytes, path: Path) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""What a user did wrong, said in one sentence."""
+"""Errors that a user can mend.
+
+Every function of the project raises `SFDError` for what its caller or a user did wrong: a bad setting, a missing or
+damaged file, a full disk. Docstrings do not repeat it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Iterable
 
 
 class SFDError(Exception):
-    """A problem that the user can mend. The message says what was given, what was expected and how to fix it.
+    """A problem that the user can mend. Its message is one sentence: what was given, what was expected, how to mend it.
 
     The command line prints it without a traceback and exits with code 2.
     """

@@ -58,9 +58,9 @@ def whole_float32() -> AbstractContextManager[None]:
 
 def save(folder: Path, name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write an extractor's directory: `extractor.json` and `weights.safetensors`."""
-    with files.written(folder) as partial:
+    with files.atomic_write(folder) as partial:
         files.write_tensors(partial / "weights.safetensors", tensors)
-        files.write_json(partial / "extractor.json", {"format": FORMAT, "extractor": name, **record}, sealed=True)
+        files.write_json(partial / "extractor.json", {"format": FORMAT, "extractor": name, **record})
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
