@@ -327,3 +327,12 @@ def test_a_damaged_memory_is_made_anew(pets: Path, tmp_path: Path) -> None:
     memory.write_text('{"seen":')
     again, checked = remembered(pets, memory)
     assert checked and again.identity == source.identity
+
+
+def test_images_of_their_own_size_must_be_squares_of_one_size(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (12, 12)).save(tmp_path / f"{number}.png")
+    assert FolderSource(tmp_path, None).image_size == 12
+    Image.new("RGB", (12, 9)).save(tmp_path / "3.png")
+    with pytest.raises(SFDError, match=r"3\.png: 12×9 pixels in place of 12×12"):
+        FolderSource(tmp_path, None)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sfd.data.cache import BUDGET, nbytes
-from sfd.data.images import ImageSource, Indices, decode, stable_hash
+from sfd.data.images import ImageSource, Indices, decode, shorter_side, stable_hash
 from sfd.utils.errors import SFDError
 from sfd.utils.files import as_user_error, write_text
 from sfd.utils.progress import bar
@@ -39,7 +39,7 @@ class FolderSource:
 
     Args:
         path: the folder or the archive.
-        image_size: images are scaled and centre-cropped to this.
+        image_size: images are scaled and centre-cropped to this; None: all must be squares of one size, as samples are.
         strict: refuse broken files in place of skipping them.
         budget: bytes of decoded images that may be kept.
         memory: a file that remembers a check that found every image whole. It is believed while all files have the
@@ -58,19 +58,20 @@ class FolderSource:
     def __init__(
         self,
         path: Path | str,
-        image_size: int,
+        image_size: int | None,
         *,
         strict: bool = False,
         budget: int = BUDGET,
         memory: Path | None = None,
     ) -> None:
-        if image_size < 1:
+        if image_size is not None and image_size < 1:
             raise SFDError(f"image_size is {image_size}, but an image has at least 1 pixel; give a larger one")
         self.path = Path(path)
-        self.image_size = image_size
         self._files = _open_files(self.path)
         self._pixels: np.ndarray | None = None
         names, folders, self.skipped = _layout(self.path, sorted(self._files.sizes), self._files.folders)
+        self._exact = image_size is None
+        self.image_size = image_size = self._own_size(names) if image_size is None else image_size
         keep = nbytes(len(names), image_size) <= budget
         seen = {"image_size": image_size, "files": self._files.fingerprint()}
         found = _recalled(memory, seen, len(names)) if memory and not keep else None
@@ -79,7 +80,7 @@ class FolderSource:
             if memory and not keep and not any(isinstance(result, str) for result in found):
                 write_text(memory, json.dumps({"seen": seen, "checksums": found}) + "\n", shared=True)
         crcs = self._sort(names, found)
-        self._report(strict)
+        self._report(strict or self._exact)
         self._label(folders)
         self.identity = stable_hash(
             "images",
@@ -96,6 +97,14 @@ class FolderSource:
         self.names = [names[row] for row in whole]
         return list(whole.values())
 
+    def _own_size(self, names: list[str]) -> int:
+        for name in names:
+            try:
+                return shorter_side(self._read(name))
+            except SFDError:
+                continue
+        return 1  # there is no image; said below
+
     def _check(self, names: list[str], keep: bool) -> list[int | str]:
         """Decode all files, and keep their pixels if asked to; give each one's CRC-32, or the reason to skip it."""
         pixels = np.empty((len(names) if keep else 0, self.image_size, self.image_size, 3), np.uint8)
@@ -106,7 +115,7 @@ class FolderSource:
             for row in rows:
                 try:
                     data = self._read(names[row])
-                    image = decode(data, self.image_size)
+                    image = decode(data, self.image_size, exact=self._exact)
                 except SFDError as error:
                     found.append(str(error))
                     continue

@@ -105,8 +105,8 @@ def _trim(image: Image.Image, longest: int) -> Image.Image:
     return image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
 
 
-def decode(data: bytes, size: int) -> np.ndarray:
-    """Decode an image file's bytes and crop its centre. Returns uint8 (size, size, 3).
+def decode(data: bytes, size: int, *, exact: bool = False) -> np.ndarray:
+    """Decode an image file's bytes and crop its centre; `exact`: refuse another size. Returns uint8 (size, size, 3).
 
     The EXIF orientation is honoured; alpha is laid over white; 16-bit grey, palettes and CMYK become 8-bit RGB; of an
     animation the first frame is taken.
@@ -118,7 +118,10 @@ def decode(data: bytes, size: int) -> np.ndarray:
         raise SFDError("the file is empty")
     try:
         with _open(data, size) as image:
-            return centre_crop(_to_rgb(image), size)
+            upright = _to_rgb(image)
+            if exact and upright.size != (size, size):
+                raise SFDError(f"{upright.width}×{upright.height} pixels in place of {size}×{size}")
+            return centre_crop(upright, size)
     except SFDError:
         raise
     except UnidentifiedImageError:
@@ -126,6 +129,15 @@ def decode(data: bytes, size: int) -> np.ndarray:
     except Image.DecompressionBombError:
         raise SFDError(f"more than {MAX_PIXELS:,} pixels; scale it down") from None
     except Exception as error:  # Decoders meet damaged files with errors of nearly every type.
+        raise SFDError(f"damaged or not readable ({error or type(error).__name__})") from None
+
+
+def shorter_side(data: bytes) -> int:
+    """Read the shorter side of an image file, in pixels."""
+    try:
+        with _open(data, MAX_PIXELS) as image:
+            return min(image.size)
+    except Exception as error:  # as above
         raise SFDError(f"damaged or not readable ({error or type(error).__name__})") from None
 
 
