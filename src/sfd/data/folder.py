@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sfd.data.cache import BUDGET, nbytes
-from sfd.data.images import ImageSource, Indices, decode, shorter_side, stable_hash
+from sfd.data.images import ImageSource, Indices, decode, read_image, stable_hash
 from sfd.utils.errors import SFDError
 from sfd.utils.files import as_user_error, write_text
 from sfd.utils.progress import bar
@@ -100,7 +100,7 @@ class FolderSource:
     def _own_size(self, names: list[str]) -> int:
         for name in names:
             try:
-                return shorter_side(self._read(name))
+                return min(read_image(self._read(name)).shape[:2])
             except SFDError:
                 continue
         return 1  # there is no image; said below

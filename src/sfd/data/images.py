@@ -1,4 +1,4 @@
-"""What every data set looks like, and how a file becomes the square 8-bit image that the rest of the project sees."""
+"""What every data set looks like, and the one reader of image files: for training, references and samples alike."""
 
 from __future__ import annotations
 
@@ -6,19 +6,32 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from sfd.utils.errors import SFDError
+from sfd.utils.files import failed_download
 
 Indices = Sequence[int] | np.ndarray
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# Formats that Pillow recognises but leaves to another program or library.
+_NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# Image formats that Pillow does not know, and what reads them.
+_CONVERTERS = {"HEIC": "heif-convert (of libheif)", "JPEG XL": "djxl (of libjxl)", "SVG": "rsvg-convert (of librsvg)"}
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+NO_IMAGE = "no image in a known format"
+_PNG = b"\x89PNG\r\n\x1a\n"
+# EXIF orientation: how the stored image is turned upright.
+_UPRIGHT = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
 
 # More pixels than this are not decoded: at 3 bytes each they take half a gigabyte a thread.
 MAX_PIXELS = 178_956_970
@@ -106,66 +119,121 @@ def _trim(image: Image.Image, longest: int) -> Image.Image:
 
 
 def decode(data: bytes, size: int, *, exact: bool = False) -> np.ndarray:
-    """Decode an image file's bytes and crop its centre; `exact`: refuse another size. Returns uint8 (size, size, 3).
+    """Read an image file's bytes, scaled and centre-cropped to uint8 (size, size, 3): `read_image`, then `centre_crop`.
 
-    The EXIF orientation is honoured; alpha is laid over white; 16-bit grey, palettes and CMYK become 8-bit RGB; of an
-    animation the first frame is taken.
-
-    Raises:
-        SFDError: these bytes are no whole image, or one that is refused; the message is the reason, without the name.
+    But a JPEG of more than REDUCED_PIXELS is decoded at a fraction of its size. `exact`: refuse images of another size.
     """
+    if exact:
+        image = read_image(data)
+        if image.shape[:2] != (size, size):
+            raise SFDError(f"{image.shape[1]}×{image.shape[0]} pixels in place of {size}×{size}")
+        return image
+    return centre_crop(_read(data, 4 * size), size)  # four times the size leaves the filtering to the box
+
+
+def read_image(data: bytes) -> np.ndarray:
+    """Read an image file's bytes in full size, uint8 (H, W, 3).
+
+    The EXIF orientation is applied; alpha is laid over white; 16-bit grey, palettes and CMYK become 8-bit RGB; of an
+    animation the first frame is taken. Damaged metadata does not cost the image. The message of an SFDError is the
+    reason alone, to be put after the file's name.
+    """
+    return np.array(_read(data))
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The names of the formats that Pillow decodes, the usual ones first."""
+    Image.init()
+    usual = ("PNG", "JPEG", "WEBP")
+    return usual + tuple(name for name in Image.OPEN if name not in usual + _NOT_DECODED)
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of files that are meant to be images, whether they can be read or not."""
+    known = formats()
+    readable = {suffix for suffix, name in Image.registered_extensions().items() if name in known}
+    return frozenset(readable | {".heic", ".heif", ".hif", ".jxl", ".svg"})
+
+
+def _read(data: bytes, reduced: int | None = None) -> Image.Image:
+    """Read as RGB; `reduced`: the rows and columns that are enough of a large JPEG."""
     if not data:
         raise SFDError("the file is empty")
     try:
-        with _open(data, size) as image:
-            upright = _to_rgb(image)
-            if exact and upright.size != (size, size):
-                raise SFDError(f"{upright.width}×{upright.height} pixels in place of {size}×{size}")
-            return centre_crop(upright, size)
+        try:
+            return _to_rgb(_open(data, reduced))
+        except (ValueError, UnidentifiedImageError):
+            if not data.startswith(_PNG):
+                raise
+            return _to_rgb(_open(_without_metadata(data), reduced))
     except SFDError:
         raise
     except UnidentifiedImageError:
-        raise SFDError(f"no image in a known format ({', '.join(FORMATS)})") from None
+        raise SFDError(_why_unidentified(data)) from None
     except Image.DecompressionBombError:
         raise SFDError(f"more than {MAX_PIXELS:,} pixels; scale it down") from None
     except Exception as error:  # Decoders meet damaged files with errors of nearly every type.
         raise SFDError(f"damaged or not readable ({error or type(error).__name__})") from None
 
 
-def shorter_side(data: bytes) -> int:
-    """Read the shorter side of an image file, in pixels."""
-    try:
-        with _open(data, MAX_PIXELS) as image:
-            return min(image.size)
-    except Exception as error:  # as above
-        raise SFDError(f"damaged or not readable ({error or type(error).__name__})") from None
+def _why_unidentified(data: bytes) -> str:
+    kind = None
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+        kind = "HEIC"
+    elif data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        kind = "JPEG XL"
+    elif b"<svg" in data[:1024]:
+        kind = "SVG"
+    if kind is not None:
+        return f"{kind}, which Pillow does not read; convert it to PNG, for example with {_CONVERTERS[kind]}"
+    return failed_download(data) or NO_IMAGE
 
 
-def _open(data: bytes, size: int) -> Image.Image:
+def _open(data: bytes, reduced: int | None) -> Image.Image:
     """Open without decoding; large JPEGs are set to be decoded at a fraction of their size."""
     file = io.BytesIO(data)
     if not data.startswith(b"\xff\xd8\xff"):
-        return Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=formats())
     # Opened by its own class, since Image.open judges a JPEG's size before it can be asked for a fraction of it.
     image = JpegImageFile(file)
-    if image.width * image.height > REDUCED_PIXELS:
-        image.draft(None, (4 * size, 4 * size))  # four times the size leaves the filtering to the box
+    if reduced is not None and image.width * image.height > REDUCED_PIXELS:
+        image.draft(None, (reduced, reduced))
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     return image
 
 
+def _without_metadata(data: bytes) -> bytes:
+    """Keep the chunks of a PNG that its pixels need: Pillow gives up an image for damage in the others."""
+    kept, start = [_PNG], len(_PNG)
+    while start < len(data):
+        stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if data[start + 4 : start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[start:stop])
+        start = stop
+    return b"".join(kept)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Decode as 8-bit RGB, upright, over white."""
-    if image.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # Pillow meets damaged EXIF data with errors of several types
+        orientation = None
+    rgb = _flattened(image)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _flattened(image: Image.Image) -> Image.Image:
     image.load()
-    # Older versions of Pillow give 16-bit grey PNGs as mode I.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    # Pillow gives 16-bit grey as mode I where the format does not say more (PGM; PNG in older versions).
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise SFDError("its pixels are 32-bit numbers of unknown range; store it with 8 or 16 bits a channel")
+        raise SFDError("its pixels are 32-bit numbers of unknown range; store it with 8 or 16 bits per channel")
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
