@@ -6,53 +6,48 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import SHIPPED, Case, Row, find_cases
+from cases import Case, Row, find_cases
 
-SHARED = Path(__file__).parents[3] / "shared" / "golden"
+SHARED, SHIPPED = Path(__file__).parents[3] / "shared" / "golden", Path(__file__).parents[1] / "golden"
 ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--folder", type=Path, help=f"of reference cases  [default: {default_folder()}]")
+    parser.addoption("--folder", type=Path, help="of reference cases  [default: tests/golden]")
     parser.addoption("--device", default="cpu", help="where networks compute, such as cuda or mps  [default: cpu]")
-
-
-def default_folder() -> Path:
-    return SHARED if SHARED.is_dir() else SHIPPED
 
 
 def pytest_configure(config):
     config.stash[ROWS] = []
 
 
+def given_folder(config) -> Path:
+    # A run of all tests reads this file too late for its options.
+    return config.getoption("folder", None) or (SHARED if SHARED.is_dir() else SHIPPED)
+
+
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        # A run of all tests reads this file too late for its options.
-        kinds, _, _ = find_cases(metafunc.config.getoption("folder", None) or default_folder())
-        kind = metafunc.function.__name__.removeprefix("test_")
-        metafunc.parametrize("case", [name for name in kinds if kinds[name] == kind], indirect=True)
+        own = metafunc.function.__name__.removeprefix("test_")
+        kinds = find_cases(given_folder(metafunc.config))
+        metafunc.parametrize("case", [name for name, kind in kinds.items() if kind == own], indirect=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def folder(pytestconfig) -> Path:
-    return pytestconfig.getoption("folder", None) or default_folder()
+    return given_folder(pytestconfig)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def rows(pytestconfig) -> list[Row]:
     return pytestconfig.stash[ROWS]
 
 
 @pytest.fixture
 def case(request, folder, rows):
-    # GPUs may round the factors of products to TensorFloat-32.
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    yield Case(folder, request.param, torch.device(request.config.getoption("device", None) or "cpu"), rows)
-    for switch, value in zip(switches, before, strict=True):
-        switch.allow_tf32 = value
+    device = torch.device(request.config.getoption("device", None) or "cpu")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield Case(folder, request.param, device, rows)
 
 
 def pytest_terminal_summary(terminalreporter, config):
