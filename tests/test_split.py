@@ -61,9 +61,9 @@ def test_without_holdout_all_is_training() -> None:
     assert held_out.load([]).shape == (0, 32, 32, 3)
 
 
-def test_a_class_with_one_image_is_explained() -> None:
-    source = of_labels([0, 0, *[k for k in range(2, 10) for _ in range(2)], 1])
-    with pytest.raises(SFDError, match=r"class 'ring' has 1 image, .* takes 2"):
+def test_all_classes_with_one_image_are_named_at_once() -> None:
+    source = of_labels([0, 0, *[k for k in range(3, 10) for _ in range(2)], 1, 2])
+    with pytest.raises(SFDError, match=r"needs at least 2 images.*'ring', 'square'"):
         split(source, 0.5, 0)
     assert len(split(source, 0, 0)[0]) == len(source)
 

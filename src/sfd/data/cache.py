@@ -1,6 +1,12 @@
-"""Keep a data set's decoded images in memory where they fit."""
+"""Keep a data set's decoded images in memory where they fit, and read images with all cores."""
 
 from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,32 +16,41 @@ from sfd.utils.progress import bar
 # Bytes of decoded images that are kept in memory.
 BUDGET = 2 * 2**30
 
-_CHUNK = 512
+_CHUNK = 256
+
+Result = TypeVar("Result")
 
 
 class CachedSource:
-    """A source whose images are decoded once, on construction, into one uint8 array (length, S, S, 3)."""
+    """A source whose images are decoded once, when the first one is loaded, into one uint8 array (length, S, S, 3)."""
 
     def __init__(self, source: ImageSource) -> None:
-        size = source.image_size
-        self.classes = source.classes
-        self.labels = source.labels
-        self.image_size = size
-        self.identity = source.identity
+        self.classes, self.labels = source.classes, source.labels
+        self.image_size, self.identity = source.image_size, source.identity
         self.resident = True
-        self._pixels = np.empty((len(source), size, size, 3), np.uint8)
-        with bar("Loading images", len(source)) as progress:
-            for start in range(0, len(source), _CHUNK):
-                stop = min(start + _CHUNK, len(source))
-                self._pixels[start:stop] = source.load(range(start, stop))
-                progress.advance(stop - start)
+        self._source: ImageSource | None = source
+        self._length = len(source)
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._pixels)
+        return self._length
 
     def load(self, indices: Indices) -> np.ndarray:
         """Return copies of the images at `indices` as uint8 (B, S, S, 3)."""
+        with self._lock:
+            if self._source is not None:
+                self._pixels = self._decode(self._source)
+                self._source = None
         return self._pixels[np.asarray(indices, dtype=np.int64)]
+
+    def _decode(self, source: ImageSource) -> np.ndarray:
+        pixels = np.empty((len(source), source.image_size, source.image_size, 3), np.uint8)
+
+        def fill(rows: range) -> None:
+            pixels[rows.start : rows.stop] = source.load(rows)
+
+        map_ranges("Loading images", len(source), fill)
+        return pixels
 
 
 def nbytes(count: int, image_size: int) -> int:
@@ -44,7 +59,22 @@ def nbytes(count: int, image_size: int) -> int:
 
 
 def cached(source: ImageSource, budget: int = BUDGET) -> ImageSource:
-    """Decode a source into memory if that takes at most `budget` bytes; else, or if it is there, return it as is."""
+    """Keep a source's images in memory if that takes at most `budget` bytes; else, or if they are, return it as is."""
     if source.resident or nbytes(len(source), source.image_size) > budget:
         return source
     return CachedSource(source)
+
+
+def map_ranges(title: str, count: int, function: Callable[[range], Result]) -> list[Result]:
+    """Call a function with successive ranges that cover [0, count), several at a time, with a progress bar."""
+    ranges = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    results = []
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    try:
+        with bar(title, count) as progress:
+            for part, result in zip(ranges, pool.map(function, ranges), strict=True):
+                results.append(result)
+                progress.advance(len(part))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt need not wait for the rest
+    return results

@@ -1,4 +1,4 @@
-"""Divide a data set into images to train on and images to judge by."""
+"""Divide a data set into images for training and images that are held out for evaluation."""
 
 from __future__ import annotations
 
@@ -45,22 +45,19 @@ def split(source: ImageSource, holdout: float, seed: int) -> tuple[ImageSource, 
         source: at least two images of each class, so that either side has one of each.
         holdout: share held out, in [0, 1); at 0 nothing is, and training gets the source itself.
         seed: which images are held out.
-
-    Raises:
-        SFDError: a share outside of [0, 1), or a class with a single image.
     """
     if not 0 <= holdout < 1:
         raise SFDError(f"holdout is {holdout}, but it is a share from 0 up to, not including, 1; give one such as 0.5")
     if holdout == 0:
         return source, Subset(source, np.empty(0, np.int64))
+    counts = np.bincount(source.labels, minlength=max(1, len(source.classes)))
+    few = [repr(source.classes[label]) for label in np.flatnonzero(counts < 2)] if source.classes else []
+    if counts.min() < 2:
+        mend = f"classes with fewer: {', '.join(few)}; add images or remove these classes" if few else "add images"
+        raise SFDError(f"each class needs at least 2 images, one for training and one that is held out; {mend}")
     training, held_out = [], []
-    for label in range(max(1, len(source.classes))):
+    for label in range(len(counts)):
         members = np.flatnonzero(source.labels == label)
-        if len(members) < 2:
-            where = f"class {source.classes[label]!r}" if source.classes else "the data set"
-            raise SFDError(
-                f"{where} has {len(members)} image, but to hold some out takes 2; add some, or remove that class"
-            )
         order = rng.generator(seed, "split", label).permutation(members)
         count = min(max(round(holdout * len(members)), 1), len(members) - 1)
         held_out.append(order[:count])

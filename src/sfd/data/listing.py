@@ -1,0 +1,312 @@
+"""Which files of a folder or a zip archive are images, and of what class: the one place that decides it.
+
+    cat/a.png, dog/b.png          a sub-folder is a class, with all below it
+    a.png, b.png                  no classes
+    images/…                      a single folder with images is opened, as often as there is one
+    00000/img0.png, dataset.json  EDM's layout: {"labels": [["00000/img0.png", 3], …]}, or null for no classes
+
+What systems leave behind is ignored. Captions, metadata and other files that are no images are side files.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import stat
+import unicodedata
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from sfd.data.images import stable_hash, suffixes
+from sfd.utils.errors import SFDError
+
+# Files and folders of systems, in lower case; so is everything whose name begins with a dot.
+_SYSTEM = frozenset((
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "@tmp", "@recycle", "#recycle",
+    "#snapshot", "lost+found", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000",
+    "network trash folder", "temporary items", "__pycache__",
+))  # fmt: skip
+# Suffixes of files that are not opened to see whether they are images.
+_SIDE = frozenset((
+    ".txt", ".json", ".jsonl", ".caption", ".captions", ".tags", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml",
+    ".md", ".rst", ".html", ".htm", ".log", ".ini", ".py", ".sh", ".ipynb", ".pdf", ".xmp", ".aae", ".npy", ".npz",
+    ".pt", ".pth", ".pkl", ".safetensors", ".ckpt", ".parquet", ".arrow", ".h5", ".hdf5", ".mat", ".db", ".lock",
+    ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".mp3",
+))  # fmt: skip
+_SPLIT = re.compile(
+    r"(train|training|val|valid|validation|dev|test|testing|eval|holdout)([-_ .]?(set|data|images|split|\d+|[ab]))?"
+)
+_LABELS = "dataset.json"
+UNREADABLE = "cannot be read"
+_LINKS = {errno.ENOENT: "a link to nothing", errno.ELOOP: "a link in a circle"}
+# Larger files are not read: several at once could fill the memory.
+_MAX_BYTES = 2**28
+
+
+class ImageFiles:
+    """The image files below a path, sorted by name; they are not opened.
+
+    Attributes:
+        path: as given, with `~` for the home folder.
+        root: the folder below it that holds the classes, "" or "folder/".
+        names: of the files that may be images, relative to the root, with forward slashes.
+        classes: class names, sorted, in Unicode's composed form (NFC); () where there are none.
+        labels: index into `classes` per name; all 0 where there are none.
+        side: files that are no images, relative to the path.
+        empty: folders that should be classes, but hold no image.
+        skipped: (name, reason) of what cannot be read: dead or circular links, folders without permission.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))  # noqa: PTH111
+        self._tree = _open_tree(self.path)
+        self.skipped = [(name, reason) for name, reason in self._tree.skipped if _suffix(name) not in _SIDE]
+        self.root, self.empty = "", []
+        candidates = sorted((name for name in self._tree.sizes if _suffix(name) not in _SIDE), key=nfc)
+        images = [name for name in candidates if meant_as_image(name)] or candidates
+        while True:
+            listed = self._listed_labels()
+            names = [name[len(self.root) :] for name in images if name.startswith(self.root)]
+            folders = {name.partition("/")[0] for name in names if "/" in name}
+            if listed is not None:
+                break
+            self.empty += sorted(self._folders() - folders)
+            if len(folders) != 1 or not all("/" in name for name in names):
+                break
+            self.root += folders.pop() + "/"
+        if listed is None:
+            self._check_layout(names, folders)
+        below = [name[len(self.root) :] for name in candidates if name.startswith(self.root)]
+        class_of = _classes_of_folders(below, folders) if listed is None else self._classes_listed(below, listed)
+        self.names = list(class_of)
+        order = sorted(set(class_of.values()), key=lambda value: (isinstance(value, str), value))
+        self.classes = tuple(map(str, order)) if len(order) > 1 else ()
+        number = {value: label for label, value in enumerate(order)}
+        self.labels = [number[value] for value in class_of.values()]
+        used = {self.root + name for name in [*self.names, *([] if listed is None else [_LABELS])]}
+        self.side = sorted(set(self._tree.sizes) - used)
+        _check_names(self.path, self.classes)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._tree.sizes[self.root + name]
+
+    def read(self, name: str) -> bytes:
+        """Read a file; the message of an SFDError is the reason alone."""
+        if self.size(name) > _MAX_BYTES:
+            raise SFDError(f"the file is larger than {_MAX_BYTES:,} bytes")
+        try:
+            return self._tree.read(self.root + name)
+        except Exception as error:  # Decompressors meet damaged archives with errors of nearly every type.
+            raise SFDError(f"{UNREADABLE} ({error})") from None
+
+    def fingerprint(self) -> str:
+        """Hash what changes when an image is added, removed or changed; not the path."""
+        return self._tree.fingerprint([self.root + name for name in self.names])
+
+    def _folders(self) -> set[str]:
+        """The folders at the root."""
+        below = (name[len(self.root) :] for name in self._tree.folders if name.startswith(self.root))
+        return {name.partition("/")[0] for name in below}
+
+    def _check_layout(self, names: Sequence[str], folders: Iterable[str]) -> None:
+        """Refuse images beside class folders, and splits in place of classes."""
+        where = self.path / self.root
+        loose = [name for name in names if "/" not in name]
+        if loose and folders:
+            raise SFDError(
+                f"{where} holds images beside its {len(folders)} sub-folders ({shown(loose[0])!r}, …); "
+                "put every image into a class folder, or all of them side by side"
+            )
+        splits = sorted(filter(_is_split, folders), key=lambda name: (not name.lower().startswith("train"), name))
+        if len(splits) > 1:
+            mend = f"give data.source={where / splits[0]}"
+            if isinstance(self._tree, _Archive):
+                mend = f"unpack it and give its folder {self.root}{splits[0]}"
+            raise SFDError(f"{where} holds the splits {', '.join(splits)}, which are no classes; {mend}")
+        inside: dict[str, set[str]] = defaultdict(set)
+        for name in names:
+            folder, _, rest = name.partition("/")
+            if "/" in rest:
+                inside[folder].add(rest.partition("/")[0])
+        if any(len(list(filter(_is_split, parts))) > 1 for parts in inside.values()):
+            logging.getLogger(__name__).warning("%s: splits inside of the class folders are used together", where)
+
+    def _listed_labels(self) -> dict[str, Any] | None:
+        """Read EDM's `dataset.json` at the root: label by name, {} for no classes; None where there is none."""
+        name = self.root + _LABELS
+        if name not in self._tree.sizes:
+            return None
+        try:
+            content = json.loads(self._tree.read(name))
+        except (OSError, ValueError) as error:
+            raise SFDError(f"{self.path / name} is damaged ({error}); make it again or remove it") from None
+        if not isinstance(content, dict) or "labels" not in content:
+            return None  # some other file of this name
+        pairs = content["labels"] or []
+        if not isinstance(pairs, list) or not all(map(_is_labelled, pairs)):
+            raise SFDError(f'{self.path / name}: "labels" must be null or pairs of file name and class number')
+        return {file.replace("\\", "/"): label for file, label in pairs}
+
+    def _classes_listed(self, names: Sequence[str], labels: dict[str, Any]) -> dict[str, Any]:
+        if not labels:
+            return dict.fromkeys(names, 0)
+        labels = {nfc(name): label for name, label in labels.items()}
+        found = {name: labels.pop(nfc(name)) for name in names if nfc(name) in labels}
+        self.skipped += [
+            (self.root + n, f"has no label in {_LABELS}") for n in names if n not in found and meant_as_image(n)
+        ]
+        self.skipped += [(self.root + n, f"is named in {_LABELS}, but missing") for n in labels]
+        return found
+
+
+def meant_as_image(name: str) -> bool:
+    """Whether a file's suffix is that of an image format."""
+    return _suffix(name) in suffixes()
+
+
+def nfc(name: str) -> str:
+    """Unicode's composed form of a name: equal for names that look equal."""
+    return unicodedata.normalize("NFC", name)
+
+
+def shown(name: str) -> str:
+    """A name as one line of valid text: control characters and bytes that are not UTF-8 are escaped."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name
+    )
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _is_system(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def _is_split(name: str) -> bool:
+    return _SPLIT.fullmatch(name.lower()) is not None
+
+
+def _is_labelled(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) in (int, str)
+
+
+def _classes_of_folders(names: Sequence[str], folders: Iterable[str]) -> dict[str, Any]:
+    """Class by name: the folder at the top; 0 where all images lie at the top. Other files are left out."""
+    if not folders:
+        return {name: 0 for name in names if "/" not in name}
+    return {name: nfc(name.partition("/")[0]) for name in names if "/" in name and name.partition("/")[0] in folders}
+
+
+def _check_names(path: Path, classes: Sequence[str]) -> None:
+    bad = [repr(shown(name)) for name in classes if shown(name) != name]
+    if bad:
+        raise SFDError(
+            f"{path}: the names of class folders must be UTF-8 without control characters, but {', '.join(bad[:5])} "
+            f"{'is' if len(bad) == 1 else 'are'} not; rename {'it' if len(bad) == 1 else 'them'}"
+        )
+
+
+class _Tree(Protocol):
+    """Files by name, relative, with forward slashes; without those of systems."""
+
+    sizes: dict[str, int]
+    folders: set[str]
+    skipped: list[tuple[str, str]]
+
+    def read(self, name: str) -> bytes: ...
+
+    def fingerprint(self, names: Sequence[str]) -> str: ...
+
+
+def _open_tree(path: Path) -> _Tree:
+    if path.is_dir():
+        return _Folder(path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        return _Archive(path)
+    if path.exists():
+        raise SFDError(f"{path} is neither a folder nor a zip archive; give one that holds images")
+    raise SFDError(f"there is no {path}; give a folder or a zip archive of images (in a recipe: data.source)")
+
+
+class _Folder:
+    """Files below a folder; links are followed, but not in circles."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sizes: dict[str, int] = {}
+        self.folders: set[str] = set()
+        self.skipped: list[tuple[str, str]] = []
+        self._changed: dict[str, int] = {}
+        try:
+            self._scan(str(path), "", (os.path.realpath(path),))
+        except OSError as error:
+            raise SFDError(f"{path} cannot be listed ({error.strerror}); give a readable one") from None
+
+    def _scan(self, folder: str, prefix: str, above: tuple[str, ...]) -> None:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_system(entry.name):
+                    continue
+                try:
+                    self._add(entry, prefix + entry.name, above)
+                except OSError as error:
+                    link = _LINKS.get(error.errno or 0) if entry.is_symlink() else None
+                    self.skipped.append((prefix + entry.name, link or f"{UNREADABLE} ({error.strerror})"))
+
+    def _add(self, entry: os.DirEntry[str], name: str, above: tuple[str, ...]) -> None:
+        if entry.is_dir():
+            real = os.path.realpath(entry.path)
+            if real in above:
+                self.skipped.append((name, "a link in a circle"))
+                return
+            self.folders.add(name)
+            self._scan(entry.path, f"{name}/", (*above, real))
+            return
+        status = entry.stat()
+        if stat.S_ISREG(status.st_mode):
+            self.sizes[name], self._changed[name] = status.st_size, status.st_mtime_ns
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        return stable_hash("folder", files=[(name, self.sizes[name], self._changed[name]) for name in names])
+
+
+class _Archive:
+    """Members of a zip archive. One handle serves all threads: the zipfile module locks every read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._handle = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise SFDError(f"{path} is a damaged zip archive ({error}); pack it again") from None
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        self.folders: set[str] = set()
+        self.skipped: list[tuple[str, str]] = []
+        for member in self._handle.infolist():
+            # Some Windows programs write backslashes.
+            parts = [part for part in member.filename.replace("\\", "/").split("/") if part]
+            if any(map(_is_system, parts)) or not parts:
+                continue
+            if not member.is_dir():
+                self._members["/".join(parts)] = member
+                parts.pop()
+            self.folders |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
+        self.sizes = {name: member.file_size for name, member in self._members.items()}
+
+    def read(self, name: str) -> bytes:
+        return self._handle.read(self._members[name])
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        return stable_hash("archive", files=[(name, self.sizes[name], self._members[name].CRC) for name in names])
