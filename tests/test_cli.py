@@ -299,11 +299,6 @@ def test_a_time_that_is_over_between_stages_is_heard(recipe, tmp_path):
     assert result.exit_code == 75 and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
-def test_a_launcher_s_second_process_is_refused(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(sfd("strip", tmp_path, "--out", tmp_path / "o"), "one process")
-
-
 def test_an_exported_model_is_half_the_size(finished, tmp_path):
     assert sfd("export", finished.folder.root, tmp_path / "half").exit_code == 0
     sizes = [(path / "model.safetensors").stat().st_size for path in (tmp_path / "half", finished.folder.model)]
@@ -315,11 +310,11 @@ def test_a_strip_is_drawn(finished, tmp_path):
     assert Image.open(tmp_path / "strip.png").width > 500
 
 
-def test_a_checkpoint_of_another_configuration(finished, recipe, tmp_path):
+def test_files_without_a_record_of_what_they_were_made_from_are_refused(finished, recipe, tmp_path):
     out = tmp_path / "o"
     shutil.copytree(finished.folder.root, out)
     (out / "training" / "stage.json").unlink()
-    refused(sfd("train", recipe, "transformer.width=64", "--out", out, "--device", "cpu"), "another configuration")
+    refused(sfd("train", recipe, "--out", out, "--device", "cpu"), "training holds files, but no stage.json")
 
 
 def test_a_dry_run_computes_nothing(recipe, tmp_path):

@@ -95,7 +95,7 @@ def test_the_last_share_finishes_the_stage_and_counts_all_time(encoders, recipe,
     pipeline = Pipeline(load_recipe(recipe, SLOW), encoders(), CPU)
     pipeline.prepare(Share(2, 2))
     assert not pipeline.latents_stage.finished()
-    spent = files.read_json(pipeline.folder.latents / "spent.json", "stage")["seconds"]
+    spent = files.read_json(pipeline.folder.latents / "stage.json", "stage")["seconds"]
     pipeline.prepare(Share(1, 2))
     assert pipeline.latents_stage.finished() and contents(pipeline.folder.latents) == alone
     assert files.read_json(pipeline.folder.latents / "stage.json", "stage")["seconds"] > spent > 0
@@ -104,7 +104,7 @@ def test_the_last_share_finishes_the_stage_and_counts_all_time(encoders, recipe,
 def test_shares_of_two_recipes_are_not_mixed(encoders, recipe):
     out = encoders()
     Pipeline(load_recipe(recipe), out, CPU).prepare(Share(1, 2))
-    with pytest.raises(SFDError, match="latents made with dtype float32, but this run has float16"):
+    with pytest.raises(SFDError, match=r"latents\.dtype was 'float32' before and is 'float16' now"):
         Pipeline(load_recipe(recipe, ["latents.dtype=float16"]), out, CPU).prepare(Share(2, 2))
 
 
@@ -186,7 +186,7 @@ def test_other_shards_in_the_same_place_are_refused(finished, published, recipe,
     tensors = files.read_tensors(path)
     files.write_tensors(path, {**tensors, "latents": tensors["latents"] + 1})
     result = sfd("train", recipe, *arguments)
-    assert result.exit_code == 2 and "was made with published = " in result.output
+    assert result.exit_code == 2 and "published was " in result.output
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def _stage(
     whole: bool = False,
 ) -> None:
     """Do a stage's work, or a `whole` run's, alone in its folder; or `shared`, if the work sees to that."""
+    from sfd.run import assessment, stages
     from sfd.run.pipeline import Pipeline
     from sfd.run.recipe import load_recipe
     from sfd.run.validate import check, check_machine
@@ -90,9 +91,7 @@ def _stage(
             held.enter_context(files.exclusive(out))
         distributed.broadcast(None)  # the folder is this run's
         pipeline = Pipeline(resolved, out, chosen)
-        # At once in a new folder; else only when the work was accepted, so that a refused command changes nothing.
-        if distributed.is_main_process() and not pipeline.folder.recipe.exists():
-            pipeline.save_recipe()
+        distributed.decide(lambda: stages.check([*pipeline.stages(), *assessment.stages(pipeline)]))
         work(pipeline)
         if distributed.is_main_process():
             pipeline.save_recipe()

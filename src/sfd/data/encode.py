@@ -24,7 +24,7 @@ from sfd.data.images import ImageSource, to_tensor
 from sfd.data.shards import FEATURES, FORMAT, MANIFEST, Manifest, ShardRecord, StreamRecord, shard_path
 from sfd.data.statistics import ChannelRecord, ChannelStatistics
 from sfd.utils import files
-from sfd.utils.config import Settings, parse
+from sfd.utils.config import Free, Settings, parse
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar
 from sfd.utils.shares import WHOLE, Share
@@ -36,11 +36,11 @@ class LatentSettings(Settings):
     """How images become latent shards."""
 
     shard_size: int = Field(4096, gt=0, description="images a shard")
-    batch_size: int = Field(256, gt=0, description="images encoded at a time")
-    workers: int = Field(2, gt=0, description="threads that read images ahead of the encoder")
+    batch_size: Free[int] = Field(256, gt=0, description="images encoded at a time")
+    workers: Free[int] = Field(2, gt=0, description="threads that read images ahead of the encoder")
     dtype: Literal["float32", "float16"] = "float32"
     features: bool = Field(True, description="keep the encoder's features, in half precision, for REPA")
-    published: str | None = Field(None, description="train on the published shards in this folder; make none")
+    published: Free[str | None] = Field(None, description="train on the published shards in this folder; make none")
 
 
 class Receipt(Settings):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from sfd.data.folder import FolderSource
 from sfd.data.images import ImageSource
 from sfd.data.shapes import ShapesSource
-from sfd.utils.config import Settings
+from sfd.utils.config import Free, Settings
 from sfd.utils.errors import SFDError
 
 
 class DataSettings(Settings):
     """Which images, at what size, and how many of them are held out."""
 
-    source: str | None = Field(
+    source: Free[str | None] = Field(
         None,
         min_length=1,
         description='a folder or zip of images, or "shapes" (a folder of that name: "./shapes"); '
@@ -26,10 +27,15 @@ class DataSettings(Settings):
     count: int = Field(20000, gt=0, description="number of images; shapes only")
     holdout: float = Field(0.5, ge=0, lt=1, description="share kept from training, for evaluation")
     seed: int = Field(0, ge=0, description="of the shapes drawn and of the images held out")
-    classes: int | None = Field(
+    classes: Free[int | None] = Field(
         None, gt=0, description="how many the images must have; null: as many as they have, which only the data tell"
     )
-    strict: bool = Field(False, description="stop at a broken file in place of skipping it")
+    strict: Free[bool] = Field(False, description="stop at a broken file in place of skipping it")
+
+    def fixed(self) -> dict[str, Any]:
+        """Leave out the count where it does not apply. The source is free: its identity is compared, not its name."""
+        fields = super().fixed()
+        return fields if self.source == "shapes" else {name: v for name, v in fields.items() if name != "count"}
 
 
 def open_source(settings: DataSettings, memory: Path | None = None) -> ImageSource:

@@ -23,8 +23,8 @@ from sfd.data.grid import image_grid
 from sfd.generation.device_memory import Sampler, fitting_batch_size
 from sfd.generation.generate import SamplingConfig, generate, with_compile
 from sfd.generation.model import TEXTURE_STREAM, Model
-from sfd.run.stages import first_difference
 from sfd.utils import files
+from sfd.utils.config import first_difference
 from sfd.utils.device import slow_bf16
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar, console

@@ -6,6 +6,7 @@ A recipe without an evaluator gets samples and a report that says how to measure
 from __future__ import annotations
 
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sfd.generation.model import Model
 from sfd.generation.trajectory import class_labels, phase_strip, sampling_text, schedule_curves
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, dump_recipe
-from sfd.run.stages import RunFolder, Stage
+from sfd.run.stages import RunFolder, Stage, pick
 from sfd.training.log import read_line
 from sfd.training.tasks.classifier import divide
 from sfd.utils import distributed, files
@@ -40,21 +41,41 @@ def assess(pipeline: Pipeline) -> None:
     for name, settings in variants.items():
         _sample(pipeline, name, settings)
     if pipeline.recipe.evaluation.classifier is not None:
-        _metrics_stage(pipeline, variants).carry_out(lambda: _measure(pipeline, list(variants)), pipeline.device)
+        pipeline.carry_out(_metrics_stage(pipeline, list(variants)), lambda: _measure(pipeline, list(variants)))
     if distributed.is_main_process():
         write_run_report(pipeline, list(variants))
 
 
-def _metrics_stage(pipeline: Pipeline, variants: dict[str, SamplingConfig]) -> Stage:
-    folder = pipeline.folder
-    made_from = {
-        "model": pipeline.model.identity,
-        "evaluator": pipeline.evaluator.identity,
-        "evaluation": pipeline.recipe.evaluation.model_dump(exclude={"classifier"}),
-        "variants": {name: s.model_dump(exclude={"batch_size"}) for name, s in variants.items()},
-    }
-    results = tuple(metrics_path(folder, row) for row in _rows(list(variants)))
-    return Stage("metrics", "sfd report", folder.metrics, made_from, results=results)
+def stages(pipeline: Pipeline) -> list[Stage]:
+    """List the stages that come after the model, without loading anything."""
+    sample = pipeline.recipe.sample
+    listed = [_samples_stage(pipeline, GUIDED, sample), _samples_stage(pipeline, UNGUIDED, without_guidance(sample))]
+    if pipeline.recipe.evaluation.classifier is not None:
+        listed.append(_metrics_stage(pipeline, []))
+    return listed
+
+
+def _metrics_stage(pipeline: Pipeline, names: list[str]) -> Stage:
+    def inputs() -> dict[str, Any]:
+        return _models(pipeline, weak=GUIDED in names) | {"evaluator": pipeline.evaluator.identity}
+
+    folder, fields = pipeline.folder, pick(pipeline.fixed, "seed", "data", "sample", "evaluation")
+    results = tuple(metrics_path(folder, row) for row in _rows(names))
+    return Stage("metrics", "sfd report", folder.metrics, fields, inputs, results=results)
+
+
+def _samples_stage(pipeline: Pipeline, name: str, settings: SamplingConfig, count: int = 0) -> Stage:
+    folder = pipeline.folder.samples / name
+    fields = pick(pipeline.fixed, "evaluation.samples_per_class", "evaluation.seed") | {"sample": settings.fixed()}
+    results = tuple(image_path(folder, number) for number in range(count))
+    inputs = partial(_models, pipeline, weak=name == GUIDED)
+    return Stage(f"{name} samples", "sfd report", folder, fields, inputs, results=results)
+
+
+def _models(pipeline: Pipeline, *, weak: bool) -> dict[str, Any]:
+    """Identify what makes the samples."""
+    weaker = pipeline.weak if weak else None
+    return {"model": pipeline.model.identity, "weak model": weaker.identity if weaker else None}
 
 
 def _variants(pipeline: Pipeline) -> dict[str, SamplingConfig]:
@@ -72,13 +93,6 @@ def _sample(pipeline: Pipeline, name: str, settings: SamplingConfig) -> None:
     seeds = list(range(evaluation.seed, evaluation.seed + len(labels)))
     folder = pipeline.folder.samples / name
     weak = pipeline.weak if name == GUIDED else None
-    made_from = {
-        "model": model.identity,
-        "weak": weak.identity if weak else None,
-        "sampling": settings.model_dump(exclude={"batch_size"}),
-        "samples_per_class": evaluation.samples_per_class,
-        "seed": evaluation.seed,
-    }
 
     def work() -> None:
         write_samples(folder, model, labels, seeds, settings, weak=weak, share=place())
@@ -87,9 +101,7 @@ def _sample(pipeline: Pipeline, name: str, settings: SamplingConfig) -> None:
         if distributed.is_main_process():
             write_grid(folder, _grid_numbers(per_class, _shown_classes(model)), min(GRID_COLUMNS, per_class))
 
-    results = tuple(image_path(folder, number) for number in range(len(seeds)))
-    stage = Stage(f"{name} samples", "sfd report", folder, made_from, results=results)
-    stage.carry_out(work, pipeline.device, together=True)
+    pipeline.carry_out(_samples_stage(pipeline, name, settings, len(seeds)), work, together=True)
 
 
 def _shown_classes(model: Model) -> list[int]:
@@ -146,7 +158,7 @@ def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
     metrics = read_run_metrics(folder, names) if judged else []
     costs = [
         StageCost(r["stage"], r["seconds"], r["peak_memory_bytes"], r["peak_device_memory_bytes"])
-        for r in folder.stages()
+        for r in folder.finished()
     ]
     content = ReportContent(
         title=recipe.name,

@@ -3,8 +3,8 @@
     images → texture encoder ┐
            → semantic encoder → compressor → latents → transformer → model
 
-Every stage writes into its own folder of the run and records what it was made from, so that the same command goes on
-where it stopped and another recipe in the same folder is refused.
+Every stage writes into its own folder of the run and records what it is made from before its first step, so that the
+same command resumes where it stopped and another recipe in the same folder is refused.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from sfd.models.pca import fit_pca
 from sfd.models.semvae import SemVAE
 from sfd.run import preparation, stages
 from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
-from sfd.run.stages import Stage
+from sfd.run.stages import Stage, pick
 from sfd.run.validate import architecture, check_machine, given_compressor
 from sfd.schedules import Schedule, build_schedule
-from sfd.training.config import TrainSettings, extent, lasting
+from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
 from sfd.training.tasks.classifier import ClassifierSettings, train_classifier
 from sfd.training.tasks.diffusion import DiffusionTask
@@ -61,6 +61,7 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe, root: Path, device: torch.device) -> None:
         self.recipe, self.folder, self.device = recipe, stages.RunFolder(root), device
+        self.fixed = recipe.fixed()
 
     def all(self) -> None:
         """Do every stage up to the model and its evaluator, if there is one."""
@@ -89,8 +90,26 @@ class Pipeline:
             files.read_json(weak / RECORD, "model directory (evaluation.weak)")
 
     def save_recipe(self) -> None:
-        """Keep the resolved recipe with the run."""
+        """Keep the resolved recipe with the run: always that of the last accepted command."""
         files.write_text(self.folder.recipe, dump_recipe(self.recipe), shared=True)
+
+    def stages(self) -> list[Stage]:
+        """List the recipe's stages up to the model and its evaluator, without loading anything."""
+        recipe, listed = self.recipe, []
+        if recipe.texture.train is not None:
+            listed.append(self._texture_stage())
+        if recipe.latents.published is None and recipe.semantic.train is not None:
+            listed.append(self._semantic_stage())
+        if recipe.latents.published is None and self._makes_compressor:
+            listed.append(self._compressor_stage())
+        listed += [self.latents_stage, self._transformer_stage()]
+        if recipe.evaluation.classifier is not None:
+            listed.append(self._evaluator_stage())
+        return listed
+
+    def carry_out(self, stage: Stage, work: Callable[[], object], *, together: bool = False) -> None:
+        """Do a stage's work, unless it is done; see `Stage.run`."""
+        stage.run(work, self.device, self.save_recipe, together=together)
 
     @cached_property
     def images(self) -> tuple[ImageSource, ImageSource]:
@@ -100,43 +119,41 @@ class Pipeline:
             SFDError: there are too few, or they do not fit the evaluator; said before anything is trained.
         """
         opened = open_source(self.recipe.data, self.folder.checked)
+        training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
+        if self.recipe.evaluation.classifier is not None:
+            check_data(held_out, self.recipe.evaluation.classifier)
         skipped = skipped_report(opened)
         if skipped:
             files.write_text(self.folder.skipped, skipped, shared=True)
         else:
             self.folder.skipped.unlink(missing_ok=True)
-        training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
-        if self.recipe.evaluation.classifier is not None:
-            check_data(held_out, self.recipe.evaluation.classifier)
         return training, held_out
 
     def train_texture(self) -> None:
         """Train the texture encoder."""
-        self._train_encoder(self.recipe.texture, self._texture_stage)
+        self._train_encoder(self.recipe.texture, self._texture_stage())
 
     def train_semantic(self) -> None:
         """Train the semantic encoder."""
-        self._train_encoder(self.recipe.semantic, self._semantic_stage)
+        self._train_encoder(self.recipe.semantic, self._semantic_stage())
 
     def _texture_stage(self) -> Stage:
-        return self._encoder_stage("texture encoder", "sfd train-texture", self.recipe.texture, self.folder.texture)
+        return self._encoder_stage("texture", self.recipe.texture, self.folder.texture)
 
     def _semantic_stage(self) -> Stage:
-        return self._encoder_stage("semantic encoder", "sfd train-semantic", self.recipe.semantic, self.folder.semantic)
+        return self._encoder_stage("semantic", self.recipe.semantic, self.folder.semantic)
 
-    def _encoder_stage(self, name: str, command: str, settings: EncoderSettings, folder: Path) -> Stage:
-        made_from = {
-            "seed": self.recipe.seed,
-            "data": self.data_record(),
-            "encoder": settings.model_dump(exclude={"train"}),
-            "train": lasting(settings.train),
-        }
-        return Stage(name, command, folder, made_from, extent(settings.train), _part_files(folder))
+    def _encoder_stage(self, kind: str, settings: EncoderSettings, folder: Path) -> Stage:
+        fields = pick(self.fixed, "seed", "data", kind)
+        steps = settings.train.steps if settings.train else None
+        return Stage(
+            f"{kind} encoder", f"sfd train-{kind}", folder, fields, self.data_identity, steps, _part_files(folder)
+        )
 
-    def _train_encoder(self, settings: EncoderSettings, make_stage: Callable[[], Stage]) -> None:
+    def _train_encoder(self, settings: EncoderSettings, stage: Stage) -> None:
         if settings.train is None:
             return
-        train, module, stage = settings.train, registry.find(ENCODERS, settings.name, "encoder"), make_stage()
+        train, module = settings.train, registry.find(ENCODERS, settings.name, "encoder")
 
         def work() -> None:
             with rng.seeded(self.recipe.seed, stage.name):
@@ -148,7 +165,7 @@ class Pipeline:
             if distributed.is_main_process():
                 trained.save(stage.folder)
 
-        stage.carry_out(work, self.device, together=True)
+        self.carry_out(stage, work, together=True)
 
     @cached_property
     def texture(self) -> TextureEncoder:
@@ -166,22 +183,25 @@ class Pipeline:
 
     def _compressor_stage(self) -> Stage:
         settings, folder = self.recipe.compressor, self.folder.compressor
-        made_from = {
-            "seed": self.recipe.seed,
-            "data": self.data_record(),
-            "encoder": self.semantic.identity,
-            "compressor": settings.model_dump(exclude={"train"}),
-            "train": lasting(settings.train),
-        }
+
+        def inputs() -> dict[str, Any]:
+            return self.data_identity() | {"semantic encoder": self.semantic.identity}
+
+        fields = pick(self.fixed, "seed", "data", "compressor")
         name = "SemVAE" if settings.name == "semvae" else "principal components"
-        return Stage(name, "sfd train-semvae", folder, made_from, extent(settings.train), _part_files(folder))
+        steps = settings.train.steps if settings.train else None
+        return Stage(name, "sfd train-semvae", folder, fields, inputs, steps, _part_files(folder))
+
+    @property
+    def _makes_compressor(self) -> bool:
+        return "semantic" in self.recipe.streams and self.recipe.compressor.folder is None
 
     def train_compressor(self) -> None:
         """Train the SemVAE, or fit PCA, on the semantic encoder's features."""
-        if "semantic" in self.recipe.streams and self.recipe.compressor.folder is None:
+        if self._makes_compressor:
             training = self.recipe.compressor.name == "semvae"
             work = self._train_semvae if training else self._fit_pca
-            self._compressor_stage().carry_out(work, self.device, together=training)
+            self.carry_out(self._compressor_stage(), work, together=training)
 
     def _train_semvae(self) -> None:
         settings, train = self.recipe.compressor, cast(TrainSettings, self.recipe.compressor.train)
@@ -225,7 +245,7 @@ class Pipeline:
             tokenizers["semantic"] = f"{self.semantic.identity}+{self.compressor.identity}"
         return tokenizers | {FEATURES: self.semantic.identity}
 
-    @cached_property
+    @property
     def latents_stage(self) -> Stage:
         """The stage that makes the latents, or checks published ones."""
         return preparation.latents_stage(self)
@@ -240,20 +260,18 @@ class Pipeline:
         return preparation.open_latents(self)
 
     def _transformer_stage(self) -> Stage:
-        self.latents_stage.require()
-        recipe = self.recipe
-        made_from = {
-            "seed": recipe.seed,
-            "latents": files.checksum(self.folder.latents / MANIFEST),
-            **recipe.model_dump(include={"streams", "schedule", "transformer", "loss"}),
-            "train": lasting(recipe.train),
-        }
+        def inputs() -> dict[str, Any]:
+            self.latents_stage.require()
+            return {"latents": files.checksum(self.folder.latents / MANIFEST)}
+
+        fields = pick(self.fixed, "seed", "streams", "schedule", "transformer", "loss", "train")
         results = (self.folder.model / RECORD,)
-        return Stage("transformer", "sfd train", self.folder.training, made_from, extent(recipe.train), results)
+        steps = self.recipe.train.steps
+        return Stage("transformer", "sfd train", self.folder.training, fields, inputs, steps, results)
 
     def train(self) -> None:
         """Train the transformer and write the model directory."""
-        self._transformer_stage().carry_out(self._train, self.device, together=True)
+        self.carry_out(self._transformer_stage(), self._train, together=True)
 
     def _train(self) -> None:
         recipe, latents = self.recipe, self.latents
@@ -330,14 +348,10 @@ class Pipeline:
 
     def _evaluator_stage(self) -> Stage:
         settings, folder = self.classifier_settings, self.folder.evaluator
-        made_from: dict[str, Any] = {
-            "data": self.data_record(),
-            "classifier": settings.model_dump(exclude={"training"}),
-        }
-        made_from["training"] = lasting(settings.training)
-        results = (folder / "extractor" / "extractor.json",)
+        fields = pick(self.fixed, "data", "evaluation.classifier")
+        steps, results = settings.training.steps, (folder / "extractor" / "extractor.json",)
         name, command = "evaluation classifier", "sfd train-evaluator"
-        return Stage(name, command, folder, made_from, extent(settings.training), results)
+        return Stage(name, command, folder, fields, self.data_identity, steps, results)
 
     def train_evaluator(self) -> None:
         """Train the classifier that judges the samples, on images that nothing else in the run sees."""
@@ -348,7 +362,7 @@ class Pipeline:
             if distributed.is_main_process():
                 ClassifierExtractor(network).save(stage.folder / "extractor")
 
-        stage.carry_out(work, self.device, together=True)
+        self.carry_out(stage, work, together=True)
 
     @cached_property
     def evaluator(self) -> Extractor:
@@ -356,9 +370,9 @@ class Pipeline:
         self._evaluator_stage().require()
         return load_extractor(self.folder.evaluator / "extractor", self.device)
 
-    def data_record(self) -> dict[str, Any]:
-        """What a stage's images are, for its record."""
-        return {**self.recipe.data.model_dump(exclude={"strict", "classes"}), "identity": self.images[0].identity}
+    def data_identity(self) -> dict[str, Any]:
+        """What a stage's images are, wherever they are stored."""
+        return {"identity of the images in data.source": self.images[0].identity}
 
 
 def transformer_config(recipe: Recipe, latents: LatentSet) -> DiTConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from sfd.data.encode import Preparation
 from sfd.data.grid import image_grid
 from sfd.data.images import to_uint8
 from sfd.data.published import describe_published, identity, statistics_files
-from sfd.data.shards import FEATURES, MANIFEST, LatentSet, read_manifest, shard_path
+from sfd.data.shards import FEATURES, MANIFEST, LatentSet, read_manifest
 from sfd.generation.model import TEXTURE_STREAM
 from sfd.run.recipe import Recipe, load_recipe
-from sfd.run.stages import RunFolder, Stage
+from sfd.run.stages import RunFolder, Stage, pick
 from sfd.run.validate import latent_bytes, planned_shapes
 from sfd.utils import files
 from sfd.utils.device import measured
@@ -33,23 +33,26 @@ PATIENCE = 60.0
 
 def latents_stage(pipeline: Pipeline) -> Stage:
     """Describe the stage: what the latents are made from, or which published ones they are."""
-    recipe, folder = pipeline.recipe, pipeline.folder.latents
-    if recipe.latents.published is not None:
-        published = Path(recipe.latents.published)
-        made_from = {
-            "published": identity(published),
-            "statistics": {name: files.checksum(path) for name, path in statistics_files(published).items()},
-            "tokenizers": _known_tokenizers(pipeline),
-        }
-        return Stage("latents", "sfd prepare", folder, made_from, results=(folder / MANIFEST,))
-    made_from = {
-        "data": pipeline.data_record(),
-        "tokenizers": pipeline.tokenizers,
-        "latents": recipe.latents.model_dump(exclude={"batch_size", "workers", "published"}),
+    folder, manifest = pipeline.folder.latents, pipeline.folder.latents / MANIFEST
+    if pipeline.recipe.latents.published is not None:
+        published = Path(pipeline.recipe.latents.published)
+        return Stage("latents", "sfd prepare", folder, {}, lambda: _adopted(pipeline, published), results=(manifest,))
+    fields = pick(pipeline.fixed, "data", "latents")
+    shards = read_manifest(folder).shards if manifest.exists() else ()
+    results = (manifest, *(folder / shard.file for shard in shards))
+    return Stage("latents", "sfd prepare", folder, fields, lambda: _made_from(pipeline), results=results)
+
+
+def _made_from(pipeline: Pipeline) -> dict[str, Any]:
+    return pipeline.data_identity() | {"tokenizers": pipeline.tokenizers}
+
+
+def _adopted(pipeline: Pipeline, published: Path) -> dict[str, Any]:
+    return {
+        "published": identity(published),
+        "statistics": {name: files.checksum(path) for name, path in statistics_files(published).items()},
+        "tokenizers": _known_tokenizers(pipeline),
     }
-    shards = _preparation(pipeline).shards
-    results = (folder / MANIFEST, *(shard_path(folder, number) for number in shards))
-    return Stage("latents", "sfd prepare", folder, made_from, results=results)
 
 
 def open_latents(pipeline: Pipeline) -> LatentSet:
@@ -89,26 +92,28 @@ def prepare_latents(pipeline: Pipeline, share: Share = WHOLE) -> None:
     """
     stage = pipeline.latents_stage
     if pipeline.recipe.latents.published is not None:
-        stage.carry_out(lambda: _adopt(pipeline), pipeline.device)
+        pipeline.carry_out(stage, lambda: _adopt(pipeline))
     elif share == WHOLE or stage.finished():
-        stage.carry_out(lambda: _make(pipeline, share).finish(), pipeline.device)
+        pipeline.carry_out(stage, lambda: _make(pipeline, share).finish())
     else:
         _make_part(pipeline, stage, share)
 
 
 def _make_part(pipeline: Pipeline, stage: Stage, share: Share) -> None:
+    with files.exclusive(pipeline.folder.root, wait=PATIENCE):
+        stage.begin(pipeline.save_recipe)
     with measured(pipeline.device) as usage:
         preparation = _make(pipeline, share)
     with files.exclusive(pipeline.folder.root, wait=PATIENCE):
         if stage.finished():
             return
-        stage.spend(usage.seconds)
+        stage.add_elapsed(usage.seconds)
         missing = preparation.missing()
         if missing:
             left = f"{len(missing)} of {len(preparation.shards)} shards are left to the other parts"
             console.print(f"part {share.number}/{share.of} is done; {left}", markup=False, soft_wrap=True)
         else:
-            stage.carry_out(preparation.finish, pipeline.device)
+            pipeline.carry_out(stage, preparation.finish)
 
 
 def _preparation(pipeline: Pipeline) -> Preparation:

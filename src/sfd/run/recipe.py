@@ -27,7 +27,7 @@ from sfd.training.tasks import TASKS
 from sfd.training.tasks.classifier import ClassifierSettings
 from sfd.training.tasks.diffusion import LossSettings
 from sfd.utils import files, registry
-from sfd.utils.config import Settings, parse
+from sfd.utils.config import Free, Settings, parse
 from sfd.utils.errors import SFDError, unknown
 from sfd.utils.shipped import find_recipe
 
@@ -44,8 +44,10 @@ class EncoderSettings(Settings):
     config: dict[str, Any] = Field({}, description="its settings; of a published one: what it should be")
     objective: dict[str, Any] = Field({}, description="its training loss")
     train: TrainSettings | None = Field(None, description="train it in the run")
-    folder: str | None = Field(None, description="a trained encoder's directory")
-    pretrained: str | None = Field(None, description="a published encoder: a hub name, or a folder in the hub's format")
+    folder: Free[str | None] = Field(None, description="a trained encoder's directory")
+    pretrained: Free[str | None] = Field(
+        None, description="a published encoder: a hub name, or a folder in the hub's format"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> EncoderSettings:
@@ -72,6 +74,14 @@ class EncoderSettings(Settings):
             )
         return self
 
+    def fixed(self) -> dict[str, Any]:
+        """Write out the defaults of `config` and `objective`, so that leaving one out is no difference."""
+        module, fields = registry.find("sfd.encoders", self.name, "encoder"), super().fixed()
+        if self.train is not None:
+            fields["config"] = parse(module.Config, self.config).fixed()
+            fields["objective"] = parse(TASKS[self.name].Objective, self.objective).fixed()
+        return fields
+
 
 class CompressorSettings(Settings):
     """What makes the semantic latent of the encoder's features: a SemVAE or PCA."""
@@ -86,7 +96,9 @@ class CompressorSettings(Settings):
     fit_images: int = Field(4096, gt=0, description="PCA: images that it is fitted on")
     objective: SemVAEObjective = SemVAEObjective()
     train: TrainSettings | None = Field(None, description="SemVAE: train it in the run")
-    folder: str | None = Field(None, description="a trained one's directory; the fields above say what it should be")
+    folder: Free[str | None] = Field(
+        None, description="a trained one's directory; the fields above say what it should be"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> CompressorSettings:
@@ -139,7 +151,7 @@ class TransformerSettings(Settings):
     clocks: Literal["streams", "one"] = Field("streams", description="a time embedder a stream, or one for all")
     repa_block: int | None = Field(2, ge=1, description="block (from 1) whose tokens REPA aligns; null: no projector")
     repa_width: int = Field(2048, gt=0)
-    checkpointing: bool | Literal["selective"] = Field(
+    checkpointing: Free[bool | Literal["selective"]] = Field(
         False, description="recompute activations in the backward pass to save memory; selective: only the cheap ones"
     )
 
@@ -159,7 +171,7 @@ class EvaluationSettings(Settings):
     classifier: ClassifierSettings | None = Field(
         ClassifierSettings(), description="the run's own judge; null: none, samples are measured by `sfd evaluate`"
     )
-    weak: str | None = Field(
+    weak: Free[str | None] = Field(
         None,
         description="a model's directory or a run's folder, for AutoGuidance; null: guide by the null class",
     )
@@ -168,9 +180,9 @@ class EvaluationSettings(Settings):
 class Recipe(Settings):
     """One run, from images to report."""
 
-    name: str = Field(min_length=1)
-    note: str = Field("", description="what it is for")
-    published: dict[str, float | None] = Field(
+    name: Free[str] = Field(min_length=1)
+    note: Free[str] = Field("", description="what it is for")
+    published: Free[dict[str, float | None]] = Field(
         {}, description="numbers published for this run, by metric; null: none was published"
     )
     seed: int = Field(0, ge=0)
@@ -217,6 +229,12 @@ class Recipe(Settings):
             )
         self._check_data()
         return self
+
+    def fixed(self) -> dict[str, Any]:
+        """Write out the defaults of the schedule, so that leaving one out is no difference."""
+        from sfd.schedules import build_schedule
+
+        return super().fixed() | {"schedule": build_schedule(self.schedule, tuple(self.streams)).spec}
 
     def _check_data(self) -> None:
         if self.latents.published is not None and self.texture.train is not None:

@@ -1,20 +1,26 @@
-"""A run's folder: which stage is where, which are finished, and with what they were made."""
+"""A run's folder: where each stage writes, which stages are finished, and what each was made from.
+
+`stage.json` in a stage's folder is written before its first step, so that a stopped stage resumes only with what it was
+started with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sfd.utils import distributed, files
+from sfd.utils.config import first_difference
 from sfd.utils.device import measured
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import console
 
-RECORD, SPENT = "stage.json", "spent.json"
+RECORD = "stage.json"
 
 
 class RunFolder:
@@ -36,114 +42,167 @@ class RunFolder:
         self.metrics = root / "metrics"
         self.report = root / "report.html"
 
-    def stages(self) -> list[dict[str, Any]]:
+    def finished(self) -> list[dict[str, Any]]:
         """List the records of finished stages, in the order in which they ended."""
-        records = [files.read_json(path, "stage") for path in self.root.glob(f"**/{RECORD}")]
-        return sorted(records, key=lambda record: record["finished"])
+        paths = (*self.root.glob(f"*/{RECORD}"), *self.samples.glob(f"*/{RECORD}"))
+        records = [files.read_json(path, "stage") for path in paths]
+        return sorted((r for r in records if r["finished"]), key=lambda record: str(record["finished"]))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a run: what it is made from, and whether it is done."""
+    """One part of a run: what it is made from, and what it writes."""
 
     name: str
     """For people ("texture encoder")."""
     command: str
     """What makes it ("sfd train-texture")."""
     folder: Path
-    """Its record, which is written last, lies here."""
-    made_from: Mapping[str, Any]
-    """Plain values that the result depends on: a finished stage with others is another one."""
-    extent: Mapping[str, Any] = field(default_factory=dict)
-    """Plain values that may grow: a finished stage with others goes on (more steps)."""
+    """Holds its record."""
+    recipe: Mapping[str, Any]
+    """The fixed fields of the recipe that it depends on, under their names there."""
+    inputs: Callable[[], Mapping[str, Any]]
+    """Gives the identities of the images and of the other stages' results that it reads, as JSON values."""
+    steps: int | None = None
+    """How long it trains; a finished stage resumes with more."""
     results: tuple[Path, ...] = ()
-    """What must be there for it to be done."""
+    """What must exist for it to be finished."""
+
+    @cached_property
+    def _inputs(self) -> Mapping[str, Any]:
+        return self.inputs()
+
+    def check_recipe(self) -> None:
+        """Refuse a recipe that differs from the recorded one, if the stage was started. Loads nothing."""
+        self._compare(("recipe", self.recipe))
 
     def finished(self) -> bool:
-        """Tell whether the stage is done, with these settings and to this extent, and all its results are there.
-
-        Raises:
-            SFDError: it was done with other settings.
-        """
-        if not (self.folder / RECORD).exists():
-            return False
-        record = files.read_json(self.folder / RECORD, "stage")
-        different = first_difference(record["made_from"], files.jsonable(self.made_from))
-        if different is not None:
-            name, then, now = different
-            raise SFDError(
-                f"{self.folder} was made with {name} = {then!r}, but this command has {now!r}; "
-                f"give another --out folder, or remove {self.folder} to make it anew"
-            )
-        return record["extent"] == files.jsonable(self.extent) and all(path.exists() for path in self.results)
+        """Tell whether the stage is done, for as many steps, and all its results exist; refuse other inputs."""
+        record = self._compare(("recipe", self.recipe), ("inputs", self._inputs))
+        return (
+            record is not None
+            and record["finished"] is not None
+            and record["steps"] == self.steps
+            and all(path.exists() for path in self.results)
+        )
 
     def require(self) -> None:
-        """Insist that the stage is done.
-
-        Raises:
-            SFDError: it is not, or it was done with other settings.
-        """
+        """Refuse to continue without this stage's results."""
         if self.finished():
             return
-        record = self.folder / RECORD
-        then = files.read_json(record, "stage")["extent"] if record.exists() else files.jsonable(self.extent)
-        different = first_difference(then, files.jsonable(self.extent))
-        reason = f": it was made with {different[0]} = {different[1]}, not {different[2]}" if different else ""
+        record = self._read() or {}
+        trained = bool(record.get("finished")) and record["steps"] != self.steps
+        reason = f": it was made with steps = {record['steps']}, not {self.steps}" if trained else ""
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
 
-    def carry_out(self, work: Callable[[], object], device: torch.device, *, together: bool = False) -> None:
-        """Do the work, unless it is done; then record what it was made from, how long it took and its memory.
+    def begin(self, accepted: Callable[[], None]) -> bool:
+        """Compare with the record, or write it if there is none.
 
         Args:
-            work: does it; goes on by itself where an earlier attempt stopped.
-            device: whose memory is measured.
-            together: all of the run's processes do it; otherwise one does, and the others wait for it.
+            accepted: called before anything is written.
+
+        Returns:
+            whether there is something to do.
         """
-        # One process looks, before any of them changes what it sees.
-        if distributed.broadcast(distributed.is_main_process() and self.finished()):
+        if self.finished():
+            return False
+        accepted()
+        if self._read() is None:
+            self._write(finished=None, seconds=0.0)
+        return True
+
+    def run(
+        self, work: Callable[[], object], device: torch.device, accepted: Callable[[], None], *, together: bool = False
+    ) -> None:
+        """Do the work, unless it is done; then record how long it took and its memory.
+
+        Args:
+            work: does it; resumes where an earlier attempt stopped.
+            device: whose memory is measured.
+            accepted: called on rank 0 once the record agrees, before anything is written.
+            together: all ranks do it; otherwise rank 0 does, and the others wait for it.
+        """
+        if not distributed.decide(lambda: self.begin(accepted)):
             console.print(f"{self.name}: done before, in {self.folder}", style="dim", markup=False, soft_wrap=True)
             return
         if distributed.is_main_process():
-            self._do(work, device)
+            self._measure(work, device)
         elif together:
             work()
         distributed.broadcast(None)
 
-    def _do(self, work: Callable[[], object], device: torch.device) -> None:
+    def _measure(self, work: Callable[[], object], device: torch.device) -> None:
         console.print(f"{self.name} → {self.folder}", style="bold", markup=False, soft_wrap=True)
-        earlier = self._spent()
         with measured(device) as usage:
             try:
                 work()
             except BaseException:
                 # An interrupted attempt counts too; one that is killed outright cannot be counted.
-                if self.folder.is_dir():
-                    self.spend(usage.so_far())
+                self.add_elapsed(usage.so_far())
                 raise
-        record: dict[str, Any] = {"stage": self.name, "finished": files.now(), **usage.record()}
-        record["seconds"] += earlier
-        record |= {"made_from": files.jsonable(self.made_from), "extent": files.jsonable(self.extent)}
-        files.write_json(self.folder / RECORD, record)
-        (self.folder / SPENT).unlink(missing_ok=True)
+        usage_record = usage.record()
+        usage_record["seconds"] += self._elapsed()
+        self._write(finished=files.now(), **usage_record)
 
-    def spend(self, seconds: float) -> None:
+    def add_elapsed(self, seconds: float) -> None:
         """Count the time of an attempt that did not finish the stage."""
-        files.write_json(self.folder / SPENT, {"seconds": self._spent() + seconds})
+        record = self._read()
+        if record is not None:
+            files.write_json(self.folder / RECORD, record | {"seconds": record["seconds"] + seconds})
 
-    def _spent(self) -> float:
-        """Seconds of earlier attempts: interrupted ones, or a finished one that now goes on."""
-        for path in (self.folder / SPENT, self.folder / RECORD):
-            if path.exists():
-                return float(files.read_json(path, "stage")["seconds"])
-        return 0.0
+    def _elapsed(self) -> float:
+        record = self._read()
+        return float(record["seconds"]) if record else 0.0
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self.folder / RECORD
+        if not path.exists():
+            return None
+        record = files.read_json(path, "stage")
+        if record.keys() < {"finished", "seconds", "recipe", "inputs", "steps"}:
+            raise SFDError(
+                f"{path} was written by another version of sfd; give another --out folder, or remove {self.folder}"
+            )
+        return record
+
+    def _write(self, **progress: Any) -> None:
+        made_from = {"recipe": self.recipe, "inputs": self._inputs, "steps": self.steps}
+        files.write_json(self.folder / RECORD, {"stage": self.name, **progress, **made_from})
+
+    def _compare(self, *parts: tuple[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+        """Give the record, or None before the first start; refuse if it differs in any of the named parts."""
+        record = self._read()
+        if record is None:
+            if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+                raise SFDError(
+                    f"{self.folder} holds files, but no {RECORD} that says what they were made from; give another "
+                    "--out folder, or remove them"
+                )
+            return None
+        for part, now in parts:
+            different = first_difference(record[part], files.jsonable(now))
+            if different is not None:
+                field, before, value = different
+                raise SFDError(
+                    f"{self.folder} was made with another recipe: {field} was {before!r} before and is {value!r} now; "
+                    f"give another --out folder, or remove {self.folder} to make it anew"
+                )
+        return record
 
 
-def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Find the first field in which two nested values differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(k for k in now if k not in before)]:
-            found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
-        return None
-    return None if before == now else (name, before, now)
+def check(stages: Iterable[Stage]) -> None:
+    """Refuse a recipe that differs from what any started stage was made with, before the first of them works."""
+    for stage in stages:
+        stage.check_recipe()
+
+
+def pick(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Select fields by dotted names, and keep them nested: ("evaluation.seed",) → {"evaluation": {"seed": …}}."""
+    picked: dict[str, Any] = {}
+    for name in names:
+        *parents, last = name.split(".")
+        source, target = fields, picked
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[last] = source[last]
+    return picked

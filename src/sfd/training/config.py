@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from sfd.utils.config import Settings
-
-# What may differ between a run and its continuation: none of it changes the arithmetic of a run that goes well, but
-# for the order of sums (`accumulate`, `parallel`, `compile`).
-FREE_TO_CHANGE = {
-    "steps",
-    "accumulate",
-    "parallel",
-    "compile",
-    "workers",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "log_every",
-    "preview_every",
-    "max_skipped",
-    "max_rollbacks",
-}
+from sfd.utils.config import Free, Settings
 
 
 class TrainSettings(Settings):
-    """How a task is optimised: AdamW with warm-up, clipping and an exponential moving average (EMA) of the weights."""
+    """How a task is optimised: AdamW with warm-up, clipping and an exponential moving average (EMA) of the weights.
 
-    steps: int = Field(gt=0)
+    The `Free` fields do not change the arithmetic of a run without failures, except for the order of sums
+    (`accumulate`, `parallel`, `compile`). `steps` is free because a run may be extended; `fit` checks when.
+    """
+
+    steps: Free[int] = Field(gt=0)
     batch_size: int = Field(gt=0, description="over all processes and accumulation steps together")
     learning_rate: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -42,21 +29,38 @@ class TrainSettings(Settings):
     ema_warmup: bool = Field(False, description="let early averages forget faster: decay min(ema, (1+step)/(10+step))")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     precision: Literal["float32", "bf16"] = "float32"
-    accumulate: int = Field(1, gt=0, description="backward passes a step")
-    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+    accumulate: Free[int] = Field(1, gt=0, description="backward passes a step")
+    parallel: Free[Literal["auto", "ddp", "fsdp"]] = Field(
         "auto", description="several processes each hold the whole network (ddp) or a share of it (fsdp); auto: ddp"
     )
-    compile: bool = Field(False, description="compile the network, which takes minutes before the first step")
-    workers: int | None = Field(
+    compile: Free[bool] = Field(False, description="compile the network, which takes minutes before the first step")
+    workers: Free[int | None] = Field(
         None, gt=0, description="threads that prepare batches; null: one where the CPU trains, else up to 8"
     )
-    checkpoint_every: int = Field(1000, gt=0)
-    keep_checkpoints: int = Field(2, gt=0, description="the newest so many stay")
-    keep_every: int | None = Field(None, gt=0, description="those at multiples of so many steps stay too; null: none")
-    log_every: int = Field(20, gt=0)
-    preview_every: int = Field(0, ge=0, description="steps between sample grids; 0: none")
-    max_skipped: int = Field(10, gt=0, description="so many steps in a row without a finite gradient: a rollback")
-    max_rollbacks: int = Field(3, ge=0, description="returns to the last good checkpoint before training gives up")
+    checkpoint_every: Free[int] = Field(1000, gt=0)
+    keep_checkpoints: Free[int] = Field(2, gt=0, description="the newest so many stay")
+    keep_every: Free[int | None] = Field(
+        None, gt=0, description="those at multiples of so many steps stay too; null: none"
+    )
+    log_every: Free[int] = Field(20, gt=0)
+    preview_every: Free[int] = Field(0, ge=0, description="steps between sample grids; 0: none")
+    max_skipped: Free[int] = Field(10, gt=0, description="so many steps in a row without a finite gradient: a rollback")
+    max_rollbacks: Free[int] = Field(
+        3, ge=0, description="returns to the last good checkpoint before training gives up"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if self.warmup > self.steps:
+            raise ValueError(
+                f"warmup is {self.warmup} steps, but training ends after {self.steps}; lower warmup or raise steps"
+            )
+        if self.decay == "cosine" and self.decay_from >= self.steps:
+            raise ValueError(
+                f"decay_from is {self.decay_from}, but training ends after {self.steps} steps; lower decay_from, "
+                "raise steps, or set decay to constant"
+            )
+        return self
 
     def regular(self, step: int) -> bool:
         """Tell whether a checkpoint is due at a step, however the run went."""
@@ -77,13 +81,3 @@ def average_weight(settings: TrainSettings, step: int) -> float:
     if settings.ema is None:
         return 1.0
     return 1 - min(settings.ema, (1 + step) / (10 + step) if settings.ema_warmup else 1.0)
-
-
-def lasting(settings: TrainSettings | None) -> dict[str, Any] | None:
-    """Give the settings that a result depends on, but for how long training goes on."""
-    return settings.model_dump(exclude=FREE_TO_CHANGE) if settings else None
-
-
-def extent(settings: TrainSettings | None) -> dict[str, int]:
-    """Give how long training goes on."""
-    return {"steps": settings.steps} if settings else {}

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from sfd.training import checkpoint
 from sfd.training.batches import Batches, drawn_step, parts, workers
-from sfd.training.config import FREE_TO_CHANGE, TrainSettings, average_weight, learning_rate
+from sfd.training.config import TrainSettings, average_weight, learning_rate
 from sfd.training.guards import LOOK_EVERY, Guard, backward, examination
 from sfd.training.log import TrainingLog
 from sfd.training.parallel import Parallel, check, local, whole
 from sfd.utils import distributed, files
+from sfd.utils.config import first_difference
 from sfd.utils.device import slow_bf16
 from sfd.utils.errors import Interrupted, SFDError
 from sfd.utils.progress import bar, console
@@ -321,11 +322,6 @@ class Run:
         if saved is None:
             return
         _check_same_run(self.folder, self.settings, saved.record)
-        if saved.step > self.settings.steps:
-            raise SFDError(
-                f"{self.folder} holds a run of {saved.step} steps, but {self.settings.steps} were asked for; "
-                f"ask for {saved.step} or more, or use another folder to train for fewer"
-            )
         self.attempt = int(saved.record["attempt"])
         self._restore(saved)
 
@@ -349,13 +345,28 @@ def _optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optim
 
 
 def _check_same_run(folder: Path, settings: TrainSettings, record: dict[str, Any]) -> None:
-    then, now = record["settings"], settings.model_dump(mode="json")
-    # The length of a run enters the arithmetic through the cosine, and so only once that has begun.
-    decaying = now["decay"] == "cosine" and record["step"] > now["decay_from"]
-    free = FREE_TO_CHANGE - {"steps"} if decaying else FREE_TO_CHANGE
-    for field in now.keys() - free:
-        if then.get(field) != now[field]:
-            raise SFDError(
-                f"{folder} holds a run with {field} = {then.get(field)!r}, but {now[field]!r} was given; "
-                "use another folder, or the settings that the run was started with"
-            )
+    """Refuse to continue a run with settings that would have given another result from the first step on.
+
+    The number of steps enters the learning rate only through the cosine, so it is free until that has begun.
+    """
+    now = settings.fixed()
+    different = first_difference({name: record["settings"].get(name) for name in now}, files.jsonable(now))
+    if different is not None:
+        field, before, value = different
+        raise SFDError(
+            f"{folder} holds a run with {field} = {before!r}, but {value!r} was given; use another folder, or the "
+            "settings that the run was started with"
+        )
+    step, steps = record["step"], record["settings"]["steps"]
+    if step > settings.steps:
+        raise SFDError(
+            f"{folder} holds a run of {step} steps, but {settings.steps} were asked for; ask for {step} or more, or "
+            "use another folder to train for fewer"
+        )
+    if settings.decay == "cosine" and step > settings.decay_from and steps != settings.steps:
+        raise SFDError(
+            f"{folder} holds a run of {steps} steps whose learning rate has been falling since step "
+            f"{settings.decay_from}, and is at step {step}; with steps = {settings.steps} it would have fallen "
+            f"differently, so it can only be trained to step {steps}. To train on, start from its weights in another "
+            "folder (train.init), or train anew there"
+        )

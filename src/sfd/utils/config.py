@@ -5,17 +5,51 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sfd.utils.errors import SFDError, unknown
 
 
+class _Free:
+    """Marks the type of a field; see `Free`."""
+
+
+Value = TypeVar("Value")
+Free = Annotated[Value, _Free()]
+"""The type of a field that does not change a result: it may differ between a stopped run and its resumption."""
+
+
 class Settings(BaseModel):
     """A frozen record whose fields are its whole configuration: what is saved is what was constructed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    def fixed(self) -> dict[str, Any]:
+        """Give the fields that a result depends on, all but those of type `Free`, as JSON values."""
+        fields = type(self).model_fields.items()
+        kept = [name for name, field in fields if not any(isinstance(m, _Free) for m in field.metadata)]
+        return {name: _fixed(getattr(self, name)) for name in kept}
+
+
+def _fixed(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value.fixed()
+    if isinstance(value, dict):
+        return {key: _fixed(inner) for key, inner in value.items()}
+    return [_fixed(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Find the first field in which two nested JSON values differ: its dotted name and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(k for k in now if k not in before)]:
+            found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if before == now else (name, before, now)
 
 
 SettingsType = TypeVar("SettingsType", bound=BaseModel)
@@ -58,6 +92,8 @@ def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDErro
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         choices = re.findall("'([^']+)'", first["ctx"]["expected"])
         return SFDError(f"{prefix}field {field!r}: {unknown(location[-1], first['input'], choices)}")
+    if first["type"] == "value_error":  # a validator's own sentence
+        return SFDError(f"{prefix}{f'field {field!r}: ' if field else ''}{first['ctx']['error']}")
     given = json.dumps(first["input"], default=str)[:80]
     return SFDError(f"{prefix}field {field!r}: {first['msg']}, but {given} was given")
 

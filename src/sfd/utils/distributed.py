@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -262,6 +262,20 @@ def company() -> Company | None:
 def broadcast(value: Any) -> Any:
     """Give the leader's (plain) value to all processes, who wait for it as long as it takes."""
     return _company.broadcast(value) if _company else value
+
+
+def decide(question: Callable[[], Any]) -> Any:
+    """Give all ranks rank 0's (plain) answer, or its refusal: then all raise the same SFDError."""
+    answer: Any = None
+    if is_main_process():
+        try:
+            answer = [question(), None]
+        except SFDError as error:
+            answer = [None, str(error)]
+    value, refusal = broadcast(answer)
+    if refusal is not None:
+        raise SFDError(refusal)
+    return value
 
 
 def barrier() -> None:

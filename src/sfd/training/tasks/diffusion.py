@@ -117,8 +117,8 @@ class DiffusionTask:
         velocity = flow.velocity_loss(predicted, target, self._weights).mean()
         losses = {"loss": velocity, "velocity": velocity}
         if self.settings.cosine:
-            positions = self.composite.positions
-            losses["cosine"] = flow.cosine_loss(positions(predicted), positions(target)).mean()
+            per_position = self.composite.per_position
+            losses["cosine"] = flow.cosine_loss(per_position(predicted), per_position(target)).mean()
             losses["loss"] = losses["loss"] + self.settings.cosine * losses["cosine"]
         if output.projection is not None:
             losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
