@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from sfd.convert.transformer import published_config
 from sfd.models.dit import LightningDiT
@@ -29,26 +32,10 @@ def save_kl(folder: Path, **changes: Any):
     return model
 
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-MLP = {"intermediate_size": 24}
-DECODER = {
-    "decoder_hidden_size": 8,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 8,
-}
-# model_type: the class that is published, its configuration's class, and its settings. The position embeddings are of
-# 3×3 or 4×4 patches.
-VITS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "dinov2_with_registers": (
-        "Dinov2WithRegistersModel",
-        "Dinov2WithRegistersConfig",
-        {"patch_size": 7, "image_size": 21, "num_register_tokens": 3},
-    ),
-    "dinov2": ("Dinov2Model", "Dinov2Config", {"patch_size": 7, "image_size": 21, "use_swiglu_ffn": True}),
-    "vit_mae": ("ViTMAEForPreTraining", "ViTMAEConfig", {"patch_size": 8, "image_size": 32, **MLP, **DECODER}),
-    "clip_vision_model": ("CLIPVisionModel", "CLIPVisionConfig", {"patch_size": 8, "image_size": 32, **MLP}),
-    "siglip_vision_model": ("SiglipVisionModel", "SiglipVisionConfig", {"patch_size": 8, "image_size": 32, **MLP}),
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 7, "image_size": 21}
+VITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dinov2_with_registers": ("Dinov2WithRegisters", {"num_register_tokens": 3}),
+    "dinov2": ("Dinov2", {"use_swiglu_ffn": True}),
 }
 
 
@@ -57,14 +44,28 @@ def save_vit(folder: Path, model_type: str, **changes: Any):
     import torch
     import transformers
 
-    model, config, settings = VITS[model_type]
-    network = getattr(transformers, model)(getattr(transformers, config)(**{**SIZES, **settings, **changes})).eval()
+    name, settings = VITS[model_type]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings, **changes})
+    network = getattr(transformers, f"{name}Model")(config).eval()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
     network.save_pretrained(folder)
     return network
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No model in the hub's cache, and no network."""
+    for module in ("constants", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 # In the published transformer's format.

@@ -1,23 +1,23 @@
-"""What an encoder is, and how one is loaded from its folder.
+"""What an encoder is, and how one is loaded.
 
-An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config`, a function `build(config)` that gives a
-`Component` with fresh weights and, if published weights can be used, functions `planned` and `pretrained`. How one is
-trained is no part of it (see `sfd.training.tasks`). See docs/extending-encoders.md.
+An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config` and a function `build(config)` that gives a
+`Component` with fresh weights; if published weights can be used, also `planned(source, given)`, which reads their
+`Config` alone, and `pretrained(source, given)`. See docs/extending-encoders.md.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from torch import Tensor
 
+from sfd.encoders._hub import without_torchvision
 from sfd.models import component
 from sfd.models.component import Component
 from sfd.utils import files, registry
+from sfd.utils.config import parse
 from sfd.utils.errors import SFDError
 
 if TYPE_CHECKING:
@@ -25,6 +25,24 @@ if TYPE_CHECKING:
 
 PACKAGE = "sfd.encoders"
 TEXTURE, SEMANTIC = "texture encoder", "semantic encoder"
+
+
+class EncoderConfig(Protocol):
+    """What planning needs to know of an encoder, without building it."""
+
+    kind: ClassVar[str]  # TEXTURE or SEMANTIC
+
+    @property
+    def channels(self) -> int:
+        """C of what it gives."""
+
+    @property
+    def downsample(self) -> int:
+        """f: image pixels on a side of one position of the grid."""
+
+    @property
+    def tile(self) -> int:
+        """Image sides must be a multiple of this."""
 
 
 class SemanticEncoder(Protocol):
@@ -51,105 +69,81 @@ class TextureEncoder(SemanticEncoder, Protocol):
         """Map latents (B, C, h, w) back to images (B, 3, h·f, w·f), about [-1, 1]; clamping is left to the caller."""
 
 
+def encoder_module(name: str) -> ModuleType:
+    """Import the module that defines an encoder."""
+    return registry.find(PACKAGE, name, "encoder")
+
+
 def load_encoder(folder: Path) -> Component:
-    """Load the encoder in `folder`, in eval mode, without gradients, on the CPU.
-
-    Its `kind` (`TEXTURE` or `SEMANTIC`) says which of the two protocols it fulfils.
-
-    Raises:
-        SFDError: the folder holds no encoder, one that this version does not know, or damaged weights.
-    """
-    return component.load(folder, (TEXTURE, SEMANTIC), lambda name: registry.find(PACKAGE, name, "encoder"))
+    """Load the encoder in `folder`, texture or semantic, in eval mode, without gradients, on the CPU."""
+    return component.load(folder, (TEXTURE, SEMANTIC), encoder_module)
 
 
 def load_texture_encoder(folder: Path) -> TextureEncoder:
-    """Load an encoder that can decode.
-
-    Raises:
-        SFDError: as `load_encoder`, or the folder holds a semantic encoder.
-    """
-    return cast(TextureEncoder, _of_kind(folder, TEXTURE))
+    """Load the texture encoder in `folder`; see `load_encoder`."""
+    return cast(TextureEncoder, component.load(folder, (TEXTURE,), encoder_module))
 
 
 def load_semantic_encoder(folder: Path) -> SemanticEncoder:
-    """Load an encoder of what is where.
+    """Load the semantic encoder in `folder`; see `load_encoder`."""
+    return cast(SemanticEncoder, component.load(folder, (SEMANTIC,), encoder_module))
 
-    Raises:
-        SFDError: as `load_encoder`, or the folder holds a texture encoder.
+
+def planned_encoder(name: str, source: str | None, folder: str | None, given: dict[str, Any]) -> EncoderConfig:
+    """Learn an encoder's configuration without its weights; nothing is downloaded.
+
+    Args:
+        name: the encoder's module.
+        source: a published model (folder or hub name); None: it is not published.
+        folder: that of a trained component; None: it is trained in the run.
+        given: fields of its `Config`.
     """
-    return cast(SemanticEncoder, _of_kind(folder, SEMANTIC))
+    if folder is not None:
+        return cast(EncoderConfig, component.read_config(Path(folder), (TEXTURE, SEMANTIC), encoder_module))
+    module = encoder_module(name)
+    return cast(EncoderConfig, module.planned(source, given) if source else parse(module.Config, given))
 
 
-def open_texture(source: str) -> TextureEncoder:
+def open_texture(source: str | Path) -> TextureEncoder:
     """Open a texture encoder, in eval mode, without gradients, on the CPU.
 
     Args:
-        source: the folder of a part, a folder in diffusers' format, or a hub name (see `sfd.encoders.kl`).
-
-    Raises:
-        SFDError: there is none, it cannot be had, or it is damaged.
+        source: the folder of a component, a folder in diffusers' format, or a hub name (see `sfd.encoders.kl`).
     """
-    return cast(TextureEncoder, _open(source, TEXTURE, "kl"))
+    return cast(TextureEncoder, _open(str(source), TEXTURE, "kl"))
 
 
-def open_semantic(source: str) -> SemanticEncoder:
+def open_semantic(source: str | Path) -> SemanticEncoder:
     """Open a semantic encoder, in eval mode, without gradients, on the CPU.
 
     Args:
-        source: the folder of a part, a folder in transformers' format, or a hub name (see `sfd.encoders.vit`).
-
-    Raises:
-        SFDError: there is none, it cannot be had, or it is damaged.
+        source: the folder of a component, a folder in transformers' format, or a hub name (see `sfd.encoders.vit`).
     """
-    return cast(SemanticEncoder, _open(source, SEMANTIC, "vit"))
-
-
-@contextmanager
-def without_torchvision() -> Iterator[None]:
-    """Import diffusers or transformers as if torchvision were not installed.
-
-    They import it where they find it, though nothing here uses it, and one that was built for another PyTorch would
-    fail. What they found stays so for the whole process; torchvision itself can be imported afterwards.
-    """
-    if "torchvision" in sys.modules:
-        yield
-        return
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torchvision"]
-
-
-def autoencoder(**shape: Any) -> AutoencoderKL:
-    """Make diffusers' `AutoencoderKL` with fresh weights."""
-    # Imported here because it takes seconds, which whoever only lists encoders should not wait for.
-    with without_torchvision():
-        from diffusers import AutoencoderKL
-
-    return AutoencoderKL(**shape)
+    return cast(SemanticEncoder, _open(str(source), SEMANTIC, "vit"))
 
 
 def _open(source: str, kind: str, published: str) -> Component:
     config = Path(source) / component.CONFIG_FILE
     if config.is_file() and "kind" in files.read_json(config, kind):
-        return _of_kind(Path(source), kind)
-    return cast(Component, registry.find(PACKAGE, published, "encoder").pretrained(source, {}))
+        return component.load(Path(source), (kind,), encoder_module)
+    return cast(Component, encoder_module(published).pretrained(source, {}))
 
 
-def _of_kind(folder: Path, kind: str) -> Component:
-    encoder = load_encoder(folder)
-    if encoder.kind != kind:
-        raise SFDError(f"{folder} holds a {encoder.kind} ({encoder.name}), but a {kind} was expected")
-    return encoder
+def autoencoder(**shape: Any) -> AutoencoderKL:
+    """Make diffusers' `AutoencoderKL` with fresh weights."""
+    return autoencoder_class()(**shape)
+
+
+def autoencoder_class() -> type[AutoencoderKL]:
+    """Import diffusers' `AutoencoderKL`; it takes seconds, so only where it is needed."""
+    with without_torchvision():
+        from diffusers import AutoencoderKL
+
+    return AutoencoderKL
 
 
 def check_divisible(images: Tensor, downsample: int) -> None:
-    """Refuse images whose sides are no multiple of `downsample`.
-
-    Raises:
-        SFDError: a side is not.
-    """
+    """Refuse images whose sides are no multiple of `downsample`."""
     height, width = images.shape[-2:]
     if height % downsample or width % downsample:
         raise SFDError(

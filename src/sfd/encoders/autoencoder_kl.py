@@ -8,6 +8,8 @@ begins with a blurred picture and not with none.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ START_LOGVAR = -5.0  # of the posterior: a standard deviation of 0.08, for laten
 class Config(Settings):
     """Shape of the autoencoder; it shrinks images by patch · 2^(len(widths) − 1)."""
 
+    kind: ClassVar[str] = TEXTURE
     patch: int = Field(4, ge=1, description="side of the square of pixels that becomes one position")
     widths: tuple[int, ...] = Field((24, 48), min_length=1, description="channels of each level; a halving between two")
     blocks: int = Field(
@@ -39,6 +42,21 @@ class Config(Settings):
             raise ValueError(f"widths must be positive multiples of groups = {self.groups}, got {self.widths}")
         return self
 
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.latent_channels
+
+    @property
+    def downsample(self) -> int:
+        """f: image pixels on a side of one position."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+    @property
+    def tile(self) -> int:
+        """Image sides must be a multiple of this."""
+        return self.downsample
+
 
 class TextureAutoencoder(Component):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H / f, W / f) and back."""
@@ -50,8 +68,7 @@ class TextureAutoencoder(Component):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.channels = config.latent_channels
-        self.downsample = config.patch * 2 ** (len(config.widths) - 1)
+        self.channels, self.downsample = config.channels, config.downsample
         levels = len(config.widths)
         self.net = autoencoder(
             in_channels=3 * config.patch**2,
@@ -96,11 +113,7 @@ class TextureAutoencoder(Component):
         self.linear_out.load_state_dict({"weight": back, "bias": mean.unflatten(0, (3, -1)).mean(1)})
 
     def moments(self, images: Tensor) -> DiagonalGaussian:
-        """Give the posterior of the latents: mean and log-variance, each (B, C, H / f, W / f).
-
-        Raises:
-            SFDError: a side is no multiple of `downsample`.
-        """
+        """Give the posterior of the latents: mean and log-variance, each (B, C, H / f, W / f)."""
         check_divisible(images, self.downsample)
         folded = F.pixel_unshuffle(images, self.config.patch)
         posterior = self.net.encode(folded).latent_dist
@@ -126,6 +139,4 @@ class TextureAutoencoder(Component):
         return self.reconstruct(latents)
 
 
-def build(config: Config) -> TextureAutoencoder:
-    """Make the autoencoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
-    return TextureAutoencoder(config)
+build = TextureAutoencoder

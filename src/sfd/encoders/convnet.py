@@ -6,6 +6,8 @@ each image (see `sfd.training.tasks.semantic`).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from sfd.utils.config import Settings
 class Config(Settings):
     """Shape of the encoder; it shrinks images by stem_stride · 2^(len(widths) − 1)."""
 
+    kind: ClassVar[str] = SEMANTIC
     widths: tuple[int, ...] = Field((16, 32, 96), min_length=1, description="channels of each stage; multiples of 8")
     blocks: int = Field(1, ge=1, le=1000, description="residual blocks a stage")
     stem_stride: int = Field(2, ge=1, description="by which the first convolution shrinks the image")
@@ -28,6 +31,16 @@ class Config(Settings):
     def body(self) -> ConvNetConfig:
         """The network below the last linear map."""
         return ConvNetConfig(widths=self.widths, blocks=self.blocks, stem_stride=self.stem_stride)
+
+    @property
+    def downsample(self) -> int:
+        """f: image pixels on a side of one feature."""
+        return self.body.downsample
+
+    @property
+    def tile(self) -> int:
+        """Image sides must be a multiple of this."""
+        return self.downsample
 
 
 class ConvNetEncoder(Component):
@@ -40,8 +53,7 @@ class ConvNetEncoder(Component):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.channels = config.channels
-        self.downsample = config.body.downsample
+        self.channels, self.downsample = config.channels, config.downsample
         self.body = ConvNet(config.body)
         self.head = nn.Conv2d(config.body.channels, config.channels, 1)
 
@@ -51,15 +63,9 @@ class ConvNetEncoder(Component):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Compute features.
-
-        Raises:
-            SFDError: a side is no multiple of `downsample`.
-        """
+        """Compute features."""
         check_divisible(images, self.downsample)
         return self(images).contiguous()
 
 
-def build(config: Config) -> ConvNetEncoder:
-    """Make the encoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
-    return ConvNetEncoder(config)
+build = ConvNetEncoder

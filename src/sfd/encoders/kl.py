@@ -1,4 +1,4 @@
-"""Published texture autoencoders: `diffusers.AutoencoderKL` as it is, with the weights that it was published with.
+"""Published texture autoencoders: `diffusers.AutoencoderKL` with the weights that it was published with.
 
 Latents are the posterior's mean, and are not multiplied by the model's `scaling_factor`: every stream is normalised
 with its own data set's statistics, which makes up for any scale.
@@ -7,29 +7,29 @@ with its own data set's statistics, which makes up for any scale.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sfd.encoders import _published
-from sfd.encoders._base import TEXTURE, autoencoder, check_divisible
-from sfd.models.component import Component, assemble
+from sfd.encoders import _hub
+from sfd.encoders._base import TEXTURE, autoencoder, autoencoder_class, check_divisible
+from sfd.models.component import Component
 from sfd.utils import files
 from sfd.utils.config import Settings
 from sfd.utils.errors import SFDError
 
+WEIGHTS = "diffusion_pytorch_model"
 DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
 UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
 
 
 class Config(Settings):
-    """The architecture, in diffusers' names; the defaults are those of the f16d32 autoencoders, SD-VAE and VA-VAE.
+    """The architecture, in diffusers' names; the defaults are those of the f16d32 autoencoders, SD-VAE and VA-VAE."""
 
-    It shrinks images by 2^(len(block_out_channels) − 1).
-    """
-
+    kind: ClassVar[str] = TEXTURE
     latent_channels: int = Field(32, ge=1)
     block_out_channels: tuple[int, ...] = Field((128, 128, 256, 256, 512), min_length=1, description="of each level")
     layers_per_block: int = Field(2, ge=1, le=1000, description="residual blocks a level; the decoder has one more")
@@ -45,16 +45,25 @@ class Config(Settings):
     def _check(self) -> Config:
         levels = len(self.block_out_channels)
         if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
-            raise ValueError(
-                f"block_out_channels has {levels} levels, so down_block_types and up_block_types need {levels} entries "
-                f"each, but have {len(self.down_block_types)} and {len(self.up_block_types)}"
-            )
+            raise ValueError(f"down_block_types and up_block_types need an entry for each of {levels} levels")
         if any(c < 1 or c % self.norm_num_groups for c in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels must be positive multiples of norm_num_groups = {self.norm_num_groups}, "
-                f"got {self.block_out_channels}"
-            )
+            raise ValueError(f"block_out_channels must be positive multiples of norm_num_groups {self.norm_num_groups}")
         return self
+
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.latent_channels
+
+    @property
+    def downsample(self) -> int:
+        """f: 2 for each level but the first."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def tile(self) -> int:
+        """Image sides must be a multiple of this."""
+        return self.downsample
 
 
 class PublishedAutoencoder(Component):
@@ -64,20 +73,15 @@ class PublishedAutoencoder(Component):
     name = "kl"
     config: Config
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, net: Any = None) -> None:
         super().__init__()
         self.config = config
-        self.channels = config.latent_channels
-        self.downsample = 2 ** (len(config.block_out_channels) - 1)
-        self.net = autoencoder(**config.model_dump())
+        self.channels, self.downsample = config.channels, config.downsample
+        self.net = autoencoder(**config.model_dump()) if net is None else net
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Give the posterior's mean.
-
-        Raises:
-            SFDError: a side is no multiple of `downsample`.
-        """
+        """Give the posterior's mean."""
         check_divisible(images, self.downsample)
         return self.net.encode(images).latent_dist.mean.contiguous()
 
@@ -87,29 +91,7 @@ class PublishedAutoencoder(Component):
         return self.net.decode(latents).sample
 
 
-def build(config: Config) -> PublishedAutoencoder:
-    """Make the autoencoder with fresh weights, from torch's global generator (see `sfd.utils.rng.seeded`)."""
-    return PublishedAutoencoder(config)
-
-
-def architecture(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Take the fields of `Config` from the contents of a diffusers `config.json`.
-
-    Raises:
-        SFDError: it is not that of an `AutoencoderKL` of RGB images.
-    """
-    if values.get("_class_name") != "AutoencoderKL":
-        found = values.get("_class_name", "no _class_name")
-        raise SFDError(f"{where} describes no AutoencoderKL but {found}; give a texture autoencoder of that class")
-    if (values.get("in_channels"), values.get("out_channels")) != (3, 3):
-        raise SFDError(f"{where}: only autoencoders of 3 channels in and out are supported; give one of RGB images")
-    # What the first versions of the format left out had then the values that are the defaults here.
-    needed = ("latent_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types")
-    missing = [name for name in needed if name not in values]
-    if missing:
-        raise SFDError(f"{where} lacks {', '.join(missing)}; restore the file")
-    return {name: values[name] for name in Config.model_fields if name in values}
-
+build = PublishedAutoencoder
 
 _F8D4 = {
     "latent_channels": 4,
@@ -117,20 +99,22 @@ _F8D4 = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-FORMAT = _published.Format(
-    library="diffusers",
-    weights="diffusion_pytorch_model",
-    architecture=architecture,
-    known={"stabilityai/sd-vae-ft-mse": _F8D4, "stabilityai/sd-vae-ft-ema": _F8D4},
-)
-
-# Attention's linear maps were once named otherwise, in files that are still in use.
-_FORMER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# Hub names that can be planned with before they are on this machine.
+KNOWN = {"stabilityai/sd-vae-ft-mse": _F8D4, "stabilityai/sd-vae-ft-ema": _F8D4}
 
 
 def planned(source: str, given: Mapping[str, Any]) -> Config:
-    """Learn the architecture of a published autoencoder without its weights (see `_published.planned`)."""
-    return _published.planned(source, given, Config, FORMAT)
+    """Learn the architecture of a published autoencoder without its weights; nothing is downloaded.
+
+    Args:
+        source: a folder, or a hub name.
+        given: fields of `Config` that it is expected to have; if it is not on this machine, they stand for it.
+    """
+    folder = _hub.local(source)
+    if folder is None and source not in KNOWN and not given:
+        raise _hub.absent(source)
+    found = KNOWN.get(source, {}) if folder is None else _architecture(folder / _hub.CONFIG_FILE)
+    return _hub.expected(source, given, found, Config)
 
 
 def pretrained(source: str, given: Mapping[str, Any]) -> PublishedAutoencoder:
@@ -139,18 +123,23 @@ def pretrained(source: str, given: Mapping[str, Any]) -> PublishedAutoencoder:
     Args:
         source: a folder with `config.json` and `diffusion_pytorch_model.safetensors`, or a hub name.
         given: fields of `Config` that it is expected to have.
-
-    Raises:
-        SFDError: it cannot be had, is another than expected, or its files are damaged.
     """
-    folder = _published.fetched(source, FORMAT)
+    folder = _hub.fetch(source, WEIGHTS)
     config = planned(str(folder), given)
-    read = files.read_tensors(folder / f"{FORMAT.weights}.safetensors")
-    tensors = {_present_name(name): tensor for name, tensor in read.items()}
-    return assemble(lambda: build(config), {f"net.{name}": t for name, t in tensors.items()}, source)
+    net = _hub.load(autoencoder_class(), folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    encoder = PublishedAutoencoder(config, net).eval().requires_grad_(False)
+    encoder.stamp = encoder.identity
+    return encoder
 
 
-def _present_name(name: str) -> str:
-    for former, present in _FORMER_NAMES.items():
-        name = name.replace(former, present)
-    return name
+def _architecture(path: Path) -> dict[str, Any]:
+    """Take the fields of `Config` from a diffusers `config.json`."""
+    values = files.read_json(path, "autoencoder in the diffusers format")
+    if [values.get(name) for name in ("_class_name", "in_channels", "out_channels")] != ["AutoencoderKL", 3, 3]:
+        raise SFDError(f"{path} describes no AutoencoderKL of RGB images; give a texture autoencoder of that class")
+    # What the first versions of the format left out had the values that are the defaults here.
+    needed = ("latent_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types")
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise SFDError(f"{path} lacks {', '.join(missing)}; restore the file")
+    return {name: values[name] for name in Config.model_fields if name in values}

@@ -61,6 +61,24 @@ def load(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]
         kinds: the kinds of component that are accepted.
         find: gives the module of a component's name; the module has a `Config` and `build(config)`.
     """
+    about, module = _described(folder, kinds, find)
+    config = parse(module.Config, about["config"], str(folder / CONFIG_FILE))
+    tensors = read_weights(folder / WEIGHTS_FILE, about["sha256"])
+    component: Component = assemble(lambda: module.build(config), tensors, str(folder))
+    component.stamp = about["identity"]
+    return component
+
+
+def read_config(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]) -> Settings:
+    """Read a component's configuration alone; see `load`."""
+    about, module = _described(folder, kinds, find)
+    config: Settings = parse(module.Config, about["config"], str(folder / CONFIG_FILE))
+    return config
+
+
+def _described(
+    folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]
+) -> tuple[dict[str, Any], ModuleType]:
     wanted = " or ".join(kinds)
     about = files.read_json(folder / CONFIG_FILE, wanted)
     missing = [key for key in ("kind", "name", "identity", "sha256", "config") if key not in about]
@@ -68,12 +86,7 @@ def load(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]
         raise SFDError(f"{folder / CONFIG_FILE} describes no {wanted}: it lacks {', '.join(missing)}; restore the file")
     if about["kind"] not in kinds:
         raise SFDError(f"{folder} holds a {about['kind']} ({about['name']}), but a {wanted} was expected")
-    module = find(about["name"])
-    config = parse(module.Config, about["config"], str(folder / CONFIG_FILE))
-    tensors = read_weights(folder / WEIGHTS_FILE, about["sha256"])
-    component: Component = assemble(lambda: module.build(config), tensors, str(folder))
-    component.stamp = about["identity"]
-    return component
+    return about, find(about["name"])
 
 
 def fingerprint(about: Any, network: nn.Module) -> str:

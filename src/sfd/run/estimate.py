@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sfd.encoders._published import is_here
+from sfd.encoders._hub import local
 from sfd.generation.generate import SamplingConfig
 from sfd.generation.model import model_config
 from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops
@@ -198,9 +198,10 @@ def _semantic(recipe: Recipe) -> dict[str, str]:
 
 
 def _encoder(settings: EncoderSettings) -> str:
-    absent = settings.pretrained is not None and not is_here(settings.pretrained)
-    missing = f"; {settings.pretrained} is not here yet" if absent else ""
-    return f"{_count(planned_encoder(settings)):,} parameters ({settings.name}){missing}"
+    encoder = planned_encoder(settings)
+    absent = settings.pretrained is not None and local(settings.pretrained) is None
+    missing = f"; {settings.pretrained} is not on this machine yet" if absent else ""
+    return f"{settings.name}, {encoder.channels} channels, {encoder.downsample} pixels a position{missing}"
 
 
 def _compressor(recipe: Recipe) -> dict[str, str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from pydantic import ValidationError
 
+from sfd import encoders
 from sfd.data.published import KEYS, read_shards
 from sfd.data.shards import FEATURES
-from sfd.encoders import SEMANTIC, TEXTURE, load_encoder
+from sfd.encoders import SEMANTIC, TEXTURE, EncoderConfig
 from sfd.generation.generate import check_sampling
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.component import Component
@@ -26,8 +25,7 @@ from sfd.run.recipe import CompressorSettings, EncoderSettings, Recipe
 from sfd.schedules import Schedule, build_schedule
 from sfd.training import parallel
 from sfd.training.config import TrainSettings
-from sfd.utils import registry
-from sfd.utils.config import Settings, explain, parse
+from sfd.utils.config import explain
 from sfd.utils.errors import SFDError
 
 
@@ -116,19 +114,18 @@ def planned_shapes(recipe: Recipe) -> dict[str, Shape]:
         SFDError: encoders of the wrong kind or for other image sizes, or published latents that do not fit the recipe.
     """
     texture, size = planned_encoder(recipe.texture), recipe.data.image_size
-    _check_kind("texture", texture, TEXTURE)
+    _check_kind("texture", recipe.texture, texture, TEXTURE)
     _check_size(recipe, "texture encoder", texture.downsample)
     shapes = {"texture": Shape(texture.channels, size // texture.downsample)}
     if recipe.latents.published is not None and Path(recipe.latents.published).is_dir():
         return _published_shapes(recipe, Path(recipe.latents.published), shapes["texture"])
     semantic = planned_encoder(recipe.semantic)
-    _check_kind("semantic", semantic, SEMANTIC)
+    _check_kind("semantic", recipe.semantic, semantic, SEMANTIC)
     _check_size(recipe, "semantic encoder", semantic.downsample)
-    tile = getattr(semantic, "tile", 1)
-    if size % tile:
+    if size % semantic.tile:
         raise SFDError(
-            f"data.image_size is {size}, but the semantic encoder reads tiles of {tile} pixels; "
-            f"choose a multiple of {tile}, or set semantic.config.tile"
+            f"data.image_size is {size}, but the semantic encoder reads tiles of {semantic.tile} pixels; "
+            f"choose a multiple of {semantic.tile}, or set semantic.config.tile"
         )
     grid = size // semantic.downsample
     return shapes | {"semantic": Shape(recipe.compressor.channels, grid), FEATURES: Shape(semantic.channels, grid)}
@@ -191,26 +188,9 @@ def leading_first(schedule: Schedule) -> tuple[str, ...]:
     return tuple(sorted(backwards, key=lambda name: -ahead[name]))
 
 
-def planned_encoder(settings: EncoderSettings) -> Any:
-    """Build an encoder without memory for its weights, or load the one whose `folder` the recipe names.
-
-    Raises:
-        SFDError: a trained one is damaged, or the architecture of a published one cannot be known here.
-    """
-    if settings.folder is not None:
-        return load_encoder(Path(settings.folder))
-    module = registry.find("sfd.encoders", settings.name, "encoder")
-    if settings.pretrained is not None:
-        config = module.planned(settings.pretrained, settings.config)
-    else:
-        config = parse(module.Config, settings.config)
-    return _without_memory(module.build, module.Config, config.model_dump_json())
-
-
-@lru_cache(maxsize=16)
-def _without_memory(build: Callable[[Any], Component], config: type[Settings], values: str) -> Component:
-    with torch.device("meta"):
-        return build(config.model_validate_json(values))
+def planned_encoder(settings: EncoderSettings) -> EncoderConfig:
+    """Learn the configuration of the encoder that a recipe names; nothing is built or downloaded."""
+    return encoders.planned_encoder(settings.name, settings.pretrained, settings.folder, settings.config)
 
 
 def planned_compressor(recipe: Recipe) -> Component | None:
@@ -237,9 +217,9 @@ def _check_evaluator(recipe: Recipe) -> None:
         _check_size(recipe, "evaluation classifier", evaluator.config.downsample)
 
 
-def _check_kind(stream: str, encoder: Any, kind: str) -> None:
+def _check_kind(stream: str, settings: EncoderSettings, encoder: EncoderConfig, kind: str) -> None:
     if encoder.kind != kind:
-        raise SFDError(f"{stream}: {encoder.name!r} is a {encoder.kind}, but a {kind} is needed; name another")
+        raise SFDError(f"{stream}: {settings.name!r} is a {encoder.kind}, but a {kind} is needed; name another")
 
 
 def given_compressor(settings: CompressorSettings, input_channels: int) -> Compressor:
