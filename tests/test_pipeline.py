@@ -209,36 +209,6 @@ def test_latents_read_back_what_was_encoded(finished):
     torch.testing.assert_close(latents.read("texture", numbers, np.ones(3, bool)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_statistics_are_those_of_the_unflipped_latents(finished):
-    latents = LatentSet(finished.folder.latents)
-    everything = latents.read("texture", np.arange(len(latents)), np.zeros(len(latents), bool))
-    std = torch.tensor(latents.manifest.streams["texture"].std)
-    torch.testing.assert_close(std, everything.transpose(0, 1).flatten(1).std(1), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_damaged_shard_is_named(finished, tmp_path, damage):
-    shutil.copytree(finished.folder.latents, tmp_path / "latents")
-    shard = tmp_path / "latents" / "shard-00001.safetensors"
-    data = shard.read_bytes()
-    if damage == "missing":
-        shard.unlink()
-    else:
-        shard.write_bytes(data[:-3] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(SFDError, match="shard-00001"):
-        LatentSet(tmp_path / "latents")
-
-
-def test_preparing_goes_on_after_the_finished_shards(finished, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(finished.folder.root, out, ignore=shutil.ignore_patterns("training", "samples"))
-    kept, lost = out / "latents" / "shard-00000.safetensors", out / "latents" / "shard-00001.safetensors"
-    whole, before = lost.read_bytes(), kept.stat().st_mtime_ns
-    lost.unlink()
-    Pipeline(finished.recipe, out, CPU).prepare()
-    assert lost.read_bytes() == whole and kept.stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -123,7 +123,7 @@ def test_a_truncated_shard_is_named(folder):
         ({"feats_dino": None}, "lacks 'feats_dino'"),
         ({"labels": None}, "lacks 'labels'"),
         ({"labels": torch.zeros(4, dtype=torch.int64)}, "latents holds 5 images, but labels 4"),
-        ({"labels": torch.zeros(5)}, "expected one integer an image"),
+        ({"labels": torch.zeros(5)}, "expected one integer per image"),
         ({"labels": torch.tensor([0, 1, 2, 3, -4])}, "labels lie between -4 and 3"),
         ({"latents_flip": torch.zeros(5, 8, 4, 4)}, r"latents_flip is F32 \[5, 8, 4, 4\]"),
         ({"latents": torch.full((5, 8, 8, 8), torch.nan)}, "not finite"),

@@ -19,8 +19,8 @@ from benchmarks.speed.measuring import Row, Setting, best_times
 from sfd.data.folder import FolderSource
 from sfd.encoders import autoencoder_kl
 from sfd.models.dit import LightningDiT
+from sfd.run.latents import find_latents
 from sfd.run.pipeline import transformer_config
-from sfd.run.preparation import find_latents
 from sfd.run.recipe import load_recipe
 from sfd.schedules import build_schedule
 from sfd.training.batches import Batches

@@ -31,8 +31,8 @@ from sfd.generation.generate import DEFAULT_STEPS, velocity_field
 from sfd.guidance import VelocityField
 from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference
+from sfd.run.latents import find_latents
 from sfd.run.pipeline import transformer_config
-from sfd.run.preparation import find_latents
 from sfd.run.recipe import load_recipe
 from sfd.sampling import initial_noise, integrate
 from sfd.schedules import build_schedule

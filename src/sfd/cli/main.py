@@ -61,10 +61,9 @@ def _stage(
     dry_run: bool,
     tflops: float | None,
     device: str,
-    shared: bool = False,
     whole: bool = False,
 ) -> None:
-    """Do a stage's work, or a `whole` run's, alone in its folder; or `shared`, if the work sees to that."""
+    """Do a stage's work, or a `whole` run's, alone in its folder."""
     from sfd.run import assessment, stages
     from sfd.run.pipeline import Pipeline
     from sfd.run.recipe import load_recipe
@@ -87,7 +86,7 @@ def _stage(
         check_machine(resolved, chosen)
     with ExitStack() as held:
         held.enter_context(signals.limit(max_hours))
-        if distributed.is_main_process() and not shared:
+        if distributed.is_main_process():
             held.enter_context(files.exclusive(out))
         distributed.broadcast(None)  # the folder is this run's
         pipeline = Pipeline(resolved, out, chosen)
@@ -140,19 +139,14 @@ def train_semvae(**arguments: Any) -> None:
 
 @main.command("prepare")
 @recipe_command
-@click.option("--part", metavar="I/N", help="make only this share of the shards, beside other processes or machines")
-def prepare(part: str | None, **arguments: Any) -> None:
+def prepare(**arguments: Any) -> None:
     """Encode the training images into latent shards, in both orientations; or check published ones.
 
-    Any number of processes may share the work through a common folder: each gets the same command and its own --part,
-    from 1/N to N/N. The last to end writes the manifest.
+    Ranks share the work: those of torchrun, or of an array job that sets RANK and WORLD_SIZE.
     """
-    from sfd.utils.shares import WHOLE, parse_share
+    from sfd.run.pipeline import Pipeline
 
-    if part is not None:
-        distributed.check_single("prepare --part")
-    chosen = WHOLE if part is None else parse_share(part)
-    _stage(lambda pipeline: pipeline.prepare(chosen), shared=part is not None, **arguments)
+    _stage(Pipeline.prepare, **arguments)
 
 
 @main.command("train")
@@ -251,7 +245,7 @@ def export(model: Path, out: Path, dtype: str) -> None:
 def export_latents(latents: Path, out: Path, shard_size: int) -> None:
     """Write LATENTS (a run's folder, or its latents) to OUT in the published format, with their statistics."""
     from sfd.data.published import write_published
-    from sfd.run.preparation import find_latents
+    from sfd.run.latents import find_latents
 
     found = find_latents(latents)
     write_published(found, out, shard_size)

@@ -192,7 +192,7 @@ def _latents(recipe: Recipe) -> str:
 
 
 def _semantic(recipe: Recipe) -> dict[str, str]:
-    if recipe.latents.published is not None:
+    if not recipe.encodes_semantics:
         return {}
     return {"semantic encoder": _encoder(recipe.semantic)}
 

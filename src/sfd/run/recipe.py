@@ -230,6 +230,16 @@ class Recipe(Settings):
         self._check_data()
         return self
 
+    @property
+    def uses_semantics(self) -> bool:
+        """Whether a stream or a loss needs a semantic encoder's features."""
+        return "semantic" in self.streams or self.loss.repa > 0
+
+    @property
+    def encodes_semantics(self) -> bool:
+        """Whether the run itself needs a semantic encoder: published latents bring what they need."""
+        return self.uses_semantics and self.latents.published is None
+
     def fixed(self) -> dict[str, Any]:
         """Write out the defaults of the schedule, so that leaving one out is no difference."""
         from sfd.schedules import build_schedule

@@ -72,7 +72,7 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
 
 def trainings(recipe: Recipe) -> list[TrainSettings]:
     """List how everything is trained that a whole run of a recipe trains."""
-    encoding = [recipe.semantic.train, recipe.compressor.train] if recipe.latents.published is None else []
+    encoding = [recipe.semantic.train, recipe.compressor.train] if recipe.encodes_semantics else []
     judge = recipe.evaluation.classifier
     each = [recipe.texture.train, *encoding, recipe.train, judge.training if judge is not None else None]
     return [settings for settings in each if settings is not None]
@@ -119,6 +119,8 @@ def planned_shapes(recipe: Recipe) -> dict[str, Shape]:
     shapes = {"texture": Shape(texture.channels, size // texture.downsample)}
     if recipe.latents.published is not None and Path(recipe.latents.published).is_dir():
         return _published_shapes(recipe, Path(recipe.latents.published), shapes["texture"])
+    if not recipe.uses_semantics:
+        return shapes
     semantic = planned_encoder(recipe.semantic)
     _check_kind("semantic", recipe.semantic, semantic, SEMANTIC)
     _check_size(recipe, "semantic encoder", semantic.downsample)
@@ -157,7 +159,7 @@ def latent_bytes(recipe: Recipe) -> tuple[int, int]:
     shapes, orientations = planned_shapes(recipe), 2
     entry, half = getattr(torch, recipe.latents.dtype).itemsize, torch.float16.itemsize
     sizes = {name: orientations * shape.channels * shape.grid**2 for name, shape in shapes.items()}
-    return entry * sum(sizes[name] for name in recipe.streams), half * sizes[FEATURES] * recipe.latents.features
+    return entry * sum(sizes[name] for name in recipe.streams), half * sizes.get(FEATURES, 0) * recipe.latents.features
 
 
 def architecture(recipe: Recipe, composite: CompositeLatent, num_classes: int, features: int | None) -> DiTConfig:

@@ -154,9 +154,9 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, to_json(value))
+def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
+    """Write a JSON file atomically; see `atomic_write` for `shared`."""
+    write_text(path, to_json(value), shared=shared)
 
 
 def to_json(value: Any) -> str:
