@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from sfd.generation.generate import SamplingConfig, check_sampling, decode, generate
 from torch import Tensor
 
 from benchmarks.guided_model import solve, texture_errors
 from sfd.data.shapes import ShapesSource
 from sfd.evaluation.evaluate import Reference, evaluate, measure
 from sfd.evaluation.extractors import classifier
-from sfd.generation.generate import SamplingConfig, check_sampling, decode, generate
 from sfd.generation.model import Model, load_model
 from sfd.training.tasks.classifier import ClassifierSettings, divide, train_classifier
 from sfd.utils.device import choose_device

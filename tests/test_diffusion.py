@@ -14,7 +14,7 @@ from sfd.data.folder import FolderSource
 from sfd.data.shapes import ShapesSource
 from sfd.data.shards import FEATURES, LatentSet
 from sfd.models.dit import DiTConfig, LightningDiT
-from sfd.schedules import build_schedule
+from sfd.schedule import build_schedule
 from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
 from sfd.utils import rng
 from sfd.utils.errors import SFDError

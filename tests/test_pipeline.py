@@ -15,8 +15,8 @@ from sfd.data.folder import write_folder
 from sfd.data.shapes import ShapesSource
 from sfd.data.shards import LatentSet
 from sfd.evaluation.samples import load_samples, pack
+from sfd.generation.config import SamplingConfig
 from sfd.generation.folder import read_images, write_samples
-from sfd.generation.generate import SamplingConfig, generate
 from sfd.generation.model import load_model
 from sfd.run.assessment import assess
 from sfd.run.pipeline import Pipeline
@@ -90,9 +90,9 @@ def test_a_stage_names_what_it_needs_first(tmp_path):
 def test_image_k_depends_on_seed_k_alone(finished):
     seeds, labels = list(range(7)), [0, 1, 2, 3, 4, 5, 6]
     settings = SamplingConfig(steps=4, guidance=1.5)
-    whole = torch.cat([g.latents for g in generate(finished.model, labels, seeds, settings)])
+    whole = torch.cat([g.latents for g in finished.model.sample_batches(labels, seeds, settings)])
     odd = settings.model_copy(update={"batch_size": 3})
-    parts = torch.cat([g.latents for g in generate(finished.model, labels, seeds, odd)])
+    parts = torch.cat([g.latents for g in finished.model.sample_batches(labels, seeds, odd)])
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
@@ -107,14 +107,14 @@ def test_a_resumed_folder_of_samples_is_the_same(finished, tmp_path):
 
 def test_samples_made_otherwise_are_not_mixed(finished, tmp_path):
     write_samples(tmp_path / "a", finished.model, [0], [5], SamplingConfig(steps=3))
-    with pytest.raises(SFDError, match=r"sampling\.steps = 3, but this command has 4"):
+    with pytest.raises(SFDError, match="steps = 3, but this command has 4"):
         write_samples(tmp_path / "a", finished.model, [0], [5], SamplingConfig(steps=4))
 
 
 def test_autoguidance_by_another_model(finished):
     settings = SamplingConfig(steps=3, guidance={"semantic": 1.9, "texture": 1.3})
-    guided = next(generate(finished.model, [1], [0], settings, weak=finished.model))
-    plain = next(generate(finished.model, [1], [0], SamplingConfig(steps=3)))
+    guided = next(finished.model.sample_batches([1], [0], settings, guiding=finished.model))
+    plain = next(finished.model.sample_batches([1], [0], SamplingConfig(steps=3)))
     torch.testing.assert_close(guided.latents, plain.latents)  # guided by itself: unchanged
 
 
@@ -142,7 +142,7 @@ def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
     pipeline.all()
     assess(pipeline)
     record = files.read_json(pipeline.folder.samples / "guided" / "samples.json", "samples")
-    assert record["weak"] == finished.model.identity
+    assert record["guiding"] == finished.model.identity
     guided, unguided = (read_images(pipeline.folder.samples / name, range(4)) for name in ("guided", "unguided"))
     assert np.abs(guided.astype(int) - unguided).max() <= 1  # guided by itself: unchanged, but for rounding
 
@@ -226,7 +226,7 @@ def test_variants_of_the_method_run(finished, tmp_path, overrides):
     pipeline.train_compressor()
     pipeline.prepare()
     pipeline.train()
-    images = next(generate(pipeline.model, [0], [0], SamplingConfig(steps=3))).images
+    images = next(pipeline.model.sample_batches([0], [0], SamplingConfig(steps=3))).images
     assert images.shape == (1, 32, 32, 3)
 
 

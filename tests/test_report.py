@@ -14,7 +14,7 @@ from sfd.evaluation.report import (
     StageCost,
     write_report,
 )
-from sfd.generation.trajectory import ScheduleCurves, Strip
+from sfd.generation.trajectory import ScheduleCurves, Trajectory
 from sfd.utils.errors import SFDError
 from sfd.utils.units import duration, memory
 
@@ -70,7 +70,7 @@ def full_content():
         recipe="name: demo\n",
         galleries=[Gallery("Guided", "with care", images(8), np.arange(8) % 2, CLASSES)],
         schedule=schedule(),
-        strip=Strip("a disk", base, np.stack([base, base], axis=1), RNG.normal(size=(5, 4, 2, 2)), images(5)),
+        strip=Trajectory("a disk", base, np.stack([base, base], axis=1), RNG.normal(size=(5, 4, 2, 2)), images(5)),
         logs={"transformer": log},
         metrics=[row(), row("real training images", real=True, class_accuracy=0.98)],
         stages=[StageCost("transformer", 200, 1_200_000_000)],

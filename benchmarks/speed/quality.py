@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sfd.generation.generate import SamplingConfig
 
 from benchmarks.offset_sweep import judged, trained
 from benchmarks.solvers_trained import MODEL, judge, sample, texture_errors
@@ -23,7 +24,6 @@ from benchmarks.speed.report import draw_figure, keep_file
 from sfd.data.encode import LatentSettings, LatentWriter
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import Reference, evaluate
-from sfd.generation.generate import SamplingConfig
 from sfd.generation.model import Model, load_model
 from sfd.models.inference import cannot_compile
 from sfd.run.assessment import reference

@@ -23,7 +23,7 @@ from sfd.models.component import differences
 from sfd.models.dit import LightningDiT, parameter_count
 from sfd.models.semvae import SemVAE, SemVAEConfig, reconstruction_losses
 from sfd.sampling import integrate
-from sfd.schedules import Schedule, StreamTimes, build_schedule
+from sfd.schedule import Schedule, StreamTimes, build_schedule
 
 
 def test_folder(folder, rows):

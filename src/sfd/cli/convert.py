@@ -16,7 +16,8 @@ import torch
 
 from sfd.convert import autoencoder, model_directory, semvae
 from sfd.convert.checkpoint_files import Checkpoint, read_checkpoint, write_checkpoint
-from sfd.generation.model import RECORD, load_model, model_folder
+from sfd.generation.directory import RECORD, model_folder
+from sfd.generation.model import load_model
 from sfd.models import component
 from sfd.utils import files
 from sfd.utils.errors import SFDError

@@ -185,42 +185,23 @@ def report(**arguments: Any) -> None:
 @click.option("--seeds", default="0-7", show_default=True, help="such as 0-63 or 1,5,9; each class gets each seed")
 @click.option("--in-turn", is_flag=True, help="give seed i to class i, around and around, so that no noise repeats")
 @click.option("--steps", type=int, help="solver steps; leave out for an adaptive solver  [default: 25]")
-@click.option("--solver", default="multistep", show_default=True, help="euler, heun, dopri5, or any of sfd.solvers")
+@click.option("--solver", default="multistep", show_default=True, help="euler, heun, dopri5, multistep, sde")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="of the solver, such as rtol=1e-4")
 @click.option("--shift", type=float, default=1.0, show_default=True, help="time shift of the steps, 0.01 to 100")
-@click.option(
-    "--budget", default="length", show_default=True, help="steps by segment: length, equal, time, or weights: 1,2,1"
-)
 @click.option(
     "--guidance", default="1", show_default=True, help="scale: 1.5, or one a stream: semantic=1.9,texture=1.3"
 )
 @click.option("--interval", help="stream times within which to guide: 0.1-0.9, or semantic=0-0.8,texture=0.2-1")
 @click.option("--weak", type=FOLDER, help="a weaker model's directory for AutoGuidance; else the null class is used")
-@click.option("--weak-every", type=int, default=1, show_default=True, help="guide anew once in so many evaluations")
-@click.option("--weak-between", default="hold", show_default=True, help="hold or extrapolate the guidance in between")
-@click.option("--paired", is_flag=True, help="evaluate class and null class in one call of twice the batch")
-@click.option(
-    "--batch-size",
-    default="auto",
-    show_default=True,
-    help="auto: what a GPU's memory holds, else 64",
-)
-@click.option("--part", metavar="I/N", help="make only this share of the images, beside other processes or machines")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="images per batch")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
-@click.option(
-    "--compile",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="the network, which takes a minute or two; auto: where that is less than it saves",
-)
+@click.option("--compile", is_flag=True, help="compile the network, which takes a minute or two")
 @device_option
 def sample(**arguments: Any) -> None:
     """Sample images from a MODEL directory (or a run's folder). Image k depends on seed k alone.
 
-    The same command goes on where it was stopped. Any number of processes may share the work through a common folder:
-    each gets the same command and its own --part, from 1/N to N/N; those that torchrun or accelerate launch starts
-    take their parts by themselves. The last to end draws the grid.
+    The same command resumes an interrupted one. Processes that a launcher or an array job starts (RANK and WORLD_SIZE
+    in the environment) split the images among themselves; the last one to end draws the grid.
     """
     from sfd.cli.sample import sample_images
 

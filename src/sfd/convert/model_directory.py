@@ -18,10 +18,10 @@ from sfd.convert.checkpoint_files import Checkpoint
 from sfd.data.published import KEYS, describe_published, read_statistics, statistics_files
 from sfd.data.shards import MANIFEST, read_manifest
 from sfd.encoders import TextureEncoder, open_texture
-from sfd.generation.model import TEXTURE_STREAM, Model
-from sfd.latents import CompositeLatent, Stream
+from sfd.generation.model import Model
+from sfd.latents import TEXTURE, CompositeLatent, Stream
 from sfd.models.dit import DiTConfig, LightningDiT
-from sfd.schedules import build_schedule
+from sfd.schedule import build_schedule
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 
@@ -156,9 +156,7 @@ def _with_statistics(composite: CompositeLatent, sources: tuple[str, ...], textu
             )
     tokenizer = {"tokenizer": texture.identity}
     streams = [
-        Stream.model_validate(
-            {**s.model_dump(), **(tokenizer if s.name == TEXTURE_STREAM else {}), **found.get(s.name, {})}
-        )
+        Stream.model_validate({**s.model_dump(), **(tokenizer if s.name == TEXTURE else {}), **found.get(s.name, {})})
         for s in composite.streams
     ]
     return CompositeLatent(streams=tuple(streams))

@@ -17,7 +17,7 @@ from sfd import __version__
 from sfd.data.grid import image_grid
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
-from sfd.generation.trajectory import ScheduleCurves, Strip
+from sfd.generation.trajectory import ScheduleCurves, Trajectory
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 from sfd.utils.units import duration, memory
@@ -62,7 +62,7 @@ class ReportContent:
     recipe: str  # the resolved recipe, YAML
     galleries: Sequence[Gallery] = ()
     schedule: ScheduleCurves | None = None
-    strip: Strip | None = None
+    strip: Trajectory | None = None
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # part's name to lines of its log
     metrics: Sequence[Metrics] = ()  # the row that matters most first; real images, if any, last
     stages: Sequence[StageCost] = ()
@@ -151,7 +151,7 @@ def _schedule(curves: ScheduleCurves) -> str:
     return figures.schedule_drawing(curves.base, curves.times, curves.rates, curves.names, curves.knots)
 
 
-def _strip(strip: Strip, schedule: ScheduleCurves) -> dict[str, Any]:
+def _strip(strip: Trajectory, schedule: ScheduleCurves) -> dict[str, Any]:
     """Lay out the strip: a column a frame, phases and knots placed on the axis that the columns' base times make."""
     count = len(strip.base)
     colours = figures.semantic_colours(strip.semantic)

@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -30,8 +29,9 @@ from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
 from sfd.evaluation.extractors._base import Extractor, load_extractor
 from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data
-from sfd.generation.generate import SamplingConfig, generate, without_guidance
-from sfd.generation.model import RECORD, Model, load_model, model_folder
+from sfd.generation.config import SamplingConfig
+from sfd.generation.directory import RECORD, model_folder
+from sfd.generation.model import Model, load_model
 from sfd.latents import CompositeLatent
 from sfd.models.component import CONFIG_FILE, WEIGHTS_FILE, Component
 from sfd.models.compressor import Compressor, load_compressor
@@ -43,7 +43,7 @@ from sfd.run.latents import open_latents, write_real_preview
 from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
 from sfd.run.stages import Stage, pick
 from sfd.run.validate import architecture, check_machine, given_compressor, planned_shapes
-from sfd.schedules import Schedule, build_schedule
+from sfd.schedule import Schedule, build_schedule
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
 from sfd.training.tasks.classifier import ClassifierSettings, train_classifier
@@ -321,24 +321,26 @@ class Pipeline:
             "parameters": parameter_count(config),
         }
         generator = _without_projector(cast(LightningDiT, trained))
-        Model(generator, schedule, self.texture, latents.manifest.classes, history).save(self.folder.model)
+        model = Model(generator, schedule, self.texture, latents.manifest.classes, history)
+        model.sampling = self.sample_settings(model)
+        model.save(self.folder.model)
 
     def _preview(
         self, step: int, network: nn.Module, schedule: Schedule, classes: tuple[str, ...], folder: Path
     ) -> None:
         model = Model(cast(LightningDiT, network), schedule, self.texture, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
-        settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES, "compile": "off"})
+        settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES, "compile": False})
         if self.recipe.evaluation.weak is not None:
-            settings = without_guidance(settings)
-        images = np.concatenate([g.images for g in generate(model, labels, range(PREVIEW_IMAGES), settings)])
+            settings = settings.unguided()
+        (batch,) = model.sample_batches(labels, range(PREVIEW_IMAGES), settings)
         with files.atomic_write(folder / f"step-{step:09d}.png") as partial:
-            image_grid(images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
+            image_grid(batch.images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
 
     def sample_settings(self, model: Model) -> SamplingConfig:
         """The recipe's way of sampling; without guidance where nothing is there to be guided away from."""
         sample, able = self.recipe.sample, bool(model.classes) or self.recipe.evaluation.weak is not None
-        return sample if sample.guides and able else without_guidance(sample)
+        return sample if sample.guides and able else sample.unguided()
 
     @cached_property
     def model(self) -> Model:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from sfd.data.encode import LatentSettings
 from sfd.data.source import DataSettings
-from sfd.generation.generate import SamplingConfig
+from sfd.generation.config import SamplingConfig
 from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
@@ -201,7 +201,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        from sfd.schedules import build_schedule
+        from sfd.schedule import build_schedule
 
         for name in self.streams:
             if name not in ("texture", "semantic"):
@@ -218,15 +218,6 @@ class Recipe(Settings):
             )
         if self.loss.repa and self.transformer.repa_block is None:
             raise SFDError("loss.repa is set, but transformer.repa_block is null; set it, or set loss.repa to 0")
-        if self.evaluation.weak is not None and not self.sample.guides:
-            raise SFDError(
-                "evaluation.weak is set, but sample.guidance is 1 for every stream, so it would do nothing; give a "
-                "scale, such as 1.5"
-            )
-        if self.evaluation.weak is not None and self.sample.paired:
-            raise SFDError(
-                "sample.paired evaluates one network once with both labels, but evaluation.weak is another; set one"
-            )
         self._check_data()
         return self
 
@@ -242,7 +233,7 @@ class Recipe(Settings):
 
     def fixed(self) -> dict[str, Any]:
         """Write out the defaults of the schedule, so that leaving one out is no difference."""
-        from sfd.schedules import build_schedule
+        from sfd.schedule import build_schedule
 
         return super().fixed() | {"schedule": build_schedule(self.schedule, tuple(self.streams)).spec}
 

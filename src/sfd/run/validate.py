@@ -12,7 +12,6 @@ from sfd import encoders
 from sfd.data.published import KEYS, read_shards
 from sfd.data.shards import FEATURES
 from sfd.encoders import SEMANTIC, TEXTURE, EncoderConfig
-from sfd.generation.generate import check_sampling
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.component import Component
 from sfd.models.compressor import Compressor, load_compressor
@@ -22,7 +21,7 @@ from sfd.models.inference import require_compiler
 from sfd.models.pca import PCA
 from sfd.models.semvae import SemVAE
 from sfd.run.recipe import CompressorSettings, EncoderSettings, Recipe
-from sfd.schedules import Schedule, build_schedule
+from sfd.schedule import Schedule, build_schedule
 from sfd.training import parallel
 from sfd.training.config import TrainSettings
 from sfd.utils.config import explain
@@ -52,7 +51,7 @@ def check(recipe: Recipe, *, dry: bool = False) -> DiTConfig:
     except (ValidationError, ValueError) as error:
         raise explain(error, DiTConfig, f"recipe {recipe.name!r}") from None
     composite = config.composite
-    check_sampling(build_schedule(recipe.schedule, composite.names), composite, recipe.sample, has_weak=True)
+    recipe.sample.check(build_schedule(recipe.schedule, composite.names), composite, has_guiding=True)
     if recipe.loss.repa:
         _check_repa(recipe, composite)
     return config
@@ -66,7 +65,7 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
     """
     for settings in trainings(recipe):
         parallel.check(settings, device)
-    if recipe.sample.compile == "on":
+    if recipe.sample.compile:
         require_compiler(device)
 
 
