@@ -200,7 +200,7 @@ def test_autoguidance_from_end_to_end(small, tmp_path):
     strong.all()
     assess(strong)
     record = files.read_json(strong.folder.samples / "guided" / "samples.json", "samples")
-    assert record["weak"] == weak.model.identity and record["sampling"]["guidance"] == 1.5
+    assert record["guiding"] == weak.model.identity and record["sampling"]["guidance"] == 1.5
     assert read_images(strong.folder.samples / "guided", range(10)).shape == (10, 32, 32, 3)
     assert strong.folder.report.exists() and not strong.folder.evaluator.exists()
 
