@@ -21,8 +21,14 @@ _MODULES = {
     "sfd.solvers": ("SOLVERS", "Solver"),
     "sfd.sampling": ("Progress", "initial_noise", "integrate"),
     "sfd.models.dit": ("DiTConfig", "LightningDiT"),
+    "sfd.data.encode": ("LatentSettings", "LatentWriter"),
+    "sfd.data.shards": ("LatentSet",),
+    "sfd.training.config": ("TrainSettings",),
+    "sfd.training.trainer": ("fit",),
+    "sfd.training.tasks.diffusion": ("DiffusionTask", "LossSettings"),
     "sfd.generation.config": ("SamplingConfig",),
     "sfd.generation.model": ("Model", "load"),
+    "sfd.evaluation.metrics": ("frechet_distance", "precision_recall"),
     "sfd.utils.errors": ("SFDError",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -136,8 +136,11 @@ class LatentSet:
             if path.stat().st_size != shard.bytes:
                 raise SFDError(f"{path} is damaged; remove it and {again}")
 
-    def composite(self, patch_sizes: Mapping[str, int], weights: Mapping[str, float]) -> CompositeLatent:
+    def composite(
+        self, patch_sizes: Mapping[str, int] | None = None, weights: Mapping[str, float] | None = None
+    ) -> CompositeLatent:
         """Describe the streams for a network; patch sizes and weights that are not given are 1."""
+        patch_sizes, weights = patch_sizes or {}, weights or {}
         streams = tuple(
             Stream(
                 name=name,

@@ -71,13 +71,14 @@ def gaussian(features: ArrayLike) -> Gaussian:
     return moments.gaussian()
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Compute the squared Fréchet distance |μa − μb|² + tr(A + B − 2·(A^½ B A^½)^½).
+def frechet_distance(a: Gaussian | ArrayLike, b: Gaussian | ArrayLike) -> float:
+    """Compute the squared Fréchet distance |μa − μb|² + tr(A + B − 2·(A^½ B A^½)^½) of features (N, D) or Gaussians.
 
     Heusel et al. 2017 (arXiv 1706.08500). The trace of the root is the sum of the roots of the eigenvalues of the
     symmetric A^½ B A^½: unlike a general matrix root of A·B this stays real and accurate for singular covariances,
     the usual case when there are fewer images than features.
     """
+    a, b = (each if isinstance(each, Gaussian) else gaussian(each) for each in (a, b))
     if a.mean.shape != b.mean.shape:
         raise SFDError(
             f"features of {a.mean.size} and {b.mean.size} dimensions cannot be compared; use one extractor for both"
