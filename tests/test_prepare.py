@@ -142,7 +142,7 @@ def test_the_size_on_disk_is_known_beforehand(finished):
 def published(finished, tmp_path_factory):
     """The finished run's latents as published shards."""
     out = tmp_path_factory.mktemp("published") / "shards"
-    result = sfd("export-latents", finished.folder.root, out, "--shard-size", 50)
+    result = sfd("export-latents", finished.folder.root, out)
     assert result.exit_code == 0, result.output
     return out
 

@@ -222,14 +222,13 @@ def export(model: Path, out: Path, dtype: str) -> None:
 @main.command("export-latents")
 @click.argument("latents", type=FOLDER)
 @click.argument("out", type=FOLDER)
-@click.option("--shard-size", type=click.IntRange(min=1), default=10000, show_default=True, help="images a shard")
-def export_latents(latents: Path, out: Path, shard_size: int) -> None:
+def export_latents(latents: Path, out: Path) -> None:
     """Write LATENTS (a run's folder, or its latents) to OUT in the published format, with their statistics."""
     from sfd.data.published import write_published
     from sfd.run.latents import find_latents
 
     found = find_latents(latents)
-    write_published(found, out, shard_size)
+    write_published(found, out)
     click.echo(f"{len(found)} images in {out}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,20 +22,9 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sfd.data import shards
 from sfd.data.images import ImageSource, to_tensor
-from sfd.data.shards import (
-    FEATURES,
-    FLIP,
-    FORMAT,
-    LABELS,
-    MANIFEST,
-    Header,
-    Manifest,
-    ShardRecord,
-    StreamRecord,
-    read_header,
-    shard_path,
-)
+from sfd.data.shards import FEATURES, FLIP, LABELS, Header, Manifest, read_header, shard_path
 from sfd.data.statistics import ChannelRecord, ChannelStatistics
 from sfd.encoders import SemanticEncoder, TextureEncoder
 from sfd.latents import SEMANTIC, TEXTURE
@@ -61,25 +50,19 @@ class LatentSettings(Settings):
 
 @dataclass(frozen=True)
 class LatentWriter:
-    """Encodes images into a folder of latent shards.
-
-    Args:
-        images: what is encoded, N images.
-        texture: makes the texture stream.
-        semantic: its features are kept if `settings.features`; None where no stream and no loss needs them.
-        compressor: makes the semantic stream of the features; None where there is no such stream.
-        folder: where the shards and the manifest are written.
-        settings: shard size, precision and the like.
-        device: of the encoders.
-    """
+    """Encodes images into a folder of latent shards."""
 
     images: ImageSource
     texture: TextureEncoder
+    """Makes the texture stream."""
     semantic: SemanticEncoder | None
+    """Its features are kept if `settings.features`; None where no stream and no loss needs them."""
     compressor: Compressor | None
+    """Makes the semantic stream from the features; None where there is no such stream."""
     folder: Path
     settings: LatentSettings
     device: torch.device | str = "cpu"
+    """Of the encoders."""
 
     @cached_property
     def tokenizers(self) -> dict[str, str]:
@@ -105,7 +88,10 @@ class LatentWriter:
         Without a process group, as in an array job, the rank that ends last writes it.
         """
         missing = self.missing()
-        self._check_space(missing)
+        images = sum(len(self._indices(number)) for number in missing)
+        needed = images * sum(value.nbytes for value in self._encode_shard(np.array([0])).values()) if images else 0
+        console.print(f"{images:,} images to encode, {needed / 2**20:,.1f} MiB on disk", markup=False, soft_wrap=True)
+        files.check_space(self.folder, needed, "leave the features out (latents.features=false, loss.repa=0)")
         own = [number for number in distributed.rank_slice(range(self._count)) if number in missing]
         with bar("encoding latents", sum(len(self._indices(number)) for number in own)) as shown:
             for number in own:
@@ -117,7 +103,7 @@ class LatentWriter:
         if left:
             console.print(f"{left} of {self._count} shards are left to the other ranks", markup=False, soft_wrap=True)
         else:
-            files.write_json(self.folder / MANIFEST, self._manifest().model_dump(mode="json"), shared=True)
+            files.write_json(self.folder / shards.MANIFEST, self._manifest().model_dump(mode="json"), shared=True)
 
     @property
     def _count(self) -> int:
@@ -151,16 +137,6 @@ class LatentWriter:
                     "use another folder, or remove that one to encode anew"
                 )
         return header
-
-    def _check_space(self, missing: Sequence[int]) -> None:
-        """Say how much is to be done, and refuse what the disk cannot hold."""
-        count = sum(len(self._indices(number)) for number in missing)
-        if not count:
-            return
-        needed = count * sum(value.nbytes for value in self._encode_shard(np.array([0])).values())
-        message = f"{count:,} images to encode, {needed / 2**20:,.1f} MiB on disk"
-        console.print(message, markup=False, soft_wrap=True)
-        files.check_space(self.folder, needed, "leave the features out (latents.features=false, loss.repa=0)")
 
     @torch.no_grad()
     def _encode_shard(
@@ -207,11 +183,10 @@ class LatentWriter:
                     f"encoding gave non-finite values in {name!r}; retrain the encoder or use dtype: float32"
                 )
         statistics = {}
-        for name in self.tokenizers:
-            if name != FEATURES:
-                gathered = ChannelStatistics(tensors[name].shape[1])
-                gathered.add(tensors[name])
-                statistics[name] = gathered.record().model_dump()
+        for name in sorted(tensors.keys() & {TEXTURE, SEMANTIC}):
+            gathered = ChannelStatistics(tensors[name].shape[1])
+            gathered.add(tensors[name])
+            statistics[name] = gathered.record().model_dump()
         # One entry, because the library writes several in any order, and equal shards are equal files.
         metadata = {RECORD: json.dumps({"inputs": self._inputs, "statistics": statistics})}
         files.write_tensors(shard_path(self.folder, number), tensors, metadata)
@@ -219,28 +194,27 @@ class LatentWriter:
     def _manifest(self) -> Manifest:
         """Describe the shards by their headers alone."""
         headers = [read_header(shard_path(self.folder, number)) for number in range(self._count)]
+        streams, features = {}, None
+        for name, tokenizer in self.tokenizers.items():
+            if name not in headers[0].entries:
+                continue
+            _, channels, grid, _ = headers[0].entries[name].shape
+            if name == FEATURES:
+                features = {"channels": channels, "grid": grid, "dtype": "float16", "tokenizer": tokenizer}
+                continue
+            statistics = ChannelStatistics(channels)
+            for header in headers:
+                record = json.loads(header.metadata[RECORD])["statistics"][name]
+                statistics.merge(parse(ChannelRecord, record))
+            mean, std = tuple(statistics.mean.tolist()), tuple(statistics.std.tolist())
+            streams[name] = shards.StreamRecord(channels=channels, grid=grid, mean=mean, std=std, tokenizer=tokenizer)
         return Manifest(
-            format=FORMAT,
+            format=shards.FORMAT,
             data=self.images.identity,
             count=len(self.images),
             classes=tuple(self.images.classes),
             dtype=self.settings.dtype,
-            streams={name: self._stream(name, headers) for name in self.tokenizers if name != FEATURES},
-            features=self._features(headers[0]),
-            shards=tuple(ShardRecord(file=h.path.name, count=h.count, bytes=h.size) for h in headers),
+            streams=streams,
+            features=features,
+            shards=tuple(shards.ShardRecord(file=h.path.name, count=h.count, bytes=h.size) for h in headers),
         )
-
-    def _stream(self, name: str, headers: Sequence[Header]) -> StreamRecord:
-        _, channels, grid, _ = headers[0].entries[name].shape
-        statistics = ChannelStatistics(channels)
-        for header in headers:
-            record = json.loads(header.metadata[RECORD])["statistics"][name]
-            statistics.merge(parse(ChannelRecord, record))
-        mean, std = tuple(statistics.mean.tolist()), tuple(statistics.std.tolist())
-        return StreamRecord(channels=channels, grid=grid, mean=mean, std=std, tokenizer=self.tokenizers[name])
-
-    def _features(self, header: Header) -> dict[str, Any] | None:
-        if FEATURES not in header.entries:
-            return None
-        _, channels, grid, _ = header.entries[FEATURES].shape
-        return {"channels": channels, "grid": grid, "dtype": "float16", "tokenizer": self.tokenizers[FEATURES]}

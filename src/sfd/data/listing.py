@@ -21,7 +21,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from sfd.data.images import stable_hash, suffixes
 from sfd.utils.errors import SFDError
@@ -215,19 +215,7 @@ def _check_names(path: Path, classes: Sequence[str]) -> None:
         )
 
 
-class _Tree(Protocol):
-    """Files by name, relative, with forward slashes; without those of systems."""
-
-    sizes: dict[str, int]
-    folders: set[str]
-    skipped: list[tuple[str, str]]
-
-    def read(self, name: str) -> bytes: ...
-
-    def fingerprint(self, names: Sequence[str]) -> str: ...
-
-
-def _open_tree(path: Path) -> _Tree:
+def _open_tree(path: Path) -> _Folder | _Archive:
     if path.is_dir():
         return _Folder(path)
     if path.is_file() and zipfile.is_zipfile(path):
@@ -238,7 +226,7 @@ def _open_tree(path: Path) -> _Tree:
 
 
 class _Folder:
-    """Files below a folder; links are followed, but not in circles."""
+    """Files below a folder by name, relative, with forward slashes; links are followed, but not in circles."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -19,20 +19,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sfd.data import shards
 from sfd.data.images import stable_hash
-from sfd.data.shards import (
-    FEATURES,
-    FLIP,
-    FORMAT,
-    LABELS,
-    MANIFEST,
-    Header,
-    LatentSet,
-    Manifest,
-    ShardRecord,
-    StreamRecord,
-    read_header,
-)
+from sfd.data.shards import FEATURES, FLIP, LABELS, Header, LatentSet, Manifest
 from sfd.data.statistics import ChannelStatistics
 from sfd.encoders import TextureEncoder
 from sfd.latents import SEMANTIC, TEXTURE
@@ -51,7 +40,7 @@ _ROWS = 1024  # images read at a time
 
 @dataclass(frozen=True)
 class PublishedLatents:
-    """Published shards that a run adopts in place of making its own: it keeps their manifest, with the statistics.
+    """Published shards that a run uses in place of its own: it keeps their manifest, with the statistics.
 
     Args:
         source: folder of the shards.
@@ -77,7 +66,7 @@ class PublishedLatents:
         """Check the shards and write their manifest."""
         tokenizers = {TEXTURE: self.texture.identity}
         manifest = describe_published(self.source, tokenizers=tokenizers, classes=self.classes)
-        files.write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))
+        files.write_json(self.folder / shards.MANIFEST, manifest.model_dump(mode="json"))
 
 
 def open_published(
@@ -99,32 +88,28 @@ def describe_published(
         tokenizers: the identity of what made a stream, where it is known.
         classes: their number; None: the largest label and one.
     """
-    shards, known = read_shards(folder), tokenizers or {}
-    entries = shards[0].entries
-    streams = [name for name, key in KEYS.items() if name != FEATURES and key in entries]
-    channels = {name: entries[KEYS[name]].shape[1] for name in streams}
-    paths = statistics_files(folder)
-    statistics = {name: read_statistics(path, channels[name]) for name, path in paths.items()}
-    statistics |= {name: _compute_statistics(shards, name) for name in streams if name not in statistics}
-    records = {}
-    for name in streams:
-        mean, std = (tuple(values.tolist()) for values in statistics[name])
-        grid, tokenizer = entries[KEYS[name]].shape[2], known.get(name, "")
-        records[name] = StreamRecord(channels=channels[name], grid=grid, mean=mean, std=std, tokenizer=tokenizer)
-    features = None
-    if KEYS[FEATURES] in entries:
-        dtype, shape = entries[KEYS[FEATURES]]
-        features = {"channels": shape[1], "grid": shape[2], "dtype": FLOATS[dtype]}
-        features["tokenizer"] = known.get(FEATURES, "")
+    headers, paths = read_shards(folder), statistics_files(folder)
+    streams, features = {}, None
+    for name, key in KEYS.items():
+        if key not in headers[0].entries:
+            continue
+        dtype, (_, channels, grid, _) = headers[0].entries[key]
+        tokenizer = (tokenizers or {}).get(name, "")
+        if name == FEATURES:
+            features = {"channels": channels, "grid": grid, "dtype": FLOATS[dtype], "tokenizer": tokenizer}
+            continue
+        given = read_statistics(paths[name], channels) if name in paths else _compute_statistics(headers, name)
+        mean, std = (tuple(values.tolist()) for values in given)
+        streams[name] = shards.StreamRecord(channels=channels, grid=grid, mean=mean, std=std, tokenizer=tokenizer)
     manifest = Manifest(
-        format=FORMAT,
+        format=shards.FORMAT,
         data=identity(folder),
-        count=sum(shard.count for shard in shards),
-        classes=_classes(shards, classes),
-        dtype=FLOATS[entries[KEYS[TEXTURE]].dtype],
-        streams=records,
+        count=sum(header.count for header in headers),
+        classes=_classes(headers, classes),
+        dtype=FLOATS[headers[0].entries[KEYS[TEXTURE]].dtype],
+        streams=streams,
         features=features,
-        shards=tuple(ShardRecord(file=shard.path.name, count=shard.count, bytes=shard.size) for shard in shards),
+        shards=tuple(shards.ShardRecord(file=h.path.name, count=h.count, bytes=h.size) for h in headers),
         keys=KEYS,
     )
     for name, path in paths.items():
@@ -136,18 +121,18 @@ def read_shards(folder: Path) -> list[Header]:
     """Read the headers of all shards, in the order of their names, and check that they agree."""
     if not folder.is_dir():
         raise SFDError(f"there is no folder {folder}; give the one that holds the published latents (*.safetensors)")
-    shards = [_read_shard(path) for path in sorted(folder.glob("*.safetensors"))]
-    if not shards:
+    headers = [_read_shard(path) for path in sorted(folder.glob("*.safetensors"))]
+    if not headers:
         raise SFDError(f"{folder} holds no *.safetensors file; give the folder of the published latents")
-    for shard in shards[1:]:
-        for name in sorted({*shards[0].entries, *shard.entries}):
-            ours, theirs = _kind(shards[0], name), _kind(shard, name)
+    for header in headers[1:]:
+        for name in sorted({*headers[0].entries, *header.entries}):
+            ours, theirs = _kind(headers[0], name), _kind(header, name)
             if ours != theirs:
                 raise SFDError(
-                    f"{shards[0].path} and {shard.path.name} do not belong together: {name} is {ours} in the first and "
-                    f"{theirs} in the second; keep the shards of one data set in a folder"
+                    f"{headers[0].path} and {header.path.name} do not belong together: {name} is {ours} in the first "
+                    f"and {theirs} in the second; keep the shards of one data set in a folder"
                 )
-    return shards
+    return headers
 
 
 def _kind(shard: Header, name: str) -> str:
@@ -160,35 +145,32 @@ def _kind(shard: Header, name: str) -> str:
 
 def _read_shard(path: Path) -> Header:
     try:
-        shard = read_header(path)
+        shard = shards.read_header(path)
     except SafetensorError as error:
         reason = files.failed_download(path) or f"damaged ({error}); fetch or make it again"
         raise SFDError(f"{path} is {reason}") from None
-    except OSError as error:
-        raise files.as_user_error(error, path) from None
-    entries = shard.entries
-    optional = [key for key in list(KEYS.values())[1:] if key in entries or key + FLIP in entries]
-    streams = [KEYS[TEXTURE], *optional]
-    for name in (*(key + suffix for key in streams for suffix in ("", FLIP)), LABELS):
+    entries, optional = shard.entries, (KEYS[SEMANTIC], KEYS[FEATURES])
+    streams = [KEYS[TEXTURE], *(key for key in optional if key in entries or key + FLIP in entries)]
+    for name in (*streams, *(key + FLIP for key in streams), LABELS):
         if name not in entries:
             raise SFDError(
                 f"{path} lacks {name!r} (it holds {', '.join(sorted(entries)) or 'nothing'}); a published shard has "
                 "each stream in both orientations, NAME and NAME_flip, and labels; extract it again"
             )
-    labels = entries[LABELS]
-    if len(labels.shape) != 1 or labels.dtype not in INTEGERS or labels.shape[0] == 0:
-        raise SFDError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; expected one integer per image")
+    dtype, shape = entries[LABELS]
+    if len(shape) != 1 or dtype not in INTEGERS or shape[0] == 0:
+        raise SFDError(f"{path}: labels are {dtype} {list(shape)}; expected one integer per image")
     for key in streams:
         dtype, shape = entries[key]
-        if dtype not in FLOATS or len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
-            expected = "floating-point numbers (images, channels, grid, grid)"
-            raise SFDError(f"{path}: {key} is {dtype} {list(shape)}; expected {expected}")
+        if dtype not in FLOATS or len(shape) != 4 or shape[2] != shape[3] or 0 in shape or shape[0] != shard.count:
+            raise SFDError(
+                f"{path}: {key} is {dtype} {list(shape)}; expected floating-point numbers ({shard.count}, channels, "
+                "grid, grid), as many as there are labels"
+            )
         if entries[key + FLIP] != entries[key]:
-            other, flipped = entries[key + FLIP]
-            raise SFDError(f"{path}: {key} is {dtype} {list(shape)}, but {key + FLIP} is {other} {list(flipped)}; "
-                           "extract the shard again")  # fmt: skip
-        if shape[0] != labels.shape[0]:
-            raise SFDError(f"{path}: {key} holds {shape[0]} images, but labels {labels.shape[0]}; extract it again")
+            flipped = entries[key + FLIP]
+            raise SFDError(f"{path}: {key} is {dtype} {list(shape)}, but {key + FLIP} is {flipped.dtype} "
+                           f"{list(flipped.shape)}; extract the shard again")  # fmt: skip
     return shard
 
 
@@ -199,23 +181,23 @@ def identity(folder: Path) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(files.read_tensors(path).items()):
             whole = name == LABELS or tensor.numel() == 0 or tensor.dim() == 0
-            part = tensor if whole else tensor[[0, -1]]
-            content = part.reshape(-1).view(torch.uint8).numpy().tobytes()
+            content = (tensor if whole else tensor[[0, -1]]).reshape(-1).view(torch.uint8).numpy().tobytes()
             digest.update(name.encode() + str(tuple(tensor.shape)).encode() + content)
         probes.append((path.name, path.stat().st_size, digest.hexdigest()))
     return stable_hash("published latents", shards=probes)
 
 
-def _classes(shards: list[Header], given: int | None) -> tuple[str, ...]:
-    """Number the classes; all labels 0 are none."""
+def _classes(headers: list[Header], given: int | None) -> tuple[str, ...]:
+    """Number the classes; if all labels are 0, there are none."""
     largest = 0
-    for shard in shards:
-        labels = files.read_tensors(shard.path)[LABELS]
+    for header in headers:
+        labels = files.read_tensors(header.path)[LABELS]
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (given is not None and high >= given):
+            below = "the number of classes" if given is None else given
             raise SFDError(
-                f"{shard.path}: labels lie between {low} and {high}, but should between 0 and "
-                f"{'the number of classes' if given is None else given - 1}; set data.classes, or mend the shard"
+                f"{header.path}: labels are between {low} and {high}, but should be at least 0 and below {below}; set "
+                "data.classes, or mend the shard"
             )
         largest = max(largest, high)
     count = largest + 1 if given is None else given
@@ -225,11 +207,11 @@ def _classes(shards: list[Header], given: int | None) -> tuple[str, ...]:
 def statistics_files(folder: Path) -> dict[str, Path]:
     """Find the file with each stream's statistics, where there is one: `latents_stats.pt`, `latents_sv_stats.pt`."""
     found = {}
-    for name, key in KEYS.items():
-        paths = sorted(folder.glob(f"{key}_stats*.pt"))
+    for name in (TEXTURE, SEMANTIC):
+        paths = sorted(folder.glob(f"{KEYS[name]}_stats*.pt"))
         if len(paths) > 1:
-            raise SFDError(f"{folder} holds {paths[0].name} and {paths[1].name}; leave the right statistics alone")
-        if paths and name != FEATURES:
+            raise SFDError(f"{folder} holds {paths[0].name} and {paths[1].name}; keep the right one only")
+        if paths:
             found[name] = paths[0]
     return found
 
@@ -244,26 +226,25 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     for label, tensor in (("mean", mean), ("std", std)):
         if tensor.numel() != channels or max(tensor.shape, default=0) != channels:
             raise SFDError(f"{path}: {label} is {list(tensor.shape)}, but the latents have {channels} channels{mend}")
-    if not torch.isfinite(mean).all() or not torch.isfinite(std).all() or not (std > 0).all():
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise SFDError(f"{path}: some mean is not finite, or some std is not positive and finite{mend}")
     return mean.flatten(), std.flatten()
 
 
-def _compute_statistics(shards: list[Header], name: str) -> tuple[Tensor, Tensor]:
+def _compute_statistics(headers: list[Header], name: str) -> tuple[Tensor, Tensor]:
     """Compute mean and unbiased standard deviation per channel, (C,) each, over all latents that are not flipped."""
     key = KEYS[name]
-    statistics = ChannelStatistics(shards[0].entries[key].shape[1])
-    with bar(f"statistics of {name}", sum(shard.count for shard in shards)) as shown:
-        for shard in shards:
-            for rows in files.read_tensors(shard.path)[key].split(_ROWS):
+    statistics = ChannelStatistics(headers[0].entries[key].shape[1])
+    with bar(f"statistics of {name}", sum(header.count for header in headers)) as shown:
+        for header in headers:
+            for rows in files.read_tensors(header.path)[key].split(_ROWS):
                 statistics.add(rows)
                 shown.advance(len(rows))
             if not torch.isfinite(statistics.std).all():
-                raise SFDError(f"{shard.path}: {key} holds values that are not finite; extract it again")
+                raise SFDError(f"{header.path}: {key} holds values that are not finite; extract it again")
     if not (statistics.std > 0).all():
-        channel = int(statistics.std.argmin())
-        raise SFDError(f"{shards[0].path.parent}: channel {channel} of {key} is the same everywhere, so it "
-                       "cannot be normalised; extract the latents again")  # fmt: skip
+        where, channel = headers[0].path.parent, int(statistics.std.argmin())
+        raise SFDError(f"{where}: channel {channel} of {key} is constant, so it cannot be normalised; extract it again")
     return statistics.mean, statistics.std
 
 
@@ -274,16 +255,16 @@ def _check_statistics(latents: LatentSet, name: str, path: Path) -> None:
     mean, std = (torch.tensor(values)[:, None, None] for values in (record.mean, record.std))
     statistics = ChannelStatistics(record.channels)
     statistics.add((latents.read(name, indices, np.zeros(len(indices), bool)) - mean) / std)
-    off, spread = statistics.mean.abs().max().item(), statistics.std
-    if not (off <= _FARTHEST_MEAN and spread.min() >= 1 / _LARGEST_RATIO and spread.max() <= _LARGEST_RATIO):
+    off, low, high = statistics.mean.abs().max().item(), statistics.std.min().item(), statistics.std.max().item()
+    if not (off <= _FARTHEST_MEAN and low >= 1 / _LARGEST_RATIO and high <= _LARGEST_RATIO):
         raise SFDError(
             f"{path} is not of these latents: normalised with it, means are up to {off:.2g} from 0 and standard "
-            f"deviations {spread.min():.2g} to {spread.max():.2g} in place of 1; fetch the right file, or remove it to "
-            "have the statistics computed"
+            f"deviations {low:.2g} to {high:.2g} in place of 1; fetch the right file, or remove it to have the "
+            "statistics computed"
         )
 
 
-def write_published(latents: LatentSet, out: Path, shard_size: int) -> None:
+def write_published(latents: LatentSet, out: Path, shard_size: int = 10_000) -> None:
     """Write latents as published shards with their statistics, readable here and by the published code.
 
     Args:
@@ -293,7 +274,7 @@ def write_published(latents: LatentSet, out: Path, shard_size: int) -> None:
     """
     for name in latents.manifest.streams:
         if name not in KEYS:
-            raise SFDError(f"published latents hold the streams texture and semantic, but here is {name!r}; leave it")
+            raise SFDError(f"published latents hold the streams texture and semantic, but here is {name!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SFDError(f"{out} exists already; give a new folder")
     names = [*latents.manifest.streams, *([FEATURES] if latents.manifest.features else [])]
