@@ -225,10 +225,10 @@ def build_schedule(spec: str | Mapping[str, Any], streams: Sequence[str]) -> Sch
     Returns:
         the schedule; its `spec` holds all options, defaults too, and builds an equal one.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise SFDError(f"a schedule needs a name ({', '.join(SCHEDULES)}), but {dict(spec)} was given")
+        raise SFDError(f"a schedule needs a name ({', '.join(SCHEDULES)}), but {options} was given")
     if name not in SCHEDULES:
         raise unknown("schedule", name, SCHEDULES)
     label = f"schedule {name!r}"

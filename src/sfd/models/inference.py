@@ -9,7 +9,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Inference:
         if compiled:
             require_compiler(device)
             # Frozen weights are packed once in the layout that a CPU's matrix products read.
-            options = {"freezing": True} if device.type == "cpu" else {}
+            options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
             self._forward = torch.compile(self.network, fullgraph=True, dynamic=True, options=options)
 
     def velocity(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

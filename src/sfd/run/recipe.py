@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sfd.data.encode import LatentSettings
 from sfd.data.source import DataSettings
@@ -198,6 +198,11 @@ class Recipe(Settings):
     train: TrainSettings
     sample: SamplingConfig = SamplingConfig()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
