@@ -21,6 +21,7 @@ from sfd.models.dit import LightningDiT
 from sfd.sampling import Progress, initial_noise, integrate
 from sfd.schedule import Schedule, StreamTimes, build_schedule
 from sfd.utils.errors import SFDError
+from small_published import published_config
 
 GOLDEN = Path(__file__).parent / "golden"
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -265,7 +266,7 @@ def test_published_dopri5_samples(knots):
 def published() -> tuple[VelocityField, CompositeLatent, dict[str, Tensor], dict[str, Any]]:
     """The published network as a velocity of the reference labels, and the reference numbers."""
     meta = json.loads((GOLDEN / "dit_sfd.json").read_text())
-    config = interop.published_config(meta["config"])
+    config = published_config(meta["config"])
     model = LightningDiT(config).eval()
     model.load_state_dict(interop.from_published(load_file(GOLDEN / "dit_sfd.weights.safetensors"), config))
     io = load_file(GOLDEN / "dit_sfd.io.safetensors")
