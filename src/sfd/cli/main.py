@@ -292,15 +292,15 @@ def pack(samples: Path, out: Path) -> None:
 @click.option("--repa-block", type=click.IntRange(min=1), help="whose tokens the projector takes  [default: 2]")
 @click.option("--heads", type=click.IntRange(min=1), help="of a SemVAE's attention  [default: 6]")
 def convert(source: Path, out: Path, weights: str | None, heads: int | None, **model: Any) -> None:
-    """Convert published weights in SOURCE to this project's format, or back; what SOURCE is, is found out.
+    """Convert published weights in SOURCE to this project's format; the kind of SOURCE is recognised.
 
     \b
-    transformer (.pt, .ckpt, .safetensors)  <->  model directory
-    SemVAE (.pt, .safetensors)              <->  compressor's folder
-    autoencoder in the LDM format (.ckpt)   <->  folder in diffusers' format
+    transformer (.pt, .ckpt, .safetensors)  ->  model directory
+    SemVAE (.pt, .safetensors)              ->  compressor's folder
+    autoencoder in the LDM format (.ckpt)   ->  folder in diffusers' format
     """
     from sfd.cli.convert import Options, convert
-    from sfd.convert.model_directory import Options as ModelOptions
+    from sfd.convert.published_model import Options as ModelOptions
 
     convert(source, out, Options(state=weights, heads=heads, model=ModelOptions(**model)))
 
