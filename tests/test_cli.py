@@ -67,7 +67,10 @@ def test_an_empty_folder(recipe, tmp_path):
 def test_a_class_without_images(recipe, tmp_path):
     picture(tmp_path / "data" / "a" / "1.png")
     (tmp_path / "data" / "b").mkdir()
-    refused(sfd("train-texture", recipe, f"data.source={tmp_path / 'data'}", "--out", tmp_path / "o"), "'b'")
+    picture(tmp_path / "data" / "c" / "1.png")
+    command = ("train-texture", recipe, f"data.source={tmp_path / 'data'}", "--out", tmp_path / "o")
+    refused(sfd(*command, "--strict"), "'b'")
+    refused(sfd(*command), "classes with fewer: 'a', 'c'")
 
 
 def test_a_broken_image_under_strict(recipe, tmp_path):

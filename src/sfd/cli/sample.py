@@ -10,6 +10,7 @@ from typing import Any
 import click
 import yaml
 
+from sfd.data.classes import parse_classes
 from sfd.evaluation.figures import strip_picture
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import model_folder
@@ -76,7 +77,7 @@ def asked_labels(model: Model, classes: str) -> list[int]:
     """Look up the classes asked for, by name or number, comma-separated; "all"."""
     if classes == "all":
         return model.labels
-    return model.class_indices([name.strip() for name in classes.split(",")])
+    return parse_classes(classes, model.classes) if model.classes else model.class_indices(classes)
 
 
 def sample_settings(**options: Any) -> SamplingConfig:

@@ -9,6 +9,7 @@ so where it exists the rest is whole. Shards in the published format differ in n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,7 +73,8 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Header(NamedTuple):
+@dataclass(frozen=True)
+class Header:
     """What is known of a shard without reading its tensors."""
 
     path: Path

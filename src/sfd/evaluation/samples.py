@@ -14,10 +14,11 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image, UnidentifiedImageError
 
+from sfd.data.classes import find_class
 from sfd.data.images import Indices, stable_hash
 from sfd.evaluation.npz import IMAGES, LABELS, RECORD, Npz, NpzImages, read_labels
 from sfd.utils import files
-from sfd.utils.errors import SFDError, unknown
+from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar
 
 
@@ -125,10 +126,8 @@ class Samples:
         """
         if self.labels is None or not classes:
             return None
-        for name in {self.classes[label] for label in self.labels}:
-            if name not in classes:
-                raise unknown("class", name, classes)
-        return np.array([list(classes).index(self.classes[label]) for label in self.labels], dtype=np.int64)
+        found = {label: find_class(self.classes[label], classes) for label in set(self.labels)}
+        return np.array([found[label] for label in self.labels], dtype=np.int64)
 
 
 def balanced(labels: np.ndarray | None, classes: int) -> bool:

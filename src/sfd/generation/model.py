@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfd.data.classes import find_class
 from sfd.data.images import to_pixels
 from sfd.encoders import TextureEncoder, load_texture_encoder
 from sfd.generation.config import SamplingConfig
@@ -241,16 +242,7 @@ class Model:
         """Look classes up by name or by number."""
         if not self.classes:
             raise SFDError("this model is unconditional: it has no classes; leave them out")
-        indices = []
-        for given in [classes] if isinstance(classes, str | int) else classes:
-            name = str(given)
-            if name in self.classes:
-                indices.append(self.classes.index(name))
-            elif name.isdecimal() and int(name) < len(self.classes):
-                indices.append(int(name))
-            else:
-                raise unknown("class", name, self.classes)
-        return indices
+        return [find_class(given, self.classes) for given in ([classes] if isinstance(classes, str | int) else classes)]
 
     def _pairs(self, classes: Classes | None, seeds: int | Sequence[int] | None) -> tuple[list[int], list[int]]:
         """Labels and seeds, one of each per image."""
