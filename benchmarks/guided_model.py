@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from sfd.generation.generate import SamplingConfig, velocity_field
 from torch import Tensor
 
-from sfd.generation.generate import SamplingConfig, velocity_field
 from sfd.generation.model import TEXTURE_STREAM, Model
 from sfd.guidance import Guided, guide
 from sfd.sampling import initial_noise, integrate

@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sfd.data.shards import LatentSet
-from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
-from sfd.evaluation.reference import Reference
 from sfd.generation.generate import generate, without_guidance
+from sfd.schedules import build_schedule
+
+from sfd.data.shards import LatentSet
+from sfd.evaluation.evaluate import Metrics, Reference, evaluate, read_metrics
 from sfd.generation.model import Model
 from sfd.models.dit import LightningDiT
 from sfd.run.assessment import reference
 from sfd.run.pipeline import Pipeline, transformer_config
 from sfd.run.recipe import load_recipe
-from sfd.schedules import build_schedule
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
 from sfd.utils import files

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sfd.generation.generate import SamplingConfig
 from torch import Tensor
 
 from benchmarks import solvers
@@ -27,7 +28,6 @@ from benchmarks.solvers_interval import DEVIATIONS, MEANS, SCALE
 from benchmarks.solvers_trained import MODEL
 from benchmarks.speed.measuring import ROOT, Row
 from benchmarks.speed.report import page, table
-from sfd.generation.generate import SamplingConfig
 from sfd.generation.model import Model, load_model
 from sfd.guidance import VelocityField, guide
 from sfd.models.toy import GaussianMixture

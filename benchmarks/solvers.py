@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sfd.schedules import Schedule, build_schedule
 from torch import Tensor
 
 from sfd.evaluation.metrics import Gaussian, frechet_distance, gaussian
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.toy import GaussianMixture
 from sfd.sampling import initial_noise, integrate
-from sfd.schedules import Schedule, build_schedule
 from sfd.utils import rng
 
 STREAMS = (Stream(name="texture", channels=32, grid=1), Stream(name="semantic", channels=16, grid=1))

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sfd.schedules import build_schedule
+
 from benchmarks.solvers import COMPOSITE, DELTA, SAMPLES, data, texture_errors
 from sfd.guidance import VelocityField, guide
 from sfd.models.toy import GaussianMixture
 from sfd.sampling import Result, initial_noise, integrate
-from sfd.schedules import build_schedule
 
 INTERVALS: tuple[Any, ...] = (None, (0.2, 0.8), {"texture": (0.3, 1.0), "semantic": (0.0, 0.6)})
 FIGURES = "evaluations", "of an image", "median", "worst"

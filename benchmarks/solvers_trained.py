@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from sfd.generation.generate import SamplingConfig, check_sampling, decode, generate
 from torch import Tensor
 
 from benchmarks.guided_model import solve, texture_errors
 from sfd.data.shapes import ShapesSource
-from sfd.evaluation.evaluate import evaluate
-from sfd.evaluation.extractors.classifier import ClassifierExtractor, load_classifier
-from sfd.evaluation.reference import Reference, reference_of
-from sfd.generation.generate import SamplingConfig, check_sampling, decode, generate
+from sfd.evaluation.evaluate import Reference, evaluate, measure
+from sfd.evaluation.extractors import classifier
 from sfd.generation.model import Model, load_model
 from sfd.training.tasks.classifier import ClassifierSettings, divide, train_classifier
 from sfd.utils.device import choose_device
@@ -101,12 +100,11 @@ def judge(folder: Path, device: torch.device) -> Reference:
     """Train the classifier, or load the one that is there, and look at the real images that test it."""
     held_out, how = ShapesSource(HELD_OUT, HELD_OUT_SEED), ClassifierSettings()
     if (folder / "extractor").exists():
-        extractor = load_classifier(folder / "extractor", device)
+        extractor = classifier.load(folder / "extractor", device)
     else:
-        network = train_classifier(held_out, how, folder, device=device)
-        network.save(folder / "extractor")
-        extractor = ClassifierExtractor(network)
-    return reference_of(divide(held_out, how)[1], extractor, "held-out real images")
+        extractor = classifier.ClassifierExtractor(train_classifier(held_out, how, folder, device=device))
+        extractor.save(folder / "extractor")
+    return measure(divide(held_out, how)[1], extractor, "held-out real images")
 
 
 def whole_numbers(text: str) -> list[int]:

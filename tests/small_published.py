@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from sfd.convert.transformer import published_config
-from sfd.models.dit import LightningDiT
+from sfd.convert.transformer import composite_of
+from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.layers import position_table
 from sfd.utils import rng
 
 KL: dict[str, Any] = {
@@ -101,3 +102,65 @@ def random_transformer(config: dict[str, Any], seed: int) -> LightningDiT:
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return network
+
+
+def published_config(values: dict[str, Any]) -> DiTConfig:
+    """Read the published network's arguments."""
+    repa, width = values["use_repa"], {"s": 384, "b": 768, "l": 1024, "g": 1536}  # of DINOv2
+    return DiTConfig(
+        depth=values["depth"],
+        width=values["hidden_size"],
+        heads=values["num_heads"],
+        composite=composite_of(
+            values["in_channels"], values["semantic_chans"], values["input_size"], values["patch_size"]
+        ),
+        num_classes=values["num_classes"],
+        clocks=("semantic", "texture") if values["semfirst_delta_t"] > 0 else (),
+        repa_block=values["repa_depth"] if repa else None,
+        repa_width=values["repa_projector_dim"] if repa else 2048,
+        repa_channels=width[values["repa_dino_version"].partition("_vit")[2][0]] if repa else None,
+    )
+
+
+def to_published(state: dict[str, Any], config: DiTConfig) -> dict[str, Any]:
+    """Give a transformer's tensors in the published names and layouts, position tables included."""
+    import torch
+
+    state = {name: tensor.detach() for name, tensor in state.items()}
+    streams, grid = config.composite.streams, config.composite.token_grid
+    patch, theirs = streams[0].patch_size, {}
+    columns = [
+        state.pop(f"embeddings.{k}.weight").unflatten(1, (patch, patch, s.channels)) for k, s in enumerate(streams)
+    ]
+    theirs["x_embedder.proj.weight"] = torch.cat(columns, dim=3).permute(0, 3, 1, 2).contiguous()
+    for kind in ("weight", "bias"):
+        rows = [state.pop(f"heads.{k}.{kind}").unflatten(0, (patch, patch, s.channels)) for k, s in enumerate(streams)]
+        theirs[f"final_layer.linear.{kind}"] = torch.cat(rows, dim=2).flatten(0, 2)
+    clocks = {"semantic": "t_embedder_sem", "texture": "t_embedder_tex"}
+    names = {f"time_embedders.{k}": clocks.get(c, "t_embedder") for k, c in enumerate(config.clocks or ("",))}
+    names |= {
+        "class_embedding": "y_embedder.embedding_table",
+        "embedding_bias": "x_embedder.proj.bias",
+        "final_norm": "final_layer.norm_final",
+        "final_modulation": "final_layer.adaLN_modulation.1",
+        "projector": "repa_projector",
+        ".attention_norm": ".norm1",
+        ".mlp_norm": ".norm2",
+        ".attention.qkv": ".attn.qkv",
+        ".attention.out": ".attn.proj",
+        ".modulation": ".adaLN_modulation.1",
+    }
+    for name, tensor in state.items():
+        if name.endswith("qk_weight"):
+            for letter, weight in zip("qk", tensor[:, 0], strict=True):
+                theirs[name.replace("attention.qk_weight", f"attn.{letter}_norm.weight")] = weight.clone()
+            continue
+        for ours, published in names.items():
+            name = name.replace(ours, published)
+        theirs[name] = tensor
+    half = config.width // config.heads // 2
+    frequency = 1 / 10000 ** (torch.arange(0, half, 2).float() / half)
+    axis = (torch.arange(grid)[:, None] * frequency).repeat_interleave(2, dim=1)  # both channels of a pair
+    angle = torch.cat([axis[:, None].expand(grid, grid, -1), axis.expand(grid, grid, -1)], dim=2).flatten(0, 1)
+    theirs["pos_embed"] = position_table(config.width, grid)[None]
+    return theirs | {"feat_rope.freqs_cos": angle.cos(), "feat_rope.freqs_sin": angle.sin()}

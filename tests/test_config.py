@@ -95,7 +95,6 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path):
         (["streams={semantic: {}}"], "must hold 'texture'"),
         (["compressor.name=pca"], "pca takes none"),
         (["data.holdout=0"], "holdout is 0"),
-        (["evaluation.weak=there", "sample.guidance=1.0"], "evaluation.weak is set, but sample.guidance is 1"),
         (["nonsense"], "is no override"),
     ],
 )

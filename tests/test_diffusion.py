@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from helpers.encoders import Encoder
 from sfd import flow
-from sfd.data.encode import LatentSettings, prepare
+from sfd.data.encode import LatentSettings, LatentWriter
 from sfd.data.folder import FolderSource
 from sfd.data.shapes import ShapesSource
 from sfd.data.shards import FEATURES, LatentSet
 from sfd.models.dit import DiTConfig, LightningDiT
-from sfd.schedules import build_schedule
+from sfd.schedule import build_schedule
 from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
 from sfd.utils import rng
 from sfd.utils.errors import SFDError
@@ -32,8 +33,9 @@ def encode(images):
 
 
 def make_latents(source, folder, **fields):
-    tokenizers = dict.fromkeys((*STREAMS, FEATURES), "pool")
-    prepare(source, encode, tokenizers, folder, LatentSettings(shard_size=10, **fields), device=CPU)
+    texture, semantic = (Encoder(lambda images, name=name: encode(images)[name]) for name in ("texture", FEATURES))
+    compressor = Encoder(lambda features: features.mean(1, keepdim=True))
+    LatentWriter(source, texture, semantic, compressor, folder, LatentSettings(shard_size=10, **fields)).write()
     return LatentSet(folder)
 
 

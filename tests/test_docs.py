@@ -16,6 +16,9 @@ from types import ModuleType
 
 import pytest
 
+from sfd.schedule import SCHEDULES
+from sfd.solvers import SOLVERS
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -56,6 +59,7 @@ def add_file(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
 @pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    before = [(registry, dict(registry)) for registry in (SCHEDULES, SOLVERS)]  # pages register their own
     (tmp_path / "models").symlink_to(ROOT / "models")  # the trained model that ships with the project
     loaded = set(sys.modules)
     # A module of its own: records look up the names in their annotations there.
@@ -66,6 +70,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             if not add_file(code, tmp_path, monkeypatch):
                 exec(compile("\n" * line + code, str(page), "exec"), module.__dict__)
     finally:
+        for registry, entries in before:
+            registry.clear()
+            registry.update(entries)
         for name in set(sys.modules) - loaded:
             if name == module.__name__ or str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
                 del sys.modules[name]

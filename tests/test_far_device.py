@@ -10,17 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from far_device import FAR, Unknown, Waits, far, watched
-from random_model import COMPOSITE, random_model
+from helpers.random_model import COMPOSITE, random_model
 from sfd.data.shapes import ShapesSource
 from sfd.data.statistics import ChannelStatistics
-from sfd.generation import device_memory
-from sfd.generation.generate import SamplingConfig, _guided, decode
-from sfd.generation.model import Model
+from sfd.generation.config import SamplingConfig
 from sfd.models import layers
 from sfd.models.dit import SIZES
 from sfd.models.inference import Inference
 from sfd.sampling import initial_noise, integrate
-from sfd.solvers._by_image import _norm
 from sfd.training import trainer
 from sfd.training.config import TrainSettings
 from sfd.training.trainer import fit
@@ -36,8 +33,7 @@ TRAINING = TrainSettings(steps=100, batch_size=4, learning_rate=1e-3, ema=0.9, c
 SETTINGS = {
     "plain": SamplingConfig(steps=6),
     "guided": SamplingConfig(steps=9, guidance=1.5, interval=(0.1, 0.9)),
-    "paired": SamplingConfig(steps=6, guidance={"texture": 1.5}, paired=True),
-    "weak reused": SamplingConfig(steps=12, guidance=1.5, weak_every=2, weak_between="extrapolate"),
+    "one stream": SamplingConfig(steps=6, guidance={"texture": 1.5}),
     "bf16": SamplingConfig(steps=6, guidance=1.5, precision="bf16"),
     "sde": SamplingConfig(steps=6, solver="sde", guidance=1.5),
 }
@@ -72,7 +68,7 @@ def test_a_training_step_does_not_wait_for_the_device(latents, tmp_path, far, se
 
 def sampled(settings: SamplingConfig) -> Tensor:
     model = random_model(0).to(FAR)
-    velocity = _guided(model, None, torch.tensor([0, 2]).to(FAR), settings)
+    velocity = model.velocity_field(torch.tensor([0, 2]).to(FAR), settings)
     noise = initial_noise([3, 4], COMPOSITE).to(FAR)
     how = {"solver": settings.solver, "steps": settings.steps, "seeds": [3, 4]}
     with watched():
@@ -94,7 +90,7 @@ def test_decoding_copies_once(far, monkeypatch):
 
     monkeypatch.setattr(Tensor, "cpu", cpu)
     with watched():
-        images = decode(model, packed)
+        images = model.decode(packed)
     assert copies == [images.shape]
 
 
@@ -172,31 +168,7 @@ def test_norms_leave_the_device_before_they_become_float64(monkeypatch):
 
     monkeypatch.setattr(Tensor, "cpu", cpu)
     ChannelStatistics(3).add(torch.zeros(2, 3, 4, 4, device=FAR))
-    assert _norm(torch.zeros(2, 3, device=FAR)).dtype == torch.float64
-    assert left == [torch.float32] * 2
-
-
-@pytest.mark.parametrize(("free", "expected"), [(10_000, 64), (300, 2), (10**9, 1024)])
-def test_the_batch_is_as_large_as_memory_holds(monkeypatch, free, expected):
-    """Each image takes 100 bytes, and what is made once, 5 000, counts for none of them."""
-    used = [0]
-
-    def sample(model, labels, seeds, settings, *, weak):
-        used[0] = 5_000 + 100 * len(seeds)
-        return iter(())
-
-    monkeypatch.setattr(device_memory, "generate", sample)
-    monkeypatch.setattr(Model, "device", property(lambda self: torch.device("cuda")))
-    for name, value in {
-        "reset_peak_memory_stats": lambda device: None,
-        "max_memory_allocated": lambda device: used[0],
-        "memory_allocated": lambda device: 5_000,
-        "memory_reserved": lambda device: 5_000,
-        "mem_get_info": lambda device: (free, free),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    assert device_memory.fitting_batch_size(random_model(0), SamplingConfig(), None, 1000) == expected
-    assert device_memory.fitting_batch_size(random_model(0), SamplingConfig(), None, 8) == 64, "not worth a trial"
+    assert left == [torch.float32]
 
 
 @pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "vulkan"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from random_model import CLASSES, COMPOSITE, DELTA, SEMANTIC, TEXTURE, random_model
-from sfd.generation.generate import SamplingConfig, decode, generate, velocity_field
+from helpers.random_model import CLASSES, COMPOSITE, DELTA, SEMANTIC, TEXTURE, random_model
+from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.latents import CompositeLatent
 from sfd.sampling import initial_noise
@@ -24,20 +25,20 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def weak() -> Model:
+def guiding() -> Model:
     return random_model(1)
 
 
-def latents(model: Model, weak: Model | None = None, labels=LABELS, seeds=SEEDS, **settings) -> Tensor:
+def latents(model: Model, guiding: Model | None = None, labels=LABELS, seeds=SEEDS, **settings) -> Tensor:
     """(B, N), sampled by Euler with one step in each segment unless told otherwise."""
-    chosen = SamplingConfig(**{"solver": "euler", "steps": 3, **settings})
-    return torch.cat([g.latents for g in generate(model, labels, seeds, chosen, weak=weak)])
+    config = SamplingConfig(**{"solver": "euler", "steps": 3, **settings})
+    return torch.cat([batch.latents for batch in model.sample_batches(labels, seeds, config, guiding=guiding)])
 
 
 def by_hand(model: Model, other: Model, other_labels: list[int], scales: list[float], intervals=None) -> Tensor:
     """Euler by the paper's formulas, one step from each knot or end of an interval to the next.
 
-    v = v_w + g·(v_c − v_w) for each stream that is inside its interval halfway through the step.
+    v = v_g + w·(v_c − v_g) for each stream that is inside its interval halfway through the step.
     """
     x, end = initial_noise(SEEDS, COMPOSITE), 1 + DELTA
     texture, semantic = intervals or [(0, 1)] * 2
@@ -52,10 +53,10 @@ def by_hand(model: Model, other: Model, other_labels: list[int], scales: list[fl
         rates = torch.tensor([0.0 if u < knots[1] else end, end if u < knots[2] else 0.0])
         with torch.no_grad():
             v_c = model.transformer(x, times.expand(3, 2), torch.tensor(LABELS)).velocity
-            v_w = other.transformer(x, times.expand(3, 2), torch.tensor(other_labels)).velocity
+            v_g = other.transformer(x, times.expand(3, 2), torch.tensor(other_labels)).velocity
         halfway = zip(times_at((u + after) / 2), (texture, semantic), scales, strict=True)
-        g = torch.tensor([s if low <= t <= high else 1.0 for t, (low, high), s in halfway])
-        x = x + (after - u) * COMPOSITE.per_entry(rates) * (v_w + COMPOSITE.per_entry(g) * (v_c - v_w))
+        w = torch.tensor([s if low <= t <= high else 1.0 for t, (low, high), s in halfway])
+        x = x + (after - u) * COMPOSITE.per_entry(rates) * (v_g + COMPOSITE.per_entry(w) * (v_c - v_g))
     return x
 
 
@@ -77,73 +78,78 @@ class Calls:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.5])
-def test_guidance_by_the_null_class_is_its_formula(model, scale):
-    null = [len(CLASSES)] * 3
-    expected = by_hand(model, model, null, [scale, scale])
-    torch.testing.assert_close(latents(model, guidance=scale), expected, rtol=1e-4, atol=1e-5)
+def test_guidance_by_the_null_class_is_its_formula_in_one_call(model, scale):
+    expected = by_hand(model, model, [len(CLASSES)] * 3, [scale, scale])
+    with Calls(model) as calls:
+        result = latents(model, guidance=scale)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert calls.count == 3
 
 
-def test_guidance_by_the_null_class_changes_the_result(model):
-    assert (latents(model, guidance=2.5) - latents(model)).abs().max() > 0.01
+@pytest.mark.parametrize("scales", [[1.7, 1.7], [1.3, 1.9]])
+def test_guidance_by_another_model_is_its_formula_with_the_same_class(model, guiding, scales):
+    expected = by_hand(model, guiding, LABELS, scales)
+    given = dict(zip(COMPOSITE.names, scales, strict=True))
+    result = latents(model, guiding, guidance=given)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert (result - latents(model, guidance=given)).abs().max() > 0.01, "the guiding model is not the null class"
 
 
-def test_guidance_by_a_weak_model_is_its_formula_with_the_same_class(model, weak):
-    expected = by_hand(model, weak, LABELS, [1.7, 1.7])
-    torch.testing.assert_close(latents(model, weak, guidance=1.7), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_weak_model_is_not_the_null_class(model, weak):
-    assert (latents(model, weak, guidance=1.7) - latents(model, guidance=1.7)).abs().max() > 0.01
-
-
-def test_the_model_itself_as_weak_model_changes_nothing(model):
-    torch.testing.assert_close(latents(model, model, guidance=1.7), latents(model), rtol=1e-4, atol=1e-5)
-
-
-def test_scales_differ_by_stream(model, weak):
-    expected = by_hand(model, weak, LABELS, [1.3, 1.9])
-    given = {"semantic": 1.9, "texture": 1.3}
-    torch.testing.assert_close(latents(model, weak, guidance=given), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_scale_one_never_asks_the_weak_model(model, weak):
-    with Calls(weak) as calls, Calls(model) as own:
-        latents(model, weak, guidance={"semantic": 1.0, "texture": 1.0})
+def test_scale_one_never_calls_the_guiding_model(model, guiding):
+    with Calls(guiding) as calls, Calls(model) as own:
+        latents(model, guiding, guidance={"semantic": 1.0, "texture": 1.0})
     assert (calls.count, own.count) == (0, 3)
 
 
-def test_guidance_holds_inside_the_interval_only(model, weak):
+def test_guidance_holds_inside_the_interval_only(model, guiding):
     # Of six steps one is in the semantic interval, and two are in the texture's.
     intervals = [(0.5, 1.0), (0.2, 0.35)]
-    expected = by_hand(model, weak, LABELS, [2.0, 2.0], intervals)
+    expected = by_hand(model, guiding, LABELS, [2.0, 2.0], intervals)
     given = {"texture": intervals[0], "semantic": intervals[1]}
-    with Calls(weak) as calls:
-        result = latents(model, weak, guidance=2.0, interval=given, steps=6)
+    with Calls(guiding) as calls:
+        result = latents(model, guiding, guidance=2.0, interval=given, steps=6)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     assert calls.count == 4
-    assert (result - latents(model, weak, guidance=2.0, steps=6)).abs().max() > 0.01
+    assert (result - latents(model, guiding, guidance=2.0, steps=6)).abs().max() > 0.01
 
 
-def test_steps_too_few_for_an_interval_are_refused_at_once(model, weak):
-    with Calls(model) as calls, pytest.raises(SFDError, match=r"semantic at 0.2 and 0.8.* give at least 5"):
-        latents(model, weak, guidance={"semantic": 2.0}, interval=(0.2, 0.8), steps=4)
+def test_the_guiding_model_is_not_called_for_a_stream_at_rest(model, guiding):
+    """Semantics move in two of three segments."""
+    with Calls(guiding) as calls:
+        latents(model, guiding, guidance={"semantic": 2.0})
+    assert calls.count == 2
+
+
+def test_too_few_steps_are_refused_before_anything_is_computed(model, guiding):
+    with Calls(model) as calls, pytest.raises(SFDError, match="at least 5"):
+        latents(model, guiding, guidance={"semantic": 2.0}, interval=(0.2, 0.8), steps=4)
     assert calls.count == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_an_image_does_not_depend_on_its_batch(model, weak, batch_size):
+@pytest.mark.parametrize("solver", ["heun", "sde"])
+def test_an_image_does_not_depend_on_its_batch(model, guiding, batch_size, solver):
     seeds, labels = list(range(7)), [0, 1, 2, 2, 1, 0, 3]
-    given = {"labels": labels, "seeds": seeds, "guidance": 1.5, "solver": "heun", "steps": 6}
-    whole = latents(model, weak, **given)
-    torch.testing.assert_close(latents(model, weak, batch_size=batch_size, **given), whole, rtol=1e-5, atol=1e-5)
+    given = {"labels": labels, "seeds": seeds, "guidance": 1.5, "solver": solver, "steps": 6}
+    whole = latents(model, guiding, **given)
+    torch.testing.assert_close(latents(model, guiding, batch_size=batch_size, **given), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_are_numbered_and_decoded(model):
-    settings = SamplingConfig(steps=3, batch_size=2)
-    batches = list(generate(model, LABELS, SEEDS, settings))
+    batches = list(model.sample_batches(LABELS, SEEDS, SamplingConfig(steps=3, batch_size=2)))
     assert [b.first for b in batches] == [0, 2]
     assert [b.images.shape for b in batches] == [(2, 4, 4, 3), (1, 4, 4, 3)]
-    assert (batches[1].images == decode(model, batches[1].latents)).all()
+    assert (batches[1].images == model.decode(batches[1].latents)).all()
+
+
+def test_many_latents_are_decoded_a_few_at_a_time(monkeypatch):
+    model, sizes = random_model(0), []
+    packed = initial_noise(range(70), model.composite)
+    one_by_one = np.concatenate([model.decode(packed[i : i + 1]) for i in range(70)])
+    decode = model.texture.decode
+    monkeypatch.setattr(model.texture, "decode", lambda z: (sizes.append(len(z)), decode(z))[1])
+    assert abs(model.decode(packed).astype(int) - one_by_one).max() <= 1
+    assert sum(sizes) == 70 and max(sizes) <= 32
 
 
 def test_the_label_and_the_seed_matter(model):
@@ -152,104 +158,34 @@ def test_the_label_and_the_seed_matter(model):
     assert (latents(model, seeds=[6, 0, 9])[0] - plain[0]).abs().max() > 0.01
 
 
-def test_bf16_is_close_to_float32(model):
-    x, times = initial_noise(SEEDS, COMPOSITE), torch.tensor([0.3, 0.6])
-    exact, rough = (velocity_field(model.inference(p), torch.tensor(LABELS))(x, times) for p in ("float32", "bf16"))
-    assert rough.dtype == torch.float32
-    assert not torch.equal(exact, rough)
-    assert (exact - rough).abs().max() < 0.05 * exact.abs().max()
-
-
-def test_an_unconditional_model_cannot_guide_itself():
-    unconditional = random_model(0, classes=())
-    with pytest.raises(SFDError, match="needs a weak model"):
-        latents(unconditional, labels=[0, 0, 0], guidance=1.5)
-    assert latents(unconditional, labels=[0, 0, 0]).isfinite().all()
-
-
-def test_an_unconditional_model_is_guided_by_a_weak_one():
-    strong, weak = random_model(0, classes=()), random_model(1, classes=())
-    difference = latents(strong, weak, labels=[0, 0, 0], guidance=1.5) - latents(strong, labels=[0, 0, 0])
+def test_an_unconditional_model_is_guided_by_another_model_alone(guiding):
+    unconditional, other = (random_model(seed, classes=()) for seed in (0, 1))
+    given = {"labels": [0, 0, 0], "guidance": 1.5}
+    with pytest.raises(SFDError, match="guiding model"):
+        latents(unconditional, **given)
+    difference = latents(unconditional, other, **given) - latents(unconditional, labels=[0, 0, 0])
     assert difference.abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    "changed",
     [
-        ({"classes": ("disk", "ring")}, "has classes disk, ring, the guided one disk, ring, star"),
-        ({"composite": CompositeLatent(streams=(TEXTURE,)), "name": "synchronous"}, "other streams"),
-        ({"composite": CompositeLatent(streams=(SEMANTIC, TEXTURE))}, "other streams"),
-        (
-            {"composite": CompositeLatent(streams=(TEXTURE.model_copy(update={"std": (0.7, 0.6)}), SEMANTIC))},
-            r"stream 'texture' of the guiding model has std \(0.7, 0.6\), of the guided one \(0.7, 0.5\)",
-        ),
-        (
-            {"composite": CompositeLatent(streams=(TEXTURE, SEMANTIC.model_copy(update={"channels": 4})))},
-            "stream 'semantic' of the guiding model has shape",
-        ),
-        (
-            {"composite": CompositeLatent(streams=(TEXTURE, SEMANTIC.model_copy(update={"tokenizer": "other"})))},
-            "stream 'semantic' of the guiding model has tokenizer other",
-        ),
+        {"classes": ("disk", "ring")},
+        {"composite": CompositeLatent(streams=(TEXTURE,)), "name": "synchronous"},
+        {"composite": CompositeLatent(streams=(SEMANTIC, TEXTURE))},
+        {"composite": CompositeLatent(streams=(TEXTURE.model_copy(update={"std": (0.7, 0.6)}), SEMANTIC))},
+        {"composite": CompositeLatent(streams=(TEXTURE, SEMANTIC.model_copy(update={"channels": 4})))},
+        {"composite": CompositeLatent(streams=(TEXTURE, SEMANTIC.model_copy(update={"tokenizer": "other"})))},
     ],
     ids=["classes", "fewer streams", "order", "statistics", "shape", "tokenizer"],
 )
-def test_a_weak_model_of_other_latents_is_refused(model, changed, message):
-    other = random_model(1, **changed)
-    with Calls(model) as calls, pytest.raises(SFDError, match=message):
-        latents(model, other, guidance=1.5)
+def test_a_guiding_model_of_other_latents_is_refused(model, changed):
+    with Calls(model) as calls, pytest.raises(SFDError, match="guiding model"):
+        latents(model, random_model(1, **changed), guidance=1.5)
     assert calls.count == 0
 
 
-def test_a_label_for_each_seed(model):
-    with pytest.raises(SFDError, match="2 labels were given for 3 seeds"):
-        latents(model, labels=[0, 1])
-
-
-def test_one_call_of_twice_the_batch_guides_the_same(model):
-    with Calls(model) as calls:
-        paired = latents(model, guidance=2.5, paired=True)
-    assert calls.count == 3
-    torch.testing.assert_close(paired, latents(model, guidance=2.5), rtol=1e-5, atol=1e-5)
-
-
-def test_the_weak_model_is_not_asked_for_a_stream_at_rest(model, weak):
-    """Semantics move in two of three segments."""
-    with Calls(weak) as calls:
-        latents(model, weak, guidance={"semantic": 2.0})
-    assert calls.count == 2
-
-
-def test_the_weak_model_is_asked_less_often(model, weak):
-    settings = SamplingConfig(solver="euler", steps=13, guidance=2.0, weak_every=3)
-    with Calls(weak) as calls:
-        (batch,) = generate(model, LABELS, SEEDS, settings, weak=weak)
-    assert (batch.evaluations, batch.weak_evaluations, calls.count) == (13, 5, 5)  # 1 + 3 + 1: anew in each segment
-
-
-def test_an_image_with_steps_of_its_own_does_not_depend_on_its_batch(model, weak):
-    given = {"guidance": 1.5, "solver": "dopri5", "steps": None, "options": {"control": "image"}}
-    alone = torch.cat(
-        [latents(model, weak, labels=[c], seeds=[s], **given) for c, s in zip(LABELS, SEEDS, strict=True)]
-    )
-    torch.testing.assert_close(latents(model, weak, **given), alone, rtol=1e-4, atol=1e-4)
-
-
-def test_noise_on_the_way_does_not_depend_on_the_batch(model):
-    given = {"solver": "sde", "steps": 6}
-    torch.testing.assert_close(latents(model, batch_size=2, **given), latents(model, **given), rtol=1e-5, atol=1e-5)
-    assert (latents(model, **given) - latents(model, solver="heun", steps=6)).abs().max() > 0.01
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"weak_every": 2}, "there is no weak model to ask"),
-        ({"paired": True}, "there is no weak model to ask"),
-        ({"weak_every": 2, "guidance": 2.0, "solver": "dopri5", "steps": None}, "a weak velocity that is reused"),
-        ({"paired": True, "guidance": 2.0}, "but the weak model is another"),
-    ],
-)
-def test_savings_that_cannot_be_are_refused(model, weak, settings, message):
-    with pytest.raises(SFDError, match=message):
-        latents(model, weak, **settings)
+def test_earlier_values_of_settings_are_read():
+    earlier = SamplingConfig.model_validate({"steps": None, "batch_size": None, "compile": "auto"})
+    assert earlier == SamplingConfig()
+    assert SamplingConfig.model_validate({"compile": "on"}).compile

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from random_model import random_model
+from helpers.random_model import random_model
+from sfd.generation.config import SamplingConfig
 from sfd.generation.model import load_model
 from sfd.utils import files
 from sfd.utils.errors import SFDError
@@ -26,11 +27,20 @@ def change(folder, **fields):
     path.write_text(json.dumps({**files.read_json(path, "model"), **fields}))
 
 
-def test_a_saved_model_is_the_same_again(folder):
-    model, loaded = random_model(0), load_model(folder, CPU)
-    assert (loaded.identity, loaded.classes, loaded.composite) == (model.identity, model.classes, model.composite)
+def test_a_saved_model_is_the_same_again(tmp_path):
+    model = random_model(0)
+    model.sampling = SamplingConfig(steps=7, guidance={"semantic": 2.0})
+    model.save(tmp_path / "model")
+    loaded = load_model(tmp_path / "model", CPU)
+    for name in ("identity", "classes", "composite", "sampling"):
+        assert getattr(loaded, name) == getattr(model, name)
     assert loaded.schedule.spec == model.schedule.spec
     assert all(torch.equal(t, loaded.transformer.state_dict()[n]) for n, t in model.transformer.state_dict().items())
+
+
+def test_a_copy_at_half_precision_keeps_the_identity(folder, tmp_path):
+    load_model(folder, CPU).save(tmp_path / "half", torch.float16)
+    assert load_model(tmp_path / "half", CPU).identity == random_model(0).identity
 
 
 @pytest.mark.parametrize(
@@ -52,18 +62,18 @@ def test_defaults_of_the_schedule_may_be_spelt_out():
     assert spelt.identity == random_model(0).identity
 
 
-@pytest.mark.parametrize("given", [2, 0, "1", None])
+@pytest.mark.parametrize("given", [2, "1", None])
 def test_an_unknown_format_is_refused(folder, given):
     change(folder, format=given, field_of_the_future=1)
-    with pytest.raises(SFDError, match=f"is of format {given!r}, this program reads format 1"):
+    with pytest.raises(SFDError, match="reads format 1"):
         load_model(folder, CPU)
 
 
 @pytest.mark.parametrize("part", [".", "texture"])
-def test_one_changed_bit_of_weights_is_noticed(folder, part):
+def test_one_bit_of_weights_below_half_precision_is_noticed(folder, part):
     path = folder / part / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-4] ^= 1  # the lowest bit of the last float32
     path.write_bytes(data)
-    with pytest.raises(SFDError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(SFDError, match="damaged"):
         load_model(folder, CPU)

@@ -9,15 +9,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
-from sfd.cli.main import main
+from sfd.cli.evaluate import describe, evaluate_folder
 from sfd.data.folder import write_folder
 from sfd.data.shapes import ShapesSource
 from sfd.data.shards import LatentSet
-from sfd.evaluation.evaluate import read_metrics
+from sfd.evaluation.samples import load_samples, pack
+from sfd.generation.config import SamplingConfig
 from sfd.generation.folder import read_images, write_samples
-from sfd.generation.generate import SamplingConfig, generate
 from sfd.generation.model import load_model
 from sfd.run.assessment import assess
 from sfd.run.pipeline import Pipeline
@@ -91,9 +90,9 @@ def test_a_stage_names_what_it_needs_first(tmp_path):
 def test_image_k_depends_on_seed_k_alone(finished):
     seeds, labels = list(range(7)), [0, 1, 2, 3, 4, 5, 6]
     settings = SamplingConfig(steps=4, guidance=1.5)
-    whole = torch.cat([g.latents for g in generate(finished.model, labels, seeds, settings)])
+    whole = torch.cat([g.latents for g in finished.model.sample_batches(labels, seeds, settings)])
     odd = settings.model_copy(update={"batch_size": 3})
-    parts = torch.cat([g.latents for g in generate(finished.model, labels, seeds, odd)])
+    parts = torch.cat([g.latents for g in finished.model.sample_batches(labels, seeds, odd)])
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
@@ -108,14 +107,14 @@ def test_a_resumed_folder_of_samples_is_the_same(finished, tmp_path):
 
 def test_samples_made_otherwise_are_not_mixed(finished, tmp_path):
     write_samples(tmp_path / "a", finished.model, [0], [5], SamplingConfig(steps=3))
-    with pytest.raises(SFDError, match=r"sampling\.steps = 3, but this command has 4"):
+    with pytest.raises(SFDError, match="steps = 3, but this command has 4"):
         write_samples(tmp_path / "a", finished.model, [0], [5], SamplingConfig(steps=4))
 
 
 def test_autoguidance_by_another_model(finished):
     settings = SamplingConfig(steps=3, guidance={"semantic": 1.9, "texture": 1.3})
-    guided = next(generate(finished.model, [1], [0], settings, weak=finished.model))
-    plain = next(generate(finished.model, [1], [0], SamplingConfig(steps=3)))
+    guided = next(finished.model.sample_batches([1], [0], settings, guiding=finished.model))
+    plain = next(finished.model.sample_batches([1], [0], SamplingConfig(steps=3)))
     torch.testing.assert_close(guided.latents, plain.latents)  # guided by itself: unchanged
 
 
@@ -143,7 +142,7 @@ def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
     pipeline.all()
     assess(pipeline)
     record = files.read_json(pipeline.folder.samples / "guided" / "samples.json", "samples")
-    assert record["weak"] == finished.model.identity
+    assert record["guiding"] == finished.model.identity
     guided, unguided = (read_images(pipeline.folder.samples / name, range(4)) for name in ("guided", "unguided"))
     assert np.abs(guided.astype(int) - unguided).max() <= 1  # guided by itself: unchanged, but for rounding
 
@@ -167,16 +166,16 @@ def test_data_of_another_number_of_classes_are_refused(finished, tmp_path):
         Pipeline(recipe, tmp_path, CPU).train_texture()
 
 
-def test_samples_are_evaluated_by_a_run_as_a_folder_and_packed(finished, tmp_path):
-    guided, run = finished.folder.samples / "guided", finished.folder.root
-    assert CliRunner().invoke(main, ["pack", str(guided), str(tmp_path / "guided.npz")]).exit_code == 0
-    for samples in (guided, tmp_path / "guided.npz"):
-        result = CliRunner().invoke(
-            main, ["evaluate", str(samples), "--run", str(run), "--out", str(tmp_path / "out.json"), "--device", "cpu"]
-        )
-        assert "class accuracy" in result.output and "20, balanced" in result.output
-        recorded = read_metrics(finished.folder.metrics / "guided-samples.json")
-        assert read_metrics(tmp_path / "out.json") == recorded.model_copy(update={"name": samples.name})
+def test_a_folder_of_samples_is_judged(finished):
+    text = describe(evaluate_folder(finished.folder.samples / "guided", finished.folder.root, CPU))
+    assert "class accuracy" in text and "20, balanced" in text
+
+
+def test_packed_samples_are_judged_as_their_folder_is(finished, tmp_path):
+    pack(load_samples(finished.folder.samples / "guided"), tmp_path / "guided.npz")
+    packed = evaluate_folder(tmp_path / "guided.npz", finished.folder.root, CPU)
+    folder = evaluate_folder(finished.folder.samples / "guided", finished.folder.root, CPU)
+    assert packed.model_copy(update={"name": folder.name}) == folder
 
 
 def test_a_model_in_half_precision_is_still_itself(finished, tmp_path):
@@ -210,36 +209,6 @@ def test_latents_read_back_what_was_encoded(finished):
     torch.testing.assert_close(latents.read("texture", numbers, np.ones(3, bool)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_statistics_are_those_of_the_unflipped_latents(finished):
-    latents = LatentSet(finished.folder.latents)
-    everything = latents.read("texture", np.arange(len(latents)), np.zeros(len(latents), bool))
-    std = torch.tensor(latents.manifest.streams["texture"].std)
-    torch.testing.assert_close(std, everything.transpose(0, 1).flatten(1).std(1), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_damaged_shard_is_named(finished, tmp_path, damage):
-    shutil.copytree(finished.folder.latents, tmp_path / "latents")
-    shard = tmp_path / "latents" / "shard-00001.safetensors"
-    data = shard.read_bytes()
-    if damage == "missing":
-        shard.unlink()
-    else:
-        shard.write_bytes(data[:-3] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(SFDError, match="shard-00001"):
-        LatentSet(tmp_path / "latents")
-
-
-def test_preparing_goes_on_after_the_finished_shards(finished, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(finished.folder.root, out, ignore=shutil.ignore_patterns("training", "samples"))
-    kept, lost = out / "latents" / "shard-00000.safetensors", out / "latents" / "shard-00001.safetensors"
-    whole, before = lost.read_bytes(), kept.stat().st_mtime_ns
-    lost.unlink()
-    Pipeline(finished.recipe, out, CPU).prepare()
-    assert lost.read_bytes() == whole and kept.stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -257,7 +226,7 @@ def test_variants_of_the_method_run(finished, tmp_path, overrides):
     pipeline.train_compressor()
     pipeline.prepare()
     pipeline.train()
-    images = next(generate(pipeline.model, [0], [0], SamplingConfig(steps=3))).images
+    images = next(pipeline.model.sample_batches([0], [0], SamplingConfig(steps=3))).images
     assert images.shape == (1, 32, 32, 3)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import worker
 from sfd.data.shapes import ShapesSource
-from sfd.generation.generate import SamplingConfig, generate
+from sfd.generation.config import SamplingConfig
 from sfd.generation.model import load_model
 from sfd.utils import files
 from test_diffusion import make_latents
@@ -183,7 +183,7 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(finished, tmp_
     assert process.returncode == 0, output
     weights = [files.read_tensors(run / "model" / "model.safetensors") for run in (out, finished.folder.root)]
     assert distance(*weights) < 1e-4
-    sampled = next(generate(load_model(out / "model", worker.CPU), [0], [0], SamplingConfig(steps=3)))
+    sampled = next(load_model(out / "model", worker.CPU).sample_batches([0], [0], SamplingConfig(steps=3)))
     assert sampled.images.shape == (1, 32, 32, 3)
 
 

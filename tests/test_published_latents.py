@@ -122,9 +122,9 @@ def test_a_truncated_shard_is_named(folder):
         ({"latents_sv_flip": None}, "lacks 'latents_sv_flip'"),
         ({"feats_dino": None}, "lacks 'feats_dino'"),
         ({"labels": None}, "lacks 'labels'"),
-        ({"labels": torch.zeros(4, dtype=torch.int64)}, "latents holds 5 images, but labels 4"),
-        ({"labels": torch.zeros(5)}, "expected one integer an image"),
-        ({"labels": torch.tensor([0, 1, 2, 3, -4])}, "labels lie between -4 and 3"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, "as many as there are labels"),
+        ({"labels": torch.zeros(5)}, "expected one integer per image"),
+        ({"labels": torch.tensor([0, 1, 2, 3, -4])}, "labels are between -4 and 3"),
         ({"latents_flip": torch.zeros(5, 8, 4, 4)}, r"latents_flip is F32 \[5, 8, 4, 4\]"),
         ({"latents": torch.full((5, 8, 8, 8), torch.nan)}, "not finite"),
     ],
@@ -152,7 +152,7 @@ def test_shards_of_two_shapes_are_both_named(folder, tensors, words):
 def test_a_channel_without_spread_is_refused(folder):
     for name in NAMES:
         change(folder / name, latents_sv=torch.ones(5, 4, 8, 8))
-    with pytest.raises(SFDError, match="channel 0 of latents_sv is the same everywhere"):
+    with pytest.raises(SFDError, match="channel 0 of latents_sv is constant"):
         open_published(folder)
 
 
@@ -170,6 +170,9 @@ def test_labels_beyond_the_classes_are_refused():
 
 def test_identity_follows_the_content_not_the_place(folder):
     assert identity(folder) == identity(SHARDS)
+    change(folder / NAMES[0], version=torch.tensor(1))  # a tensor without dimensions
+    assert identity(folder) != identity(SHARDS)
+    change(folder / NAMES[0], version=None)
     sv = files.read_tensors(folder / NAMES[0])["latents_sv"]
     change(folder / NAMES[0], latents_sv=sv + 1)
     assert identity(folder) != identity(SHARDS)

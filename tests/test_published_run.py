@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from sfd.generation.generate import SamplingConfig, generate
+from sfd.generation.config import SamplingConfig
 from sfd.generation.model import load_model
 from sfd.models.semvae import SemVAE, SemVAEConfig
 from sfd.run.estimate import describe
@@ -74,7 +74,7 @@ def test_a_run_with_published_encoders(published, tmp_path, compressor, channels
     assert [s.model_dump(include={"name", "channels", "grid"}) for s in planned.composite.streams] == [
         s.model_dump(include={"name", "channels", "grid"}) for s in model.composite.streams
     ]
-    images = next(generate(model, [0], [0], SamplingConfig(steps=3))).images
+    images = next(model.sample_batches([0], [0], SamplingConfig(steps=3))).images
     assert images.shape == (1, 32, 32, 3)
     assert model.composite["texture"].tokenizer == pipeline.texture.identity
     assert not (tmp_path / "out" / "texture").exists() and not (tmp_path / "out" / "semantic").exists()

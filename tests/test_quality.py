@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """What the benchmark says of quality: differences of curves, losses on held-out images, and networks partly in bf16."""
 
 from __future__ import annotations
@@ -6,6 +7,8 @@ import copy
 
 import numpy as np
 import pytest
+
+pytest.skip("the benchmarks are being rewritten", allow_module_level=True)
 import torch
 
 from benchmarks.speed import error_sources, quality

@@ -13,7 +13,6 @@ from sfd.data.published import write_published
 from sfd.data.shards import LatentSet
 from sfd.encoders import kl
 from sfd.generation.folder import read_images
-from sfd.generation.generate import generate
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.models.semvae import SemVAE, SemVAEConfig
@@ -177,7 +176,7 @@ def test_a_recipe_trains_and_samples(small, tmp_path, name, streams):
     pipeline.all()
     model = pipeline.model
     assert {s.name: (s.channels, s.grid) for s in model.composite.streams} == streams
-    made = next(generate(model, [0, 1], [0, 1], pipeline.sample_settings(model)))
+    made = next(model.sample_batches([0, 1], [0, 1], pipeline.sample_settings(model)))
     assert made.images.shape == (2, 32, 32, 3) and torch.isfinite(made.latents).all()
 
 
@@ -189,7 +188,7 @@ def test_published_latents_are_trained_on(small, tmp_path):
     overrides = ["data.source=null", f"latents.published={tmp_path / 'shards'}"]
     pipeline = Pipeline(shrunk(small, "published-latents", *overrides), tmp_path / "out", CPU)
     pipeline.all()
-    made_images = next(generate(pipeline.model, [9], [0], pipeline.sample_settings(pipeline.model))).images
+    made_images = next(pipeline.model.sample_batches([9], [0], pipeline.sample_settings(pipeline.model))).images
     assert made_images.shape == (1, 32, 32, 3)
 
 
@@ -201,7 +200,7 @@ def test_autoguidance_from_end_to_end(small, tmp_path):
     strong.all()
     assess(strong)
     record = files.read_json(strong.folder.samples / "guided" / "samples.json", "samples")
-    assert record["weak"] == weak.model.identity and record["sampling"]["guidance"] == 1.5
+    assert record["guiding"] == weak.model.identity and record["sampling"]["guidance"] == 1.5
     assert read_images(strong.folder.samples / "guided", range(10)).shape == (10, 32, 32, 3)
     assert strong.folder.report.exists() and not strong.folder.evaluator.exists()
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from sfd.schedules import build_schedule
 
 from benchmarks.speed.demo import RECIPE, prepared
 from benchmarks.speed.latents import task_like_published
@@ -19,10 +20,9 @@ from benchmarks.speed.measuring import Row, Setting, best_times
 from sfd.data.folder import FolderSource
 from sfd.encoders import autoencoder_kl
 from sfd.models.dit import LightningDiT
+from sfd.run.latents import find_latents
 from sfd.run.pipeline import transformer_config
-from sfd.run.preparation import find_latents
 from sfd.run.recipe import load_recipe
-from sfd.schedules import build_schedule
 from sfd.training.batches import Batches
 from sfd.training.config import TrainSettings
 from sfd.training.tasks.diffusion import DiffusionTask

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from sfd.schedules import build_schedule
 from torch import nn
 
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.dit import SIZES, DiTConfig, LightningDiT
-from sfd.schedules import build_schedule
 
 ROOT = Path(__file__).parent.parent.parent
 COMPOSITE = CompositeLatent(

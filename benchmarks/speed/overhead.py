@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sfd.generation.generate import DEFAULT_STEPS, velocity_field
+from sfd.schedules import build_schedule
 from torch import Tensor
 from torchdiffeq import odeint
 
@@ -27,15 +29,13 @@ from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, Row, Setting, class_
 from benchmarks.speed.sampling import EVALUATIONS
 from sfd import flow
 from sfd.data.shards import FEATURES, LatentSet
-from sfd.generation.generate import DEFAULT_STEPS, velocity_field
 from sfd.guidance import VelocityField
 from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference
+from sfd.run.latents import find_latents
 from sfd.run.pipeline import transformer_config
-from sfd.run.preparation import find_latents
 from sfd.run.recipe import load_recipe
 from sfd.sampling import initial_noise, integrate
-from sfd.schedules import build_schedule
 from sfd.training import trainer
 from sfd.training.config import TrainSettings
 from sfd.training.tasks.diffusion import DiffusionTask, LossSettings

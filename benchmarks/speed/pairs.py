@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from sfd.generation.generate import pair, velocity_field
 
 from benchmarks.speed.measuring import ROOT, Row, Setting, best_times, network
-from sfd.generation.generate import pair, velocity_field
 from sfd.generation.model import load_model
 from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference

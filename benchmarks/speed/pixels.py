@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from sfd.generation.generate import decode
 from torch import nn
 
 from benchmarks.speed.measuring import ROOT, Row, Setting, best_times, working_memory
 from sfd.data.shapes import ShapesSource
 from sfd.encoders import autoencoder_kl, convnet, kl
-from sfd.generation.generate import decode
 from sfd.generation.model import load_model
 from sfd.sampling import initial_noise
 from sfd.training.tasks.semantic import SemanticObjective, SemanticTask

@@ -14,18 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from sfd.generation.generate import SamplingConfig
 
 from benchmarks.offset_sweep import judged, trained
 from benchmarks.solvers_trained import MODEL, judge, sample, texture_errors
 from benchmarks.speed.demo import RECIPE
 from benchmarks.speed.measuring import Row, Setting, machine
 from benchmarks.speed.report import draw_figure, keep_file
-from sfd.data.encode import LatentSettings, prepare
+from sfd.data.encode import LatentSettings, LatentWriter
 from sfd.data.shards import LatentSet
-from sfd.evaluation.evaluate import evaluate
-from sfd.evaluation.reference import Reference
-from sfd.generation.generate import SamplingConfig
+from sfd.evaluation.evaluate import Reference, evaluate
 from sfd.generation.model import Model, load_model
 from sfd.models.inference import cannot_compile
 from sfd.run.assessment import reference
@@ -111,14 +109,8 @@ def demo(root: Path, device: torch.device, recipe: Recipe) -> Pipeline:
 
 def held_out(pipeline: Pipeline, root: Path) -> LatentSet:
     """Latents of the images that no transformer is trained on."""
-
-    def encode(images: Tensor) -> dict[str, Tensor]:
-        semantic = pipeline.compressor.encode(pipeline.semantic.encode(images))
-        return {"texture": pipeline.texture.encode(images), "semantic": semantic}
-
-    tokenizers = {name: pipeline.tokenizers[name] for name in ("texture", "semantic")}
-    settings = LatentSettings(features=False)
-    prepare(pipeline.images[1], encode, tokenizers, root, settings, device=pipeline.device)
+    encoders = pipeline.texture, pipeline.semantic, pipeline.compressor
+    LatentWriter(pipeline.images[1], *encoders, root, LatentSettings(features=False), pipeline.device).write()
     return LatentSet(root)
 
 

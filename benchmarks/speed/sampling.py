@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sfd.generation.generate import velocity_field
 from torch import Tensor
 
 from benchmarks.speed.measuring import (
@@ -20,7 +21,6 @@ from benchmarks.speed.measuring import (
     network,
     working_memory,
 )
-from sfd.generation.generate import velocity_field
 from sfd.generation.model import Model, load_model
 from sfd.guidance import VelocityField, guide
 from sfd.models.dit import LightningDiT, flops

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
+from sfd.generation.generate import SamplingConfig
+
 from benchmarks import solvers as exact
 from benchmarks.solvers_trained import BLIND, MODEL, judged, settings
 from benchmarks.speed.measuring import Row, Setting
 from benchmarks.speed.quality import evaluator
 from benchmarks.speed.report import FIGURE, draw_figure, keep_file
-from sfd.generation.generate import SamplingConfig
 from sfd.generation.model import load_model
 from sfd.utils.files import write_json
 

@@ -22,7 +22,7 @@ from sfd.evaluation.figures import COLOURS
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.toy import GaussianMixture
 from sfd.sampling import initial_noise, integrate
-from sfd.schedules import Schedule, build_schedule
+from sfd.schedule import Schedule, build_schedule
 from sfd.utils.errors import unknown
 
 HERE = Path(__file__).parent
@@ -115,7 +115,7 @@ def knot_errors() -> dict[str, list[tuple[int, float, float]]]:
 
     def run(solver: str, **settings: object) -> tuple[torch.Tensor, int]:
         result = integrate(exact.velocity, noise, schedule, exact.composite, solver=solver, **settings)  # type: ignore[arg-type]
-        return result.x, result.evaluations
+        return result.x, result.nfe
 
     truth, _ = run("dopri5", options={"rtol": 1e-10, "atol": 1e-12})
     steps = (10, 13, 16, 20, 26, 32, 40, 52, 64, 80, 104, 130, 160)

@@ -75,9 +75,6 @@ def repa_loss(projection: Tensor, features: Tensor) -> Tensor:
 
     Returns:
         (B,), in float32, each in [0, 2].
-
-    Raises:
-        ValueError: the features are on another grid or have another width than the projected tokens.
     """
     flat = features.flatten(2)
     if flat.mT.shape != projection.shape:

@@ -1,96 +1,70 @@
-"""Sampling: noise by image seed, then dx_k/du = τ_k′(u)·v_k from u = 0 to u = 1, one piece after another.
+"""Sampling: noise by image seed, then dx_k/du = τ_k′(u)·v_k from u = 0 to u = 1, one smooth interval after another.
 
-A piece ends where a rate τ_k′ or the velocity jumps (`sfd.pieces`). It is integrated with the one-sided limits at its
-ends, over the streams that move in it; the others are not part of its state. The sampler knows nothing of classes,
-networks, guidance or autoencoders: it gets a velocity function.
+The right-hand side jumps where a rate τ_k′ does, at the schedule's knots, and where the velocity v does, as a guided
+one at the ends of its guidance interval. A step across a jump costs any solver its order, so [0, 1] is divided there.
+Each interval is integrated with the one-sided limits at its ends, over the streams that move in it; the others are no
+part of the solver's state. The sampler knows nothing of classes, networks or autoencoders: it gets a velocity function.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sfd.guidance import VelocityField
+from sfd.guidance import GuidedVelocity, VelocityField
 from sfd.latents import CompositeLatent
-from sfd.pieces import Budget, Jumps, Piece, PiecewiseVelocity, grids, pieces, whole
-from sfd.schedules import Schedule
-from sfd.solvers import load_solver
+from sfd.schedule import Schedule, StreamTimes
+from sfd.solvers import SOLVERS, Solver
 from sfd.utils import rng
-from sfd.utils.errors import SFDError
+from sfd.utils.config import options_record, parse
+from sfd.utils.errors import SFDError, unknown
 from sfd.utils.transfer import sent
+
+DEFAULT_STEPS = 25
+MIN_SHIFT, MAX_SHIFT = 0.01, 100.0  # beyond, steps all but coincide at one end of time
+MIN_INTERVAL = 1e-9  # stops between which no stream's time moves by more than this are one, rounded apart
 
 
 class Progress(NamedTuple):
-    """What a callback learns after each step."""
+    """What a callback receives after each step."""
 
     u: float  # base time that the step arrived at
-    times: Tensor  # (K,) stream times there, on the CPU
+    t: Tensor  # (K,) stream times there, on the CPU
     x: Tensor  # (B, N) packed state there
-    evaluations: int  # velocity evaluations so far
+    nfe: int  # number of function evaluations so far
 
 
 class Result(NamedTuple):
-    """What integration returns."""
+    """What `integrate` returns."""
 
-    x: Tensor  # (B, N) packed samples
-    evaluations: int  # velocity evaluations spent: calls, each of the whole batch
-    image_evaluations: Tensor  # (B,), int64: those while the image had not arrived yet; fewer with `control: image`
-
-
-def initial_noise(seeds: Sequence[int], composite: CompositeLatent) -> Tensor:
-    """Draw where sampling starts, image k from seeds[k] alone: (len(seeds), N), float32, on the CPU.
-
-    Raises:
-        SFDError: a negative seed.
-    """
-    check_seeds(seeds)
-    return rng.normal(seeds, composite.size, "noise")
+    x: Tensor  # (B, N), the state at u = 1
+    nfe: int  # number of function evaluations: calls of the velocity, each for the whole batch
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuse negative seeds.
-
-    Raises:
-        SFDError: names the first.
-    """
+def initial_noise(seeds: Sequence[int], latent: CompositeLatent) -> Tensor:
+    """Draw x at u = 0, image k from seeds[k] ≥ 0 alone: (len(seeds), N), float32, on the CPU."""
     for seed in seeds:
         if seed < 0:
             raise SFDError(f"a seed must be a whole number of at least 0, got {seed}")
-
-
-def check_plan(
-    schedule: Schedule,
-    solver: str,
-    steps: int | None,
-    options: Mapping[str, Any] | None,
-    shift: float,
-    budget: Budget = "length",
-    jumps: Jumps | None = None,
-) -> None:
-    """Check what `integrate` would check of a velocity with these jumps, before there is anything to integrate.
-
-    Raises:
-        SFDError: solver, options, steps, shift and budget do not fit the schedule, the jumps or each other.
-    """
-    method, _ = load_solver(solver, options)
-    grids(method, solver, schedule, pieces(schedule, jumps), steps, shift, budget, jumps)
+    return rng.normal(seeds, latent.size, "noise")
 
 
 def integrate(
     velocity: VelocityField,
     noise: Tensor,
     schedule: Schedule,
-    composite: CompositeLatent,
+    latent: CompositeLatent,
     *,
     solver: str = "multistep",
     steps: int | None = None,
     options: Mapping[str, Any] | None = None,
     shift: float = 1.0,
-    budget: Budget = "length",
     seeds: Sequence[int] | None = None,
     knots: bool = True,
     callback: Callable[[Progress], None] | None = None,
@@ -98,183 +72,226 @@ def integrate(
     """Carry noise to data.
 
     Args:
-        velocity: v(x, times) with x (B, N) packed and times (K,) on the CPU in x's dtype, or (B, K) if each image takes
-            its own steps; returns (B, N). A `PiecewiseVelocity` says where it jumps, and no step crosses that.
+        velocity: v(x, t) with x (B, N) packed and t (K,) on the CPU in x's dtype; returns (B, N).
         noise: (B, N), the state at u = 0; not written to.
-        schedule: times and rates of the composite's streams.
-        composite: the streams.
-        solver: name of a module in `sfd.solvers`.
-        steps: how many in all, at least one a piece; None for adaptive solvers.
-        options: settings of the solver.
+        schedule: times and rates of the latent's streams.
+        latent: the streams.
+        solver: a name in `SOLVERS`.
+        steps: total number, at least one per smooth interval; None: 25. Adaptive solvers choose their own.
+        options: of the solver, such as rtol.
         shift: s in [0.01, 100] maps an even grid w of steps to u = s·w / (1 + (s − 1)·w); 1 keeps it even, less than 1
-            puts more steps near noise. Adaptive solvers take no shift.
-        budget: how steps are divided over the segments in which something moves: in proportion to their length in w
-            ("length"), evenly ("equal"), in proportion to the stream time that all streams together travel in them
-            ("time"), or to given weights, one a segment. The pieces of a segment share its steps by length. Adaptive
-            solvers take none but the default.
-        seeds: of the images, from which a stochastic solver draws its noise; others need none.
-        knots: whether to stop at knots and jumps. False integrates [0, 1] as one piece, blind to them, as the published
-            sampler does: a fixed step has rates and guidance as at the points where it evaluates. Only to compare.
+            puts more steps near noise. Without effect on adaptive solvers.
+        seeds: one per image, from which a stochastic solver draws its noise.
+        knots: stop at knots and discontinuities. False integrates [0, 1] as one interval, as the published sampler
+            does, with the rate after a knot and the guidance of each evaluated time. Only for comparison.
         callback: called after each step.
-
-    Returns:
-        the state at u = 1 and the number of velocity evaluations.
-
-    Raises:
-        SFDError: schedule and composite have other streams, noise has another size, seeds another number, or solver,
-            steps, options, shift and budget do not fit together.
     """
-    _check_shapes(noise, schedule, composite, seeds)
-    method, settings = load_solver(solver, options)
-    jumps = velocity.jumps if knots and isinstance(velocity, PiecewiseVelocity) else None
-    parts = pieces(schedule, jumps) if knots else whole(schedule)
-    placed = grids(method, solver, schedule, parts, steps, shift, budget, jumps)
-    counter, drawn = _Counter(velocity, len(noise)), _Noise(seeds, composite)
-    x = noise
-    for piece, points in zip(parts, placed, strict=True):
-        if isinstance(velocity, PiecewiseVelocity):
-            velocity.begin(piece.moving, piece.middle)
-        equation = _Equation(counter, x, schedule, composite, piece, points, drawn)
-        report = _report(callback, equation, counter) if callback is not None else None
-        x = equation.whole(method.solve(equation, equation.moving_entries(x), points, settings, report))
-    return Result(x, counter.calls, counter.by_image)
+    _check_shapes(noise, schedule, latent, seeds)
+    method, settings = find_solver(solver, options)
+    jumps = velocity.discontinuities if isinstance(velocity, GuidedVelocity) else ()
+    intervals = smooth_intervals(schedule, jumps) if knots else [undivided(schedule)]
+    grids = time_grids(intervals, method, steps, shift)
+    x, nfe = noise, 0
+    for interval, grid in zip(intervals, grids, strict=True):
+        ode = ActiveODE(velocity, x, schedule, latent, interval, seeds, nfe)
+        arguments = [ode, ode.gather(x), grid, ode.reporter(callback)]
+        if method.stochastic:
+            arguments.append(ode.churn)
+        x = ode.scatter(method.solve(*arguments, **settings))
+        nfe = ode.nfe
+    return Result(x, nfe)
 
 
-class _Counter:
-    """A velocity that counts its calls."""
-
-    def __init__(self, velocity: VelocityField, images: int) -> None:
-        self._velocity = velocity
-        self.calls = 0
-        self.by_image = torch.zeros(images, dtype=torch.int64)
-
-    def __call__(self, x: Tensor, times: Tensor, moving: Tensor | None) -> Tensor:
-        self.calls += 1
-        self.by_image += 1 if moving is None else moving
-        return self._velocity(x, times)
-
-
-class _Noise:
-    """Fresh noise for stochastic solvers, keyed by seed, segment and how often noise was drawn in it."""
-
-    def __init__(self, seeds: Sequence[int] | None, composite: CompositeLatent) -> None:
-        self._seeds = seeds
-        self._size = composite.size
-        self._draws: Counter[int] = Counter()  # by segment
-
-    def draw(self, segment: int) -> Tensor:
-        """Draw (B, N), float32, on the CPU."""
-        if self._seeds is None:
-            raise SFDError(
-                "this solver draws noise, but has no seeds to draw it from; give integrate one seed an image"
-            )
-        drawn = rng.normal(self._seeds, self._size, "renoise", segment, self._draws[segment])
-        self._draws[segment] += 1
-        return drawn
-
-
-class _Equation:
-    """The differential equation of one piece, for the entries of the streams that move in it; a `Velocity`."""
+class ActiveODE:
+    """dx/du = τ_k′(u)·v_k(x, τ(u)) on one smooth interval, for the M entries of the streams that move in it."""
 
     def __init__(
         self,
-        velocity: _Counter,
+        velocity: VelocityField,
         x: Tensor,
         schedule: Schedule,
-        composite: CompositeLatent,
-        piece: Piece,
-        points: Sequence[float],
-        noise: _Noise,
+        latent: CompositeLatent,
+        interval: SmoothInterval,
+        seeds: Sequence[int] | None,
+        nfe: int,
     ) -> None:
-        self._velocity = velocity
-        self._start = x
-        self._schedule = schedule
-        self._composite = composite
-        self._piece = piece
-        self._noise = noise
-        self._all_move = all(piece.moving)
-        self._sizes = [s.size for s in composite.streams]
-        self._moving_sizes = [s for s, moves in zip(self._sizes, piece.moving, strict=True) if moves]
-        times, rates = self._look_up(torch.tensor(points, dtype=torch.float64))
-        self._known = dict(zip(points, zip(times, rates, strict=True), strict=True))
-        self._expanded: tuple[Tensor, Tensor] | None = None  # the last rates, and those of all moving entries
+        """Start from x (B, N) at the interval's start, after `nfe` function evaluations."""
+        if isinstance(velocity, GuidedVelocity) and interval.midpoint is not None:
+            velocity = velocity.on_interval(interval.active, interval.midpoint)
+        self._velocity, self._x, self._schedule, self._interval = velocity, x, schedule, interval
+        self._latent, self._seeds, self._draws = latent, seeds, interval.number << 20  # distinct within a segment
+        self.nfe = nfe
 
-    # Streams are cut out and joined as the slices that they are: indices would take several times as long.
+    def gather(self, packed: Tensor) -> Tensor:
+        """Take the entries of the active streams: (B, M) of (B, N)."""
+        return packed if all(self._interval.active) else torch.cat(self._active(packed), dim=1)
 
-    def moving_entries(self, packed: Tensor) -> Tensor:
-        """Take the entries of the streams that move, (…, M) of (…, N)."""
-        if self._all_move:
-            return packed
-        parts = zip(packed.split(self._sizes, dim=-1), self._piece.moving, strict=True)
-        taken = [part for part, moves in parts if moves]
-        return torch.cat(taken, dim=-1) if len(taken) > 1 else taken[0]
-
-    def whole(self, state: Tensor) -> Tensor:
-        """Put moving entries (B, M) among the resting ones: (B, N)."""
-        if self._all_move:
+    def scatter(self, state: Tensor) -> Tensor:
+        """Put the entries of the active streams (B, M) among those at rest: (B, N)."""
+        if all(self._interval.active):
             return state
-        moved = iter(state.split(self._moving_sizes, dim=1))
-        resting = self._start.split(self._sizes, dim=1)
-        pairs = zip(resting, self._piece.moving, strict=True)
+        moved = iter(self._split(state))
+        at_rest = self._x.split(self._latent.sizes, dim=1)
+        pairs = zip(at_rest, self._interval.active, strict=True)
         return torch.cat([next(moved) if moves else rests for rests, moves in pairs], dim=1)
 
-    def times_and_rates(self, u: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Look up stream times and rates at u, with the piece's one-sided limits; on the CPU, in x's dtype.
+    def __call__(self, u: float, state: Tensor) -> Tensor:
+        """Evaluate dx/du, (B, M), at a base time and the state (B, M) there."""
+        self.nfe += 1
+        t, rate = self._times(u)
+        v = self._velocity(self.scatter(state), t.to(state.dtype)).to(state.dtype)
+        # As slices times numbers: expanded rates would have to be copied to the device at each evaluation.
+        return torch.cat([part * r for part, r in zip(self._active(v), self._select(rate), strict=True)], dim=1)
 
-        (K,) each, or (B, K) at base times (B,).
-        """
-        known = self._known.get(u) if isinstance(u, float) else None
-        return known or self._look_up(torch.as_tensor(u, dtype=torch.float64))
+    def churn(self, state: Tensor, u: float, earlier: float) -> Tensor:
+        """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ, ξ ~ N(0, 1)."""
+        if self._seeds is None:
+            raise SFDError("this solver draws noise, but has no seeds; give integrate one seed per image")
+        drawn = rng.normal(self._seeds, self._latent.size, "renoise", self._interval.segment or 0, self._draws)
+        self._draws += 1
+        now, back = (self._select(self._times(b).time) for b in (u, earlier))
+        parts = []
+        for x, xi, t, t_back in zip(self._split(state), self._active(drawn), now, back, strict=True):
+            kept = t_back / t if t > 0 else 1.0  # a stream that is still pure noise stays as it is
+            spread = math.sqrt(max(0.0, (1 - t_back) ** 2 - (kept * (1 - t)) ** 2))
+            parts.append(kept * x + spread * sent(xi.to(x.dtype), x.device))
+        return torch.cat(parts, dim=1)
 
-    def _look_up(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        # An adaptive solver may probe beyond the piece. In float32 a base time could round across a knot.
-        time, rate = self._schedule.at(u.clamp(self._piece.start, self._piece.end), self._piece.segment)
-        return time.to(self._start.dtype), rate.to(self._start.dtype)
+    def reporter(self, callback: Callable[[Progress], None] | None) -> Callable[[float, Tensor], None] | None:
+        """Make a solver's callback of one for `Progress`."""
+        if callback is None:
+            return None
+        return lambda u, x: callback(Progress(u, self._times(u).time.to(x.dtype), self.scatter(x), self.nfe))
 
-    def _rates(self, rate: Tensor, device: torch.device) -> Tensor:
-        """Give each moving entry its stream's rate; made anew only where a rate changes."""
-        if self._expanded is None or not torch.equal(rate, self._expanded[0]):
-            self._expanded = rate, self.moving_entries(self._composite.per_entry(sent(rate, device)))
-        return self._expanded[1]
+    def _times(self, u: float) -> StreamTimes:
+        # An adaptive solver may probe beyond the interval. In float32 a base time could round across a knot.
+        inside = min(max(u, self._interval.start), self._interval.end)
+        return self._schedule.at(torch.tensor(inside, dtype=torch.float64), self._interval.segment)
 
-    def __call__(self, u: float | Tensor, state: Tensor, moving: Tensor | None = None) -> Tensor:
-        """Evaluate dx/du = τ_k′(u)·v_k, (B, M); see `Velocity`."""
-        time, rate = self.times_and_rates(u)
-        v = self._velocity(self.whole(state), time, moving)
-        return self._rates(rate, v.device) * self.moving_entries(v)
+    def _active(self, packed: Tensor) -> list[Tensor]:
+        parts = packed.split(self._latent.sizes, dim=1)
+        return [part for part, moves in zip(parts, self._interval.active, strict=True) if moves]
 
-    def renoise(self, state: Tensor, u: float, earlier: float) -> Tensor:
-        """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ; see `Velocity`."""
-        now, then = (
-            self._composite.per_entry(self._schedule.at(torch.tensor(b, dtype=torch.float64), self._piece.segment).time)
-            for b in (u, earlier)
+    def _select(self, values: Tensor) -> list[float]:
+        return [v for v, moves in zip(values.tolist(), self._interval.active, strict=True) if moves]
+
+    def _split(self, state: Tensor) -> Sequence[Tensor]:
+        sizes = [n for n, moves in zip(self._latent.sizes, self._interval.active, strict=True) if moves]
+        return state.split(sizes, dim=1)
+
+
+class SmoothInterval(NamedTuple):
+    """A part of [0, 1] in which rates and velocity are smooth, so that a solver may step freely."""
+
+    segment: int | None  # of the schedule; None: all of [0, 1], with the rate after each knot
+    start: float
+    end: float
+    active: tuple[bool, ...]  # per stream: whether it moves
+    midpoint: tuple[float, ...] | None  # per stream: a time off any discontinuity, halfway between those at the ends
+    number: int = 0  # its place in the segment
+
+
+def undivided(schedule: Schedule) -> SmoothInterval:
+    """All of [0, 1] as one interval, blind to knots and discontinuities."""
+    return SmoothInterval(None, 0.0, 1.0, (True,) * len(schedule.streams), None)
+
+
+def smooth_intervals(schedule: Schedule, jumps: Sequence[Sequence[float]] = ()) -> list[SmoothInterval]:
+    """Divide the segments in which a stream moves where one of them reaches a discontinuity.
+
+    Args:
+        schedule: its knots end segments.
+        jumps: for each stream, the stream times of the velocity's discontinuities.
+    """
+    found = []
+    for j, (start, end) in enumerate(schedule.segments):
+        first, last = _times(schedule, j, start, end).tolist()
+        # Monotone times that agree at both ends have been at rest between.
+        active = tuple(b > a for a, b in zip(first, last, strict=True))
+        if not any(active):
+            continue
+        reached = [
+            schedule.first_time(k, t, j) for k, times in enumerate(jumps) for t in times if first[k] < t < last[k]
+        ]
+        stops = [start]
+        for u in sorted(reached):
+            if _distinct(schedule, j, stops[-1], u) and _distinct(schedule, j, u, end):
+                stops.append(u)
+        for number, (a, b) in enumerate(pairwise((*stops, end))):
+            midpoint = _times(schedule, j, a, b).mean(dim=0)
+            found.append(SmoothInterval(j, a, b, active, tuple(midpoint.tolist()), number))
+    return found
+
+
+def _times(schedule: Schedule, segment: int, *base: float) -> Tensor:
+    """Stream times at base times of a segment: (len(base), K)."""
+    return schedule.at(torch.tensor(base, dtype=torch.float64), segment).time
+
+
+def _distinct(schedule: Schedule, segment: int, a: float, b: float) -> bool:
+    before, after = _times(schedule, segment, a, b)
+    return bool(((after - before) > MIN_INTERVAL).any())
+
+
+def time_grids(
+    intervals: Sequence[SmoothInterval], solver: Solver, steps: int | None = None, shift: float = 1.0
+) -> list[list[float]]:
+    """Place each interval's steps: base times, both ends included; the ends alone for an adaptive solver.
+
+    Args:
+        intervals: they share the steps in proportion to their shifted length.
+        solver: an entry of `SOLVERS`.
+        steps, shift: see `integrate`.
+    """
+    if not MIN_SHIFT <= shift <= MAX_SHIFT:
+        raise SFDError(f"the time shift must be from {MIN_SHIFT:g} to {MAX_SHIFT:g} (1: none), got {shift}")
+    if solver.adaptive:
+        return [[i.start, i.end] for i in intervals]
+    steps = DEFAULT_STEPS if steps is None else steps
+    if steps < len(intervals):
+        stops = ", ".join(f"{i.end:.4g}" for i in intervals)
+        raise SFDError(
+            f"steps must end where rates or guidance jump (u = {stops}), so at least {len(intervals)} are needed, "
+            f"but {steps} were given"
         )
-        # A stream that is still pure noise stays as it is.
-        kept = torch.where(now > 0, then / now.clamp(min=torch.finfo(now.dtype).tiny), 1.0)
-        spread = ((1 - then) ** 2 - (kept * (1 - now)) ** 2).clamp(min=0).sqrt()
-        drawn = self._noise.draw(self._piece.segment or 0)
-        kept, spread, drawn = (
-            self.moving_entries(sent(each.to(state.dtype), state.device)) for each in (kept, spread, drawn)
-        )
-        return kept * state + spread * drawn
+    # Steps are even in w, where u = s·w / (1 + (s − 1)·w); the inverse carries stops there, so they are still hit.
+    ends = [[u / (shift + (1 - shift) * u) for u in (i.start, i.end)] for i in intervals]
+    counts = split_steps(steps, [b - a for a, b in ends])
+    grids = []
+    for interval, (low, high), count in zip(intervals, ends, counts, strict=True):
+        w = np.linspace(low, high, count + 1)[1:-1]
+        grids.append([interval.start, *(shift * w / (1 + (shift - 1) * w)).tolist(), interval.end])
+    return grids
 
 
-def _report(
-    callback: Callable[[Progress], None], equation: _Equation, counter: _Counter
-) -> Callable[[float, Tensor], None]:
-    def report(u: float, state: Tensor) -> None:
-        callback(Progress(u, equation.times_and_rates(u)[0], equation.whole(state), counter.calls))
+def split_steps(steps: int, lengths: Sequence[float]) -> list[int]:
+    """Divide steps in proportion to lengths by largest remainder, at least one each; steps ≥ len(lengths)."""
+    total = math.fsum(lengths)
+    quotas = [steps * length / total for length in lengths]
+    counts = [max(1, math.floor(q)) for q in quotas]
+    while sum(counts) < steps:
+        counts[int(np.argmax(np.subtract(quotas, counts)))] += 1
+    while sum(counts) > steps:  # those raised to 1 take from whoever has the most above its quota
+        excess = [c - q if c > 1 else -math.inf for c, q in zip(counts, quotas, strict=True)]
+        counts[int(np.argmax(excess))] -= 1
+    return counts
 
-    return report
+
+def find_solver(name: str, options: Mapping[str, Any] | None = None) -> tuple[Solver, dict[str, Any]]:
+    """Look a solver up and check its options; those left out have their defaults."""
+    if name not in SOLVERS:
+        raise unknown("solver", name, SOLVERS)
+    settings = parse(options_record(SOLVERS[name].solve), options or {}, f"solver {name!r}")
+    return SOLVERS[name], dict(settings)
 
 
-def _check_shapes(noise: Tensor, schedule: Schedule, composite: CompositeLatent, seeds: Sequence[int] | None) -> None:
-    if schedule.streams != composite.names:
+def _check_shapes(noise: Tensor, schedule: Schedule, latent: CompositeLatent, seeds: Sequence[int] | None) -> None:
+    if schedule.streams != latent.names:
         raise SFDError(
             f"the schedule drives streams {', '.join(schedule.streams)}, but the latent has "
-            f"{', '.join(composite.names)}; build the schedule with the names of the latent, in its order"
+            f"{', '.join(latent.names)}; build the schedule with the names of the latent, in its order"
         )
-    if noise.dim() != 2 or noise.shape[1] != composite.size:
-        raise SFDError(f"noise must have shape (images, {composite.size}), got {tuple(noise.shape)}")
+    if noise.dim() != 2 or noise.shape[1] != latent.size:
+        raise SFDError(f"noise must have shape (images, {latent.size}), got {tuple(noise.shape)}")
     if seeds is not None and len(seeds) != len(noise):
-        raise SFDError(f"{len(seeds)} seeds were given for noise of {len(noise)} images; give one seed an image")
+        raise SFDError(f"{len(seeds)} seeds were given for noise of {len(noise)} images; give one seed per image")

@@ -13,17 +13,19 @@ from cases import Case, Row, bad, files_of, find_cases
 from torch import Tensor
 
 from sfd import flow
-from sfd.convert import autoencoder, semvae
+from sfd.convert import autoencoder
 from sfd.convert import transformer as published
 from sfd.data.published import open_published
 from sfd.data.shards import FEATURES
+from sfd.encoders._base import autoencoder as build_autoencoder
 from sfd.evaluation.metrics import frechet_distance, gaussian, inception_score, precision_recall
 from sfd.guidance import guide
-from sfd.models.component import differences
+from sfd.models.component import assemble, differences, shapes
 from sfd.models.dit import LightningDiT, parameter_count
 from sfd.models.semvae import SemVAE, SemVAEConfig, reconstruction_losses
 from sfd.sampling import integrate
-from sfd.schedules import Schedule, StreamTimes, build_schedule
+from sfd.schedule import Schedule, StreamTimes, build_schedule
+from small_published import published_config, to_published
 
 
 def test_folder(folder, rows):
@@ -51,7 +53,7 @@ def test_transformer(case: Case):
 
 
 def open_transformer(case: Case, field: str, weights: str) -> LightningDiT:
-    config = published.published_config(case[field])
+    config = published_config(case[field])
     network = LightningDiT(config)
     network.load_state_dict(published.from_published(case.open(weights), config))
     return network.to(case.device).eval()
@@ -113,7 +115,7 @@ def compare_losses(case: Case, network: LightningDiT):
         case.compare(name, loss)
     losses["loss_total"].backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
-    for name, gradient in published.to_published(gradients, network.config).items():
+    for name, gradient in to_published(gradients, network.config).items():
         if f"grad.{name}" in case and name not in published.TABLES:
             # Without label dropout, the published table has no row for the null class.
             rows = len(case[f"grad.{name}"]) if name == published.LABELS else None
@@ -155,7 +157,7 @@ def compare_samples(case: Case, network: LightningDiT):
 @torch.no_grad()
 def test_semvae(case: Case):
     case.load(device=case.device)
-    model = semvae.from_published(case.open(), semvae_config(case)).to(case.device)
+    model = assemble(lambda: SemVAE(semvae_config(case)), case.open(), case.name).to(case.device)
     features = case["features"].mT.unflatten(2, case["mean"].shape[2:])
     moments = model.moments(features)
     reconstruction = model.decode(case["mean"])  # the reference's: random weights amplify its last bits
@@ -235,30 +237,35 @@ def test_metrics(case: Case):
 
 def test_checkpoint_names(case: Case):
     """Each tensor of a published checkpoint has its place in a network of that size, which is built without memory."""
-    given = {name: tuple(shape) for name, shape in case["state_dict"].items()}
+    sizes = {name: tuple(shape) for name, shape in case["state_dict"].items()}
+    given = {name: torch.empty(shape, device="meta") for name, shape in sizes.items()}
     if "num_heads" in case:
         # How channels divide into streams changes no published name or shape.
-        config = published.inferred_config(given, semantic=1 if "t_embedder_sem.mlp.0.weight" in given else 0)
-        expected = published.published_shapes(config)
+        config = published.inferred_config(sizes, semantic=1 if "t_embedder_sem.mlp.0.weight" in sizes else 0)
+        network, given = on_meta(lambda: LightningDiT(config)), published.renamed(given, config)
         for field, ours in (("depth", config.depth), ("hidden_size", config.width), ("num_heads", config.heads)):
             case.compare(field, ours)
         # The published count holds the position table, which is no parameter here.
         case.compare("parameters", parameter_count(config) + config.composite.token_grid**2 * config.width)
     elif "channel_multipliers" in case:
-        config = autoencoder.inferred_config(given)
-        expected = autoencoder.published_shapes(config)
+        config = autoencoder.inferred_config(sizes)
+        network = on_meta(lambda: build_autoencoder(**config))
+        given = autoencoder.renamed(given, len(config["block_out_channels"]))
         compare_autoencoder_sizes(case, config)
-        case.compare("parameters", parameters(autoencoder.build(config, "meta")))
+        case.compare("parameters", parameters(network))
     else:
-        expected = semvae.published_shapes(semvae_config(case))
-        with torch.device("meta"):
-            model = SemVAE(semvae_config(case))
-        case.compare("encoder_parameters", parameters(model.encoder))
-        case.compare("decoder_parameters", parameters(model.decoder))
-    found = differences(given, expected)
+        network = on_meta(lambda: SemVAE(semvae_config(case)))
+        case.compare("encoder_parameters", parameters(network.encoder))
+        case.compare("decoder_parameters", parameters(network.decoder))
+    found = differences({name: tuple(tensor.shape) for name, tensor in given.items()}, shapes(network))
     case.rows += [Row(case.name, f"tensors {kind}", len(names)) for kind, names in found.items()]
     case.finish()
 
 
 def parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def on_meta(build):
+    with torch.device("meta"):
+        return build()

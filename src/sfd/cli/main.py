@@ -61,10 +61,9 @@ def _stage(
     dry_run: bool,
     tflops: float | None,
     device: str,
-    shared: bool = False,
     whole: bool = False,
 ) -> None:
-    """Do a stage's work, or a `whole` run's, alone in its folder; or `shared`, if the work sees to that."""
+    """Do a stage's work, or a `whole` run's, alone in its folder."""
     from sfd.run import assessment, stages
     from sfd.run.pipeline import Pipeline
     from sfd.run.recipe import load_recipe
@@ -87,7 +86,7 @@ def _stage(
         check_machine(resolved, chosen)
     with ExitStack() as held:
         held.enter_context(signals.limit(max_hours))
-        if distributed.is_main_process() and not shared:
+        if distributed.is_main_process():
             held.enter_context(files.exclusive(out))
         distributed.broadcast(None)  # the folder is this run's
         pipeline = Pipeline(resolved, out, chosen)
@@ -140,19 +139,14 @@ def train_semvae(**arguments: Any) -> None:
 
 @main.command("prepare")
 @recipe_command
-@click.option("--part", metavar="I/N", help="make only this share of the shards, beside other processes or machines")
-def prepare(part: str | None, **arguments: Any) -> None:
+def prepare(**arguments: Any) -> None:
     """Encode the training images into latent shards, in both orientations; or check published ones.
 
-    Any number of processes may share the work through a common folder: each gets the same command and its own --part,
-    from 1/N to N/N. The last to end writes the manifest.
+    Ranks share the work: those of torchrun, or of an array job that sets RANK and WORLD_SIZE.
     """
-    from sfd.utils.shares import WHOLE, parse_share
+    from sfd.run.pipeline import Pipeline
 
-    if part is not None:
-        distributed.check_single("prepare --part")
-    chosen = WHOLE if part is None else parse_share(part)
-    _stage(lambda pipeline: pipeline.prepare(chosen), shared=part is not None, **arguments)
+    _stage(Pipeline.prepare, **arguments)
 
 
 @main.command("train")
@@ -191,42 +185,23 @@ def report(**arguments: Any) -> None:
 @click.option("--seeds", default="0-7", show_default=True, help="such as 0-63 or 1,5,9; each class gets each seed")
 @click.option("--in-turn", is_flag=True, help="give seed i to class i, around and around, so that no noise repeats")
 @click.option("--steps", type=int, help="solver steps; leave out for an adaptive solver  [default: 25]")
-@click.option("--solver", default="multistep", show_default=True, help="euler, heun, dopri5, or any of sfd.solvers")
+@click.option("--solver", default="multistep", show_default=True, help="euler, heun, dopri5, multistep, sde")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="of the solver, such as rtol=1e-4")
 @click.option("--shift", type=float, default=1.0, show_default=True, help="time shift of the steps, 0.01 to 100")
-@click.option(
-    "--budget", default="length", show_default=True, help="steps by segment: length, equal, time, or weights: 1,2,1"
-)
 @click.option(
     "--guidance", default="1", show_default=True, help="scale: 1.5, or one a stream: semantic=1.9,texture=1.3"
 )
 @click.option("--interval", help="stream times within which to guide: 0.1-0.9, or semantic=0-0.8,texture=0.2-1")
 @click.option("--weak", type=FOLDER, help="a weaker model's directory for AutoGuidance; else the null class is used")
-@click.option("--weak-every", type=int, default=1, show_default=True, help="guide anew once in so many evaluations")
-@click.option("--weak-between", default="hold", show_default=True, help="hold or extrapolate the guidance in between")
-@click.option("--paired", is_flag=True, help="evaluate class and null class in one call of twice the batch")
-@click.option(
-    "--batch-size",
-    default="auto",
-    show_default=True,
-    help="auto: what a GPU's memory holds, else 64",
-)
-@click.option("--part", metavar="I/N", help="make only this share of the images, beside other processes or machines")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="images per batch")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
-@click.option(
-    "--compile",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="the network, which takes a minute or two; auto: where that is less than it saves",
-)
+@click.option("--compile", is_flag=True, help="compile the network, which takes a minute or two")
 @device_option
 def sample(**arguments: Any) -> None:
     """Sample images from a MODEL directory (or a run's folder). Image k depends on seed k alone.
 
-    The same command goes on where it was stopped. Any number of processes may share the work through a common folder:
-    each gets the same command and its own --part, from 1/N to N/N; those that torchrun or accelerate launch starts
-    take their parts by themselves. The last to end draws the grid.
+    The same command resumes an interrupted one. Processes that a launcher or an array job starts (RANK and WORLD_SIZE
+    in the environment) split the images among themselves; the last one to end draws the grid.
     """
     from sfd.cli.sample import sample_images
 
@@ -247,14 +222,13 @@ def export(model: Path, out: Path, dtype: str) -> None:
 @main.command("export-latents")
 @click.argument("latents", type=FOLDER)
 @click.argument("out", type=FOLDER)
-@click.option("--shard-size", type=click.IntRange(min=1), default=10000, show_default=True, help="images a shard")
-def export_latents(latents: Path, out: Path, shard_size: int) -> None:
+def export_latents(latents: Path, out: Path) -> None:
     """Write LATENTS (a run's folder, or its latents) to OUT in the published format, with their statistics."""
     from sfd.data.published import write_published
-    from sfd.run.preparation import find_latents
+    from sfd.run.latents import find_latents
 
     found = find_latents(latents)
-    write_published(found, out, shard_size)
+    write_published(found, out)
     click.echo(f"{len(found)} images in {out}")
 
 
@@ -275,20 +249,21 @@ def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: f
 
 @main.command()
 @click.argument("samples", type=FOLDER)
-@click.option("--run", type=FOLDER, help="compare with the held-out images of this run, by its own classifier")
-@click.option("--reference", type=FOLDER, help="or with real images: a folder, a zip, or an .npz of images or moments")
+@click.option("--run", type=FOLDER, help="the run whose evaluator and held-out images to judge by")
+@click.option("--reference", type=FOLDER, help="or real images: a folder, or an .npz of images or moments, as ADM's")
 @click.option("--extractor", help="with --reference: inception (FID, sFID, IS) or dinov2 (FD-DINOv2)")
 @click.option("--weights", help="the extractor's, a local file or folder  [default: fetched by name]")
-@click.option("--image-size", type=click.IntRange(min=1), help="scale and crop SAMPLES to this, as for training")
 @click.option("--out", type=FOLDER, help="write the metrics to this JSON file too")
-@click.option("--features", type=FOLDER, help="cache of features  [default: features, next to --out or SAMPLES]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="of the extractor")
+@click.option(
+    "--features", type=FOLDER, help="folder that keeps features  [default: features, beside --out or SAMPLES]"
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="images that the extractor sees at once  [default: 64]")
+@click.option("--part", metavar="I/N", help="compute only this share of the features, for several machines")
 @device_option
 def evaluate(**arguments: Any) -> None:
-    """Evaluate SAMPLES (a folder, a zip or an .npz): FID, sFID, inception score, precision, recall, class accuracy.
+    """Judge SAMPLES, a folder or an .npz: Fréchet distance, precision, recall, with all that they hang on.
 
-    Each metric is printed with a 95 % interval and the evaluation protocol. Features are cached: the same command
-    resumes where it was stopped, and ranks (RANK and WORLD_SIZE) share the work through a common folder.
+    Features of a reference are computed once and kept, so that the same command goes on where it was stopped.
     """
     from sfd.cli.evaluate import evaluate_samples
 
@@ -317,15 +292,15 @@ def pack(samples: Path, out: Path) -> None:
 @click.option("--repa-block", type=click.IntRange(min=1), help="whose tokens the projector takes  [default: 2]")
 @click.option("--heads", type=click.IntRange(min=1), help="of a SemVAE's attention  [default: 6]")
 def convert(source: Path, out: Path, weights: str | None, heads: int | None, **model: Any) -> None:
-    """Convert published weights in SOURCE to this project's format, or back; what SOURCE is, is found out.
+    """Convert published weights in SOURCE to this project's format; the kind of SOURCE is recognised.
 
     \b
-    transformer (.pt, .ckpt, .safetensors)  <->  model directory
-    SemVAE (.pt, .safetensors)              <->  compressor's folder
-    autoencoder in the LDM format (.ckpt)   <->  folder in diffusers' format
+    transformer (.pt, .ckpt, .safetensors)  ->  model directory
+    SemVAE (.pt, .safetensors)              ->  compressor's folder
+    autoencoder in the LDM format (.ckpt)   ->  folder in diffusers' format
     """
     from sfd.cli.convert import Options, convert
-    from sfd.convert.model_directory import Options as ModelOptions
+    from sfd.convert.published_model import Options as ModelOptions
 
     convert(source, out, Options(state=weights, heads=heads, model=ModelOptions(**model)))
 

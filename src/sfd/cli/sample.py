@@ -10,17 +10,19 @@ from typing import Any
 import click
 import yaml
 
-from sfd.evaluation.figures import trajectory
+from sfd.data.classes import parse_classes
+from sfd.evaluation.figures import strip_picture
+from sfd.generation.config import SamplingConfig
+from sfd.generation.directory import model_folder
 from sfd.generation.folder import write_grid, write_samples
-from sfd.generation.generate import SamplingConfig
-from sfd.generation.model import Model, load_model, model_folder
-from sfd.generation.trajectory import class_labels, phase_strip, schedule_curves
+from sfd.generation.model import Model, load_model
+from sfd.generation.trajectory import follow_sample
 from sfd.run.recipe import read_yaml
-from sfd.utils import files
+from sfd.utils import distributed, files
 from sfd.utils.config import parse
 from sfd.utils.device import choose_device
 from sfd.utils.errors import SFDError
-from sfd.utils.shares import choose_share, own_device
+from sfd.utils.shares import own_device
 
 MAX_GRID_IMAGES = 400
 STRIP_GUIDANCE = 2.0
@@ -33,12 +35,10 @@ def sample_images(
     seeds: str,
     in_turn: bool,
     weak: Path | None,
-    part: str | None,
     device: str,
     **options: Any,
 ) -> None:
     """Sample each class with each seed, or the classes in turn, into a folder; see `sfd sample --help`."""
-    share = choose_share(part)
     settings = sample_settings(**options)
     chosen_seeds = parse_seeds(seeds)
     where = choose_device(own_device(device))
@@ -49,14 +49,10 @@ def sample_images(
         pairs = [(labels[i % len(labels)], seed) for i, seed in enumerate(chosen_seeds)]
     else:
         pairs = [(label, seed) for label in labels for seed in chosen_seeds]
-    if weaker is not None and not settings.guides:
-        raise SFDError(
-            "--weak was given, but --guidance is 1 for every stream, so it would do nothing; give a scale, such as 1.5"
-        )
     labels_of, seeds_of = [label for label, _ in pairs], [seed for _, seed in pairs]
-    missing = write_samples(out, loaded, labels_of, seeds_of, settings, weak=weaker, share=share)
+    missing = write_samples(out, loaded, labels_of, seeds_of, settings, guiding=weaker)
     if missing:
-        click.echo(f"part {share} is done; {missing} of {len(pairs)} images in {out} are not made yet")
+        click.echo(f"rank {distributed.rank()} is done; {missing} of {len(pairs)} images in {out} are not made yet")
         return
     if len(pairs) <= MAX_GRID_IMAGES:
         write_grid(out, range(len(pairs)), columns=len(labels) if in_turn else len(chosen_seeds))
@@ -71,8 +67,8 @@ def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidan
     label = asked_labels(loaded, class_name)[0] if class_name else None
     if guidance is None:
         guidance = STRIP_GUIDANCE if loaded.classes else 1.0
-    seen = phase_strip(loaded, SamplingConfig(guidance=guidance), seed, label)
-    figure = trajectory(seen, schedule_curves(loaded))
+    seen = follow_sample(loaded, SamplingConfig(guidance=guidance), seed, label)
+    figure = strip_picture(seen.base, seen.times, loaded.composite.names, seen.semantic, seen.decoded)
     with files.atomic_write(out) as partial:
         figure.savefig(partial, format="png", facecolor="white")
 
@@ -80,18 +76,16 @@ def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidan
 def asked_labels(model: Model, classes: str) -> list[int]:
     """Look up the classes asked for, by name or number, comma-separated; "all"."""
     if classes == "all":
-        return class_labels(model)
-    return model.class_indices([name.strip() for name in classes.split(",")])
+        return model.labels
+    return parse_classes(classes, model.classes) if model.classes else model.class_indices(classes)
 
 
 def sample_settings(**options: Any) -> SamplingConfig:
     """Build the settings from the command line's words."""
-    interval, budget = options.pop("interval"), options["budget"]
+    interval = options.pop("interval")
     values = {
         **options,
-        "batch_size": _batch_size(options["batch_size"]),
         "options": _by_name(map(_assignment, options.pop("options")), "--option"),
-        "budget": budget if budget.isalpha() else [_number(part) for part in budget.split(",")],
         "guidance": _by_stream(options["guidance"], _number, "--guidance"),
         "interval": None if interval is None else _by_stream(interval, _range, "--interval"),
     }
@@ -111,14 +105,6 @@ def parse_seeds(text: str) -> list[int]:
             raise SFDError(f"--seeds {text!r}: {part!r} is no seed; give numbers of at least 0, such as 0-63 or 1,5,9")
         seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return seeds
-
-
-def _batch_size(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not (text.isdecimal() and int(text) > 0):
-        raise SFDError(f"--batch-size {text!r} is no number of images; give one of at least 1, or auto")
-    return int(text)
 
 
 def _by_stream(text: str, read: Callable[[str], Any], option: str) -> Any:

@@ -1,1 +1,1 @@
-"""Published checkpoints: their tensor names and layouts to ours and back, every tensor accounted for."""
+"""Published checkpoints: their tensors under this project's names, every one accounted for."""

@@ -1,4 +1,4 @@
-"""Texture autoencoders in the LDM checkpoint format: names and shapes to those of `diffusers.AutoencoderKL` and back.
+"""Texture autoencoders in the LDM checkpoint format, as `diffusers.AutoencoderKL`.
 
 Both are the same network (Rombach et al. 2022). There, attention is made of 1×1 convolutions and the decoder's levels
 are counted from the image; in diffusers they are linear layers, counted in the order that they run in.
@@ -10,12 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sfd.encoders._base import autoencoder
-from sfd.models.component import require_match, shapes
-from sfd.utils import files
+from sfd.models.component import assemble
 from sfd.utils.errors import SFDError
 
 if TYPE_CHECKING:
@@ -26,24 +24,23 @@ GROUPS = 32  # of channels normalised together, in every LDM autoencoder
 # What only the training of an LDM autoencoder needs: losses with their discriminator, the averaged copy's bookkeeping,
 # and the vision encoder with the projection that VA-VAE aligns its latents with.
 TRAINING_ONLY = ("loss.", "model_ema.", "foundation_model.", "linear_proj.")
-# diffusers → LDM, within a name; what is in neither list is called the same.
+# LDM → diffusers, within a name; what is in neither list is called the same.
 _RULES = (
-    (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
-    (r"^encoder\.down_blocks\.(\d+)\.attentions\.", r"encoder.down.\1.attn."),
-    (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
-    (r"^decoder\.up_blocks\.(\d+)\.resnets\.", r"decoder.up.\1.block."),
-    (r"^decoder\.up_blocks\.(\d+)\.attentions\.", r"decoder.up.\1.attn."),
-    (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
-    (r"\.mid_block\.resnets\.0\.", r".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", r".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.", r".mid.attn_1."),
-    (r"\.conv_norm_out\.", r".norm_out."),
-    (r"\.conv_shortcut\.", r".nin_shortcut."),
-    (r"\.group_norm\.", r".norm."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.to_out\.0\.", r".proj_out."),
+    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d+)\.attn\.", r"encoder.down_blocks.\1.attentions."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
+    (r"^decoder\.up\.(\d+)\.attn\.", r"decoder.up_blocks.\1.attentions."),
+    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", r".mid_block.attentions.0."),
+    (r"\.norm_out\.", r".conv_norm_out."),
+    (r"\.nin_shortcut\.", r".conv_shortcut."),
+    (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
-_ATTENTION_WEIGHT = re.compile(r"\.(q|k|v|proj_out)\.weight$")
 
 
 def inferred_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -51,9 +48,6 @@ def inferred_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
     `sample_size`, which only tiling uses, stays at diffusers' default, and `scaling_factor` is 1, because latents are
     normalised by their statistics here.
-
-    Raises:
-        SFDError: a tensor that tells a size is missing.
     """
     levels = range(len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")}))
     blocks = len({name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")})
@@ -77,69 +71,23 @@ def inferred_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         raise SFDError(f"this is no {WHAT}: it lacks the tensor {missing}") from None
 
 
-def split_training_only(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Part what the autoencoder is made of from the names of what only its training needed."""
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
-    return kept, sorted(state.keys() - kept.keys())
-
-
-def published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the LDM checkpoint of this autoencoder."""
-    ours = shapes(build(config, "meta"))
-    named = {_published_name(name, len(config["block_out_channels"])): shape for name, shape in ours.items()}
-    return {name: shape + (1, 1) * _is_convolution(name, len(shape)) for name, shape in named.items()}
-
-
 def from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> AutoencoderKL:
-    """Build the autoencoder with the tensors of an LDM checkpoint.
-
-    Raises:
-        SFDError: a tensor is missing, unknown or misshapen.
-    """
-    require_match(state, published_shapes(config), WHAT)
-    network = build(config)
-    levels = len(config["block_out_channels"])
-    ours = {name: state[_published_name(name, levels)].reshape(t.shape) for name, t in network.state_dict().items()}
-    network.load_state_dict(ours)
-    return network.eval().requires_grad_(False)
-
-
-def to_published(network: AutoencoderKL) -> dict[str, Tensor]:
-    """Give the tensors under their LDM names, in their LDM shapes.
-
-    Raises:
-        SFDError: no LDM checkpoint can hold this autoencoder.
-    """
-    levels = len(network.config.block_out_channels)
-    named = {_published_name(name, levels): tensor for name, tensor in network.state_dict().items()}
-    state = {name: t[..., None, None] if _is_convolution(name, t.dim()) else t for name, t in named.items()}
-    implied = inferred_config({name: tuple(t.shape) for name, t in state.items()})
-    for field, value in {**implied, "act_fn": "silu", "scaling_factor": None}.items():
-        given = files.jsonable(network.config[field])
-        if value is not None and given != value:
-            raise SFDError(f"the LDM format has no place for an autoencoder with {field} = {given}; it implies {value}")
-    return state
-
-
-def build(config: Mapping[str, Any], device: str = "cpu") -> AutoencoderKL:
-    """Make the autoencoder with arbitrary weights.
-
-    Raises:
-        SFDError: there is no such autoencoder; channels that do not divide into 32 groups, for one.
-    """
+    """Build the autoencoder with the tensors of an LDM checkpoint, those that only training needs left out."""
     try:
-        with torch.device(device):
-            return autoencoder(**config)
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        return assemble(lambda: autoencoder(**config), renamed(state, len(config["block_out_channels"])), WHAT)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:  # channels that do not divide into 32 groups
         raise SFDError(f"there is no {WHAT} of these shapes: {error}") from None
 
 
-def _published_name(name: str, levels: int) -> str:
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up.{levels - 1 - int(match[1])}", name)
-
-
-def _is_convolution(name: str, dimensions: int) -> bool:
-    """Whether this linear layer's weight is a 1×1 convolution's in the LDM format."""
-    return dimensions == 2 and _ATTENTION_WEIGHT.search(name) is not None
+def renamed(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """Give an LDM checkpoint's tensors their names and shapes in diffusers; those of training alone are left out."""
+    ours = {}
+    for published, tensor in state.items():
+        if published.startswith(TRAINING_ONLY):
+            continue
+        name = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up.{levels - 1 - int(match[1])}", published)
+        for pattern, replacement in _RULES:
+            name = re.sub(pattern, replacement, name)
+        linear = ".attentions." in name and tensor.dim() == 4 and tensor.shape[2:] == (1, 1)
+        ours[name] = tensor.flatten(1) if linear else tensor
+    return ours

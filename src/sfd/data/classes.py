@@ -1,4 +1,4 @@
-"""Class names as people write them: with commas, and in any Unicode normal form."""
+"""Class names as people write them: with commas, in any Unicode normal form, or by number."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ from sfd.data.listing import nfc
 from sfd.utils.errors import unknown
 
 
-def find_class(name: str, classes: Sequence[str]) -> int:
-    """Return the label of a class by its name, as written or else in the same Unicode normal form."""
-    if name in classes:
-        return classes.index(name)
-    composed = [nfc(known) for known in classes]
-    if nfc(name) not in composed:
-        raise unknown("class", name, classes)
-    return composed.index(nfc(name))
+def find_class(given: str | int, classes: Sequence[str]) -> int:
+    """Return the label of a class, given its name (in any normal form) or its number."""
+    found = _find(str(given), classes)
+    if found is None:
+        raise unknown("class", str(given), classes)
+    return found
 
 
-def parse_classes(text: str, classes: Sequence[str]) -> list[str]:
-    """Read class names separated by commas, which may hold commas themselves: the longest name that fits is taken.
+def parse_classes(text: str, classes: Sequence[str]) -> list[int]:
+    """Read classes separated by commas, which names may hold as well: the longest name that fits is taken.
 
-    >>> parse_classes("tench, Tinca tinca,goldfish", ["tench, Tinca tinca", "goldfish"])
-    ['tench, Tinca tinca', 'goldfish']
+    >>> parse_classes("tench, Tinca tinca, goldfish", ["goldfish", "tench, Tinca tinca"])
+    [1, 0]
     """
-    known = {nfc(name): name for name in classes} | {name: name for name in classes}
-    parts, found = text.split(","), []
+    parts, labels = text.split(","), []
     while parts:
         for stop in range(len(parts), 0, -1):
-            name = ",".join(parts[:stop])
-            match = next((known[form] for form in (name, name.strip(), nfc(name.strip())) if form in known), None)
-            if match is not None:
+            label = _find(",".join(parts[:stop]).strip(), classes)
+            if label is not None:
                 break
         else:
             raise unknown("class", parts[0].strip(), classes)
-        found.append(match)
+        labels.append(label)
         parts = parts[stop:]
-    return found
+    return labels
+
+
+def _find(name: str, classes: Sequence[str]) -> int | None:
+    if name in classes:
+        return classes.index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    return next((label for label, known in enumerate(classes) if nfc(known) == nfc(name)), None)

@@ -19,9 +19,9 @@ import stat
 import unicodedata
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from sfd.data.images import stable_hash, suffixes
 from sfd.utils.errors import SFDError
@@ -115,7 +115,7 @@ class ImageFiles:
         below = (name[len(self.root) :] for name in self._tree.folders if name.startswith(self.root))
         return {name.partition("/")[0] for name in below}
 
-    def _check_layout(self, names: Sequence[str], folders: Iterable[str]) -> None:
+    def _check_layout(self, names: Sequence[str], folders: Collection[str]) -> None:
         """Refuse images beside class folders, and splits in place of classes."""
         where = self.path / self.root
         loose = [name for name in names if "/" not in name]
@@ -199,7 +199,7 @@ def _is_labelled(pair: Any) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) in (int, str)
 
 
-def _classes_of_folders(names: Sequence[str], folders: Iterable[str]) -> dict[str, Any]:
+def _classes_of_folders(names: Sequence[str], folders: Collection[str]) -> dict[str, Any]:
     """Class by name: the folder at the top; 0 where all images lie at the top. Other files are left out."""
     if not folders:
         return {name: 0 for name in names if "/" not in name}
@@ -215,19 +215,7 @@ def _check_names(path: Path, classes: Sequence[str]) -> None:
         )
 
 
-class _Tree(Protocol):
-    """Files by name, relative, with forward slashes; without those of systems."""
-
-    sizes: dict[str, int]
-    folders: set[str]
-    skipped: list[tuple[str, str]]
-
-    def read(self, name: str) -> bytes: ...
-
-    def fingerprint(self, names: Sequence[str]) -> str: ...
-
-
-def _open_tree(path: Path) -> _Tree:
+def _open_tree(path: Path) -> _Folder | _Archive:
     if path.is_dir():
         return _Folder(path)
     if path.is_file() and zipfile.is_zipfile(path):
@@ -238,7 +226,7 @@ def _open_tree(path: Path) -> _Tree:
 
 
 class _Folder:
-    """Files below a folder; links are followed, but not in circles."""
+    """Files below a folder by name, relative, with forward slashes; links are followed, but not in circles."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,212 +1,203 @@
-"""Latent shards as the published data set stores them: opened in place, described as ours are, and written.
+"""Latent shards in the format of the published data set: opened in place, described as ours are, and written.
 
-A folder of safetensors files, in the order of their names. Each holds `latents` and `latents_flip` (texture),
-`latents_sv` and `latents_sv_flip` (semantic), perhaps `feats_dino` and `feats_dino_flip` (features for REPA), and
-`labels`. `latents_stats.pt` and `latents_sv_stats.pt` beside them hold each channel's mean and standard deviation, each
-(1, C, 1, 1); where there are none, they are computed of all latents that are not flipped.
+A folder of safetensors files, in the order of their names. Each holds `latents` and `latents_flip` (texture), perhaps
+`latents_sv` and `latents_sv_flip` (semantic) and `feats_dino` and `feats_dino_flip` (features for REPA), and `labels`.
+`latents_stats.pt` and `latents_sv_stats.pt` hold mean and standard deviation per channel, each (1, C, 1, 1); where they
+are absent, they are computed over all latents that are not flipped.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from sfd.data import shards
 from sfd.data.images import stable_hash
-from sfd.data.shards import FEATURES, FLIP, FORMAT, LatentSet, Manifest, ShardRecord, StreamRecord
+from sfd.data.shards import FEATURES, FLIP, LABELS, Header, LatentSet, Manifest
 from sfd.data.statistics import ChannelStatistics
+from sfd.encoders import TextureEncoder
+from sfd.latents import SEMANTIC, TEXTURE
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar
 
-KEYS = {"texture": "latents", "semantic": "latents_sv", FEATURES: "feats_dino"}
-LABELS = "labels"
+KEYS = {TEXTURE: "latents", SEMANTIC: "latents_sv", FEATURES: "feats_dino"}
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INTEGERS = ("I64", "I32", "I16", "U8")
-# Images that are looked at to tell whether statistics from a file are those of the latents, and how far off is wrong.
+# Images that show whether a file's statistics are those of the latents, and how far off is wrong.
 _SAMPLE = 256
 _FARTHEST_MEAN, _LARGEST_RATIO = 1.0, 2.0
-_ROWS = 1024  # images that statistics are computed of, or that are written, at a time
+_ROWS = 1024  # images read at a time
 
 
-class Entry(NamedTuple):
-    """What a shard's header says of one tensor."""
+@dataclass(frozen=True)
+class PublishedLatents:
+    """Published shards that a run uses in place of its own: it keeps their manifest, with the statistics.
 
-    dtype: str
-    shape: tuple[int, ...]
+    Args:
+        source: folder of the shards.
+        texture: the encoder that made the texture stream, as far as the recipe vouches for it.
+        classes: their number; None: the largest label and one.
+        folder: where the manifest is written.
+    """
 
+    source: Path
+    texture: TextureEncoder
+    classes: int | None
+    folder: Path
 
-class Shard(NamedTuple):
-    """What a shard's header says, and its size."""
+    def inputs(self) -> dict[str, Any]:
+        """What the latents are."""
+        return {
+            "published": identity(self.source),
+            "statistics": {name: files.checksum(path) for name, path in statistics_files(self.source).items()},
+            "tokenizers": {TEXTURE: self.texture.identity},
+        }
 
-    path: Path
-    entries: Mapping[str, Entry]
-    size: int
-
-    @property
-    def images(self) -> int:
-        """How many images it holds."""
-        return self.entries[LABELS].shape[0]
-
-    def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of each tensor, but for the number of images."""
-        return {name: (entry.dtype, entry.shape[1:]) for name, entry in sorted(self.entries.items())}
+    def write(self) -> None:
+        """Check the shards and write their manifest."""
+        tokenizers = {TEXTURE: self.texture.identity}
+        manifest = describe_published(self.source, tokenizers=tokenizers, classes=self.classes)
+        files.write_json(self.folder / shards.MANIFEST, manifest.model_dump(mode="json"))
 
 
 def open_published(
     folder: Path, *, tokenizers: Mapping[str, str] | None = None, classes: int | None = None
 ) -> LatentSet:
-    """Open published shards where they lie; nothing is written. See `describe_published`."""
+    """Open published shards where they are; nothing is written. See `describe_published`."""
     return LatentSet(folder, describe_published(folder, tokenizers=tokenizers, classes=classes))
 
 
 def describe_published(
     folder: Path, *, tokenizers: Mapping[str, str] | None = None, classes: int | None = None
 ) -> Manifest:
-    """Check published shards and say what they are, as `manifest.json` does of our own.
+    """Check published shards and describe them as `manifest.json` describes our own.
 
-    Only headers, labels and a few images are read, but for statistics that no file gives.
+    Reads headers, labels and a few images only, except for statistics that no file gives.
 
     Args:
-        folder: where the shards lie.
+        folder: of the shards.
         tokenizers: the identity of what made a stream, where it is known.
         classes: their number; None: the largest label and one.
-
-    Raises:
-        SFDError: a shard is damaged, lacks a tensor or differs from the others; statistics that are unusable, or those
-            of other latents.
     """
-    shards = read_shards(folder)
-    streams = [name for name, key in KEYS.items() if name != FEATURES and key in shards[0].entries]
-    entries = {name: shards[0].entries[KEYS[name]] for name in streams}
-    given = {name: read_statistics(path, entries[name].shape[1]) for name, path in statistics_files(folder).items()}
-    computed = _compute_statistics(shards, [name for name in streams if name not in given])
-    features = shards[0].entries.get(KEYS[FEATURES])
+    headers, paths = read_shards(folder), statistics_files(folder)
+    streams, features = {}, None
+    for name, key in KEYS.items():
+        if key not in headers[0].entries:
+            continue
+        dtype, (_, channels, grid, _) = headers[0].entries[key]
+        tokenizer = (tokenizers or {}).get(name, "")
+        if name == FEATURES:
+            features = {"channels": channels, "grid": grid, "dtype": FLOATS[dtype], "tokenizer": tokenizer}
+            continue
+        given = read_statistics(paths[name], channels) if name in paths else _compute_statistics(headers, name)
+        mean, std = (tuple(values.tolist()) for values in given)
+        streams[name] = shards.StreamRecord(channels=channels, grid=grid, mean=mean, std=std, tokenizer=tokenizer)
     manifest = Manifest(
-        format=FORMAT,
+        format=shards.FORMAT,
         data=identity(folder),
-        count=sum(shard.images for shard in shards),
-        classes=_classes(shards, classes),
-        dtype=FLOATS[entries["texture"].dtype],
-        streams={
-            name: StreamRecord(
-                channels=entry.shape[1],
-                grid=entry.shape[2],
-                mean=tuple((given | computed)[name][0].tolist()),
-                std=tuple((given | computed)[name][1].tolist()),
-                tokenizer=(tokenizers or {}).get(name, ""),
-            )
-            for name, entry in entries.items()
-        },
-        features=features
-        and {
-            "channels": features.shape[1],
-            "grid": features.shape[2],
-            "dtype": FLOATS[features.dtype],
-            "tokenizer": (tokenizers or {}).get(FEATURES, ""),
-        },
-        shards=tuple(ShardRecord(file=s.path.name, count=s.images, bytes=s.size, sha256=None) for s in shards),
+        count=sum(header.count for header in headers),
+        classes=_classes(headers, classes),
+        dtype=FLOATS[headers[0].entries[KEYS[TEXTURE]].dtype],
+        streams=streams,
+        features=features,
+        shards=tuple(shards.ShardRecord(file=h.path.name, count=h.count, bytes=h.size) for h in headers),
         keys=KEYS,
     )
-    for name in given:
-        _check_fit(LatentSet(folder, manifest), name, statistics_files(folder)[name])
+    for name, path in paths.items():
+        _check_statistics(LatentSet(folder, manifest), name, path)
     return manifest
 
 
-def read_shards(folder: Path) -> list[Shard]:
-    """Read the headers of all shards, in the order of their names, and check that they agree.
-
-    Raises:
-        SFDError: there are none; one is damaged, lacks a tensor, or is of another shape or type than the first.
-    """
+def read_shards(folder: Path) -> list[Header]:
+    """Read the headers of all shards, in the order of their names, and check that they agree."""
     if not folder.is_dir():
         raise SFDError(f"there is no folder {folder}; give the one that holds the published latents (*.safetensors)")
-    shards = [_read_shard(path) for path in sorted(folder.glob("*.safetensors"))]
-    if not shards:
+    headers = [_read_shard(path) for path in sorted(folder.glob("*.safetensors"))]
+    if not headers:
         raise SFDError(f"{folder} holds no *.safetensors file; give the folder of the published latents")
-    first = shards[0].kinds()
-    for shard in shards[1:]:
-        for name in sorted({*first, *shard.kinds()}):
-            ours, theirs = first.get(name), shard.kinds().get(name)
+    for header in headers[1:]:
+        for name in sorted({*headers[0].entries, *header.entries}):
+            ours, theirs = _kind(headers[0], name), _kind(header, name)
             if ours != theirs:
                 raise SFDError(
-                    f"{shards[0].path} and {shard.path.name} do not belong together: {name} is {_kind(ours)} in the "
-                    f"first and {_kind(theirs)} in the second; keep the shards of one data set in a folder"
+                    f"{headers[0].path} and {header.path.name} do not belong together: {name} is {ours} in the first "
+                    f"and {theirs} in the second; keep the shards of one data set in a folder"
                 )
-    return shards
+    return headers
 
 
-def _kind(kind: tuple[str, tuple[int, ...]] | None) -> str:
-    return "absent" if kind is None else f"{kind[0]} {'×'.join(map(str, kind[1])) or 'a number'} an image"
+def _kind(shard: Header, name: str) -> str:
+    """A tensor's type and shape per image."""
+    if name not in shard.entries:
+        return "absent"
+    dtype, shape = shard.entries[name]
+    return f"{dtype} {'×'.join(map(str, shape[1:])) or 'a number'} per image"
 
 
-def _read_shard(path: Path) -> Shard:
-    from safetensors import SafetensorError, safe_open
-
+def _read_shard(path: Path) -> Header:
     try:
-        with safe_open(path, "pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            entries = {name: Entry(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        shard = shards.read_header(path)
     except SafetensorError as error:
-        raise SFDError(f"{path} is damaged ({error}); fetch or make it again") from None
-    except OSError as error:
-        raise files.as_user_error(error, path) from None
-    streams = [KEYS["texture"], *(key for key in list(KEYS.values())[1:] if key in entries or key + FLIP in entries)]
-    for name in (*(key + suffix for key in streams for suffix in ("", FLIP)), LABELS):
+        reason = files.failed_download(path) or f"damaged ({error}); fetch or make it again"
+        raise SFDError(f"{path} is {reason}") from None
+    entries, optional = shard.entries, (KEYS[SEMANTIC], KEYS[FEATURES])
+    streams = [KEYS[TEXTURE], *(key for key in optional if key in entries or key + FLIP in entries)]
+    for name in (*streams, *(key + FLIP for key in streams), LABELS):
         if name not in entries:
             raise SFDError(
                 f"{path} lacks {name!r} (it holds {', '.join(sorted(entries)) or 'nothing'}); a published shard has "
                 "each stream in both orientations, NAME and NAME_flip, and labels; extract it again"
             )
-    _check_entries(path, entries, streams)
-    return Shard(path, entries, path.stat().st_size)
-
-
-def _check_entries(path: Path, entries: Mapping[str, Entry], streams: list[str]) -> None:
-    labels = entries[LABELS]
-    if len(labels.shape) != 1 or labels.dtype not in INTEGERS or labels.shape[0] == 0:
-        raise SFDError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; expected one integer an image")
+    dtype, shape = entries[LABELS]
+    if len(shape) != 1 or dtype not in INTEGERS or shape[0] == 0:
+        raise SFDError(f"{path}: labels are {dtype} {list(shape)}; expected one integer per image")
     for key in streams:
-        entry, flipped = entries[key], entries[key + FLIP]
-        if entry != flipped:
-            raise SFDError(f"{path}: {key} is {entry.dtype} {list(entry.shape)}, but {key + FLIP} is {flipped.dtype} "
-                           f"{list(flipped.shape)}; extract the shard again")  # fmt: skip
-        if entry.dtype not in FLOATS or len(entry.shape) != 4 or entry.shape[2] != entry.shape[3] or 0 in entry.shape:
-            expected = "floating-point numbers (images, channels, grid, grid)"
-            raise SFDError(f"{path}: {key} is {entry.dtype} {list(entry.shape)}; expected {expected}")
-        if entry.shape[0] != labels.shape[0]:
+        dtype, shape = entries[key]
+        if dtype not in FLOATS or len(shape) != 4 or shape[2] != shape[3] or 0 in shape or shape[0] != shard.count:
             raise SFDError(
-                f"{path}: {key} holds {entry.shape[0]} images, but labels {labels.shape[0]}; extract the shard again"
+                f"{path}: {key} is {dtype} {list(shape)}; expected floating-point numbers ({shard.count}, channels, "
+                "grid, grid), as many as there are labels"
             )
+        if entries[key + FLIP] != entries[key]:
+            flipped = entries[key + FLIP]
+            raise SFDError(f"{path}: {key} is {dtype} {list(shape)}, but {key + FLIP} is {flipped.dtype} "
+                           f"{list(flipped.shape)}; extract the shard again")  # fmt: skip
+    return shard
 
 
 def identity(folder: Path) -> str:
-    """Hash what the shards are: names, sizes and labels, and each one's first and last image in full."""
+    """Hash names, sizes and labels of the shards, and the first and last image of each."""
     probes = []
     for path in sorted(folder.glob("*.safetensors")):
         digest = hashlib.sha256()
         for name, tensor in sorted(files.read_tensors(path).items()):
-            part = tensor if name == LABELS else tensor[[0, -1]] if len(tensor) else tensor
-            digest.update(name.encode() + str(tuple(tensor.shape)).encode() + part.view(torch.uint8).numpy().tobytes())
+            whole = name == LABELS or tensor.numel() == 0 or tensor.dim() == 0
+            content = (tensor if whole else tensor[[0, -1]]).reshape(-1).view(torch.uint8).numpy().tobytes()
+            digest.update(name.encode() + str(tuple(tensor.shape)).encode() + content)
         probes.append((path.name, path.stat().st_size, digest.hexdigest()))
     return stable_hash("published latents", shards=probes)
 
 
-def _classes(shards: list[Shard], given: int | None) -> tuple[str, ...]:
-    """Number the classes; all labels 0 are none."""
+def _classes(headers: list[Header], given: int | None) -> tuple[str, ...]:
+    """Number the classes; if all labels are 0, there are none."""
     largest = 0
-    for shard in shards:
-        labels = files.read_tensors(shard.path)[LABELS]
+    for header in headers:
+        labels = files.read_tensors(header.path)[LABELS]
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (given is not None and high >= given):
+            below = "the number of classes" if given is None else given
             raise SFDError(
-                f"{shard.path}: labels lie between {low} and {high}, but should between 0 and "
-                f"{'the number of classes' if given is None else given - 1}; set data.classes, or mend the shard"
+                f"{header.path}: labels are between {low} and {high}, but should be at least 0 and below {below}; set "
+                "data.classes, or mend the shard"
             )
         largest = max(largest, high)
     count = largest + 1 if given is None else given
@@ -214,27 +205,19 @@ def _classes(shards: list[Shard], given: int | None) -> tuple[str, ...]:
 
 
 def statistics_files(folder: Path) -> dict[str, Path]:
-    """Find the file with each stream's statistics, where there is one: `latents_stats.pt`, `latents_sv_stats.pt`.
-
-    Raises:
-        SFDError: there are several for one stream.
-    """
+    """Find the file with each stream's statistics, where there is one: `latents_stats.pt`, `latents_sv_stats.pt`."""
     found = {}
-    for name, key in KEYS.items():
-        paths = sorted(folder.glob(f"{key}_stats*.pt"))
+    for name in (TEXTURE, SEMANTIC):
+        paths = sorted(folder.glob(f"{KEYS[name]}_stats*.pt"))
         if len(paths) > 1:
-            raise SFDError(f"{folder} holds {paths[0].name} and {paths[1].name}; leave the right statistics alone")
-        if paths and name != FEATURES:
+            raise SFDError(f"{folder} holds {paths[0].name} and {paths[1].name}; keep the right one only")
+        if paths:
             found[name] = paths[0]
     return found
 
 
 def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """Read mean and standard deviation of a stream's channels, (C,) float64 each, from a published `*_stats.pt`.
-
-    Raises:
-        SFDError: the file is missing, damaged, carries code, or holds no usable statistics of so many channels.
-    """
+    """Read mean and standard deviation of a stream's channels, (C,) float64 each, from a published `*_stats.pt`."""
     values = files.read_pickled(path)
     mend = "; fetch the file of these latents, or remove it to have the statistics computed"
     if not isinstance(values, dict) or not all(isinstance(values.get(k), Tensor) for k in ("mean", "std")):
@@ -243,61 +226,55 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     for label, tensor in (("mean", mean), ("std", std)):
         if tensor.numel() != channels or max(tensor.shape, default=0) != channels:
             raise SFDError(f"{path}: {label} is {list(tensor.shape)}, but the latents have {channels} channels{mend}")
-    if not torch.isfinite(mean).all() or not torch.isfinite(std).all() or not (std > 0).all():
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise SFDError(f"{path}: some mean is not finite, or some std is not positive and finite{mend}")
     return mean.flatten(), std.flatten()
 
 
-def _compute_statistics(shards: list[Shard], streams: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Compute each channel's mean and unbiased standard deviation over all latents that are not flipped."""
-    found = {}
-    for name in streams:
-        statistics = ChannelStatistics(shards[0].entries[KEYS[name]].shape[1])
-        with bar(f"statistics of {name}", sum(shard.images for shard in shards)) as shown:
-            for shard in shards:
-                for rows in files.read_tensors(shard.path)[KEYS[name]].split(_ROWS):
-                    statistics.add(rows)
-                    shown.advance(len(rows))
-                if not torch.isfinite(statistics.std).all():
-                    raise SFDError(f"{shard.path}: {KEYS[name]} holds values that are not finite; extract it again")
-        if not (statistics.std > 0).all():
-            channel = int(statistics.std.argmin())
-            raise SFDError(f"{shards[0].path.parent}: channel {channel} of {KEYS[name]} is the same everywhere, so it "
-                           "cannot be normalised; extract the latents again")  # fmt: skip
-        found[name] = (statistics.mean, statistics.std)
-    return found
+def _compute_statistics(headers: list[Header], name: str) -> tuple[Tensor, Tensor]:
+    """Compute mean and unbiased standard deviation per channel, (C,) each, over all latents that are not flipped."""
+    key = KEYS[name]
+    statistics = ChannelStatistics(headers[0].entries[key].shape[1])
+    with bar(f"statistics of {name}", sum(header.count for header in headers)) as shown:
+        for header in headers:
+            for rows in files.read_tensors(header.path)[key].split(_ROWS):
+                statistics.add(rows)
+                shown.advance(len(rows))
+            if not torch.isfinite(statistics.std).all():
+                raise SFDError(f"{header.path}: {key} holds values that are not finite; extract it again")
+    if not (statistics.std > 0).all():
+        where, channel = headers[0].path.parent, int(statistics.std.argmin())
+        raise SFDError(f"{where}: channel {channel} of {key} is constant, so it cannot be normalised; extract it again")
+    return statistics.mean, statistics.std
 
 
-def _check_fit(latents: LatentSet, name: str, path: Path) -> None:
+def _check_statistics(latents: LatentSet, name: str, path: Path) -> None:
     """Refuse statistics of other latents, with which a model would be trained on, and decode, the wrong values."""
     indices = np.unique(np.linspace(0, len(latents) - 1, _SAMPLE).astype(np.int64))
     record = latents.manifest.streams[name]
     mean, std = (torch.tensor(values)[:, None, None] for values in (record.mean, record.std))
     statistics = ChannelStatistics(record.channels)
     statistics.add((latents.read(name, indices, np.zeros(len(indices), bool)) - mean) / std)
-    off, spread = statistics.mean.abs().max().item(), statistics.std
-    if not (off <= _FARTHEST_MEAN and spread.min() >= 1 / _LARGEST_RATIO and spread.max() <= _LARGEST_RATIO):
+    off, low, high = statistics.mean.abs().max().item(), statistics.std.min().item(), statistics.std.max().item()
+    if not (off <= _FARTHEST_MEAN and low >= 1 / _LARGEST_RATIO and high <= _LARGEST_RATIO):
         raise SFDError(
             f"{path} is not of these latents: normalised with it, means are up to {off:.2g} from 0 and standard "
-            f"deviations {spread.min():.2g} to {spread.max():.2g} in place of 1; fetch the right file, or remove it to "
-            "have the statistics computed"
+            f"deviations {low:.2g} to {high:.2g} in place of 1; fetch the right file, or remove it to have the "
+            "statistics computed"
         )
 
 
-def write_published(latents: LatentSet, out: Path, shard_size: int) -> None:
-    """Write latents as published shards, with their statistics beside them; readable here and by the published code.
+def write_published(latents: LatentSet, out: Path, shard_size: int = 10_000) -> None:
+    """Write latents as published shards with their statistics, readable here and by the published code.
 
     Args:
-        latents: any; other streams than texture and semantic have no place there.
-        out: a new folder, whole or not there.
-        shard_size: images a shard.
-
-    Raises:
-        SFDError: `out` holds something, or a stream has no place in the format.
+        latents: of the streams texture and semantic only.
+        out: a new folder.
+        shard_size: images per shard.
     """
     for name in latents.manifest.streams:
         if name not in KEYS:
-            raise SFDError(f"published latents hold the streams texture and semantic, but here is {name!r}; leave it")
+            raise SFDError(f"published latents hold the streams texture and semantic, but here is {name!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SFDError(f"{out} exists already; give a new folder")
     names = [*latents.manifest.streams, *([FEATURES] if latents.manifest.features else [])]

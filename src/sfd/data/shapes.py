@@ -18,28 +18,22 @@ from sfd.utils.errors import SFDError
 # Component of the identity: raised when the same seed gives other images.
 VERSION = 1
 
-PATTERNS = ("solid", "stripes", "checks", "dots", "gradient")
-
-TEXTURE = np.dtype(
-    [
-        ("pattern", np.int64),  # index into PATTERNS
-        ("angle", np.float32),  # of the pattern, radians
-        ("period", np.float32),  # in image sides
-        ("phase", np.float32, 2),  # in periods
-        ("colours", np.float32, (2, 3)),  # sRGB in [0, 1]
-    ]
-)
-FACTORS = np.dtype(
-    [
-        ("shape", np.int64),  # index into ShapesSource.classes: the label
-        ("x", np.float32),  # centre, right of the image's centre, in image sides
-        ("y", np.float32),  # centre, below the image's centre, in image sides
-        ("radius", np.float32),  # in image sides
-        ("rotation", np.float32),  # clockwise, radians
-        ("figure", TEXTURE),
-        ("ground", TEXTURE),
-    ]
-)
+TEXTURE = np.dtype([
+    ("pattern", np.int64),  # index into PATTERNS
+    ("angle", np.float32),  # of the pattern, radians
+    ("period", np.float32),  # in image sides
+    ("phase", np.float32, 2),  # in periods
+    ("colours", np.float32, (2, 3)),  # sRGB in [0, 1]
+])  # fmt: skip
+FACTORS = np.dtype([
+    ("shape", np.int64),  # index into ShapesSource.classes: the label
+    ("x", np.float32),  # centre, right of the image's centre, in image sides
+    ("y", np.float32),  # centre, below the image's centre, in image sides
+    ("radius", np.float32),  # in image sides
+    ("rotation", np.float32),  # clockwise, radians
+    ("figure", TEXTURE),
+    ("ground", TEXTURE),
+])  # fmt: skip
 
 _SEMANTIC_DRAWS = 5
 _TEXTURE_DRAWS = 9
@@ -50,19 +44,12 @@ _CHUNK = 64
 
 
 class ShapesSource:
-    """`count` images of the data set of `seed`, rendered on demand.
-
-    Raises:
-        SFDError: no images, a negative seed or a size that shows nothing.
-    """
+    """`count` images of the data set of `seed`, rendered on demand."""
 
     def __init__(self, count: int, seed: int, image_size: int = 32) -> None:
-        if count < 1:
-            raise SFDError(f"shapes: count is {count}, but at least 1 image is needed; give a positive count")
-        if seed < 0:
-            raise SFDError(f"shapes: seed is {seed}, but seeds start at 0; give another")
-        if image_size < 8:
-            raise SFDError(f"shapes: image_size is {image_size}, but shapes need at least 8 pixels; give a larger one")
+        for name, value, least in (("count", count, 1), ("seed", seed, 0), ("image_size", image_size, 8)):
+            if value < least:
+                raise SFDError(f"shapes: {name} is {value}, but must be at least {least}")
         self.seed = seed
         self.image_size = image_size
         self.classes = tuple(_DISTANCES)
@@ -125,20 +112,20 @@ def _draw_texture(draws: np.ndarray, light: np.ndarray) -> np.ndarray:
     return texture
 
 
+_TO_CONES = np.array(
+    [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]]
+)
+_TO_LINEAR = np.array([
+    [4.0767416621, -3.3077115913, 0.2309699292],
+    [-1.2684380046, 2.6097574011, -0.3413193965],
+    [-0.0041960863, -0.7034186147, 1.707614701],
+])  # fmt: skip
+
+
 def _srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> np.ndarray:
     """Turn polar Oklab colours, (n,) each, into sRGB (n, 3) in [0, 1] (Ottosson 2020): equal lightness looks so."""
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    to_cones = np.array(
-        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]]
-    )
-    to_linear = np.array(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.707614701],
-        ]
-    )
-    linear = ((np.stack([lightness, a, b], -1) @ to_cones.T) ** 3 @ to_linear.T).clip(0, 1)
+    linear = ((np.stack([lightness, a, b], -1) @ _TO_CONES.T) ** 3 @ _TO_LINEAR.T).clip(0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
@@ -173,8 +160,8 @@ def _paint(texture: np.ndarray, x: np.ndarray, y: np.ndarray, image_size: int) -
     column = texture[:, None, None]
     cos, sin = np.cos(column["angle"]), np.sin(column["angle"])
     along, across = x * cos + y * sin, y * cos - x * sin
-    mix = np.zeros(along.shape, np.float32)  # share of the second colour; solid has none
-    for pattern, share in enumerate((None, _stripes, _checks, _dots, _gradient)):
+    mix = np.zeros(along.shape, np.float32)  # share of the second colour
+    for pattern, share in enumerate(_SHARES.values()):
         rows = np.flatnonzero(texture["pattern"] == pattern)
         if share is not None and len(rows):
             mix[rows] = share(along[rows], across[rows], column["period"][rows], column["phase"][rows], image_size)
@@ -186,10 +173,6 @@ def _wave(position: np.ndarray, period: np.ndarray, phase: np.ndarray, image_siz
     """Alternate between 0 and 1 every half period, with edges one pixel wide."""
     to_edge = np.abs((position / period + phase) % 1 - 0.5) - 0.25
     return (0.5 + to_edge * period * image_size).clip(0, 1)
-
-
-def _stripes(along: np.ndarray, across: np.ndarray, period: np.ndarray, phase: np.ndarray, size: int) -> np.ndarray:
-    return _wave(along, period, phase[..., 0], size)
 
 
 def _checks(along: np.ndarray, across: np.ndarray, period: np.ndarray, phase: np.ndarray, size: int) -> np.ndarray:
@@ -205,37 +188,24 @@ def _dots(along: np.ndarray, across: np.ndarray, period: np.ndarray, phase: np.n
     return (0.5 + (0.3 - np.hypot(one, other)) * period * size).clip(0, 1)
 
 
-def _gradient(along: np.ndarray, across: np.ndarray, period: np.ndarray, phase: np.ndarray, size: int) -> np.ndarray:
-    return (0.5 + 1.2 * along).clip(0, 1)
+# Share of the second colour at positions along and across the pattern, in image sides.
+_SHARES: dict[str, Callable[..., np.ndarray] | None] = {
+    "solid": None,
+    "stripes": lambda along, across, period, phase, size: _wave(along, period, phase[..., 0], size),
+    "checks": _checks,
+    "dots": _dots,
+    "gradient": lambda along, across, period, phase, size: (0.5 + 1.2 * along).clip(0, 1),
+}
+PATTERNS = tuple(_SHARES)
 
 
 # Signed distances to the shapes at unit size, negative inside; x to the right, y up. Each fits in a circle of radius
 # 1.06, is its own mirror image, and no two look alike within the range of rotations.
 
 
-def _disk(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 0.9
-
-
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.abs(np.hypot(x, y) - 0.73) - 0.25
-
-
 def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
     dx, dy = np.abs(x) - width, np.abs(y) - height
     return np.hypot(dx.clip(0), dy.clip(0)) + np.maximum(dx, dy).clip(max=0)
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _box(x, y, 0.74, 0.74)
-
-
-def _bar(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _box(x, y, 1.0, 0.35)
-
-
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.minimum(_box(x, y, 0.98, 0.33), _box(x, y, 0.33, 0.98))
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
@@ -252,19 +222,11 @@ def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
     return np.where(inside, -1, 1) * np.sqrt(nearest)
 
 
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _polygon(x, y, np.array([[0, 1.0], [-0.95, -0.7], [0.95, -0.7]]) * 0.95)
-
-
-def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    angle = np.pi / 2 + np.arange(10) * np.pi / 5
-    radius = np.where(np.arange(10) % 2, 0.45, 1.05)
-    return _polygon(x, y, np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1))
-
-
-def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    half = np.array([[0.0, 1.0], [0.9, 0.05], [0.3, 0.05], [0.3, -1.0]])
-    return _polygon(x, y, np.concatenate([half, half[:0:-1] * (-1, 1)]))
+_TRIANGLE = np.array([[0, 1.0], [-0.95, -0.7], [0.95, -0.7]]) * 0.95
+_ANGLES = np.pi / 2 + np.arange(10) * np.pi / 5
+_STAR = np.where(np.arange(10) % 2, 0.45, 1.05)[:, None] * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], -1)
+_HALF_ARROW = np.array([[0.0, 1.0], [0.9, 0.05], [0.3, 0.05], [0.3, -1.0]])
+_ARROW = np.concatenate([_HALF_ARROW, _HALF_ARROW[:0:-1] * (-1, 1)])
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -283,14 +245,14 @@ def _crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "disk": _disk,
-    "ring": _ring,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "cross": _cross,
+    "disk": lambda x, y: np.hypot(x, y) - 0.9,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.73) - 0.25,
+    "square": lambda x, y: _box(x, y, 0.74, 0.74),
+    "triangle": lambda x, y: _polygon(x, y, _TRIANGLE),
+    "star": lambda x, y: _polygon(x, y, _STAR),
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.98, 0.33), _box(x, y, 0.33, 0.98)),
     "heart": _heart,
     "crescent": _crescent,
-    "arrow": _arrow,
-    "bar": _bar,
+    "arrow": lambda x, y: _polygon(x, y, _ARROW),
+    "bar": lambda x, y: _box(x, y, 1.0, 0.35),
 }

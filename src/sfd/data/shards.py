@@ -1,20 +1,22 @@
-"""Latent shards, read: every image in both orientations, beside a manifest that says what they are.
+"""Reading latent shards.
 
-A shard holds, for each stream k, `k` and `k_flip` (n, channels, grid, grid), `labels` (n), and perhaps `features` and
-`features_flip`: the encoder's own output, which REPA aligns with. `manifest.json` holds counts, shapes, statistics,
-the identities of the tokenizers and a checksum a shard; it is written last, so where it stands the rest is whole.
-Shards in the published format hold the same under other names (`sfd.data.published`).
+A shard is a safetensors file. For each stream k it holds `k` and `k_flip` (n, channels, grid, grid): the images and
+their mirror images; `labels` (n); and perhaps `features` and `features_flip`, the semantic encoder's output, which REPA
+aligns with. `manifest.json` holds counts, shapes, statistics and the identities of the tokenizers. It is written last,
+so where it exists the rest is whole. Shards in the published format differ in names only (`sfd.data.published`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors import safe_open
 from torch import Tensor
 
 from sfd.latents import CompositeLatent, Stream
@@ -24,16 +26,15 @@ from sfd.utils.errors import SFDError, unknown
 
 MANIFEST = "manifest.json"
 FEATURES = "features"
+LABELS = "labels"
 FLIP = "_flip"
 FORMAT: Literal[1] = 1
-# Checksums of anything larger would take longer at every start than they are worth; `verify` is there for those.
-CHECKED_AT_OPENING = 2 << 30
-# From this many bytes on, an image is copied by itself: gathering many first would be one more pass over all of them.
+# From this many bytes per image on, images are copied one by one: gathering them first would be one more pass.
 LARGE = 1 << 14
 
 
 class StreamRecord(Settings):
-    """What the manifest says of one stream."""
+    """One stream in the manifest."""
 
     channels: int = Field(gt=0)
     grid: int = Field(gt=0)
@@ -43,12 +44,12 @@ class StreamRecord(Settings):
 
 
 class ShardRecord(Settings):
-    """What the manifest says of one shard."""
+    """One shard in the manifest."""
 
     file: str = Field(pattern=r"^[^/\\]+\.safetensors$")
     count: int = Field(gt=0)
     bytes: int = Field(gt=0)
-    sha256: str | None = Field(None, description="null: made elsewhere, and never read whole here")
+    sha256: str | None = Field(None, description="written by version 0.1.0; not used")
 
 
 class Manifest(Settings):
@@ -62,7 +63,38 @@ class Manifest(Settings):
     streams: dict[str, StreamRecord]
     features: dict[str, Any] | None
     shards: tuple[ShardRecord, ...]
-    keys: dict[str, str] = Field({}, description="what streams and features are called in the shards, if otherwise")
+    keys: dict[str, str] = Field({}, description="names of streams and features in the shards, where they differ")
+
+
+class Entry(NamedTuple):
+    """Type ("F32", …) and shape of a tensor in a shard."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a shard without reading its tensors."""
+
+    path: Path
+    size: int
+    """Bytes of the file."""
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.entries[LABELS].shape[0]
+
+
+def read_header(path: Path) -> Header:
+    """Read a shard's header; raises safetensors' SafetensorError where the file is damaged."""
+    with safe_open(path, "pt") as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        entries = {name: Entry(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        return Header(path, path.stat().st_size, entries, handle.metadata() or {})
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -71,43 +103,31 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read what `prepare` wrote last.
-
-    Raises:
-        SFDError: it is missing or damaged.
-    """
+    """Read a folder's `manifest.json`."""
     return parse(Manifest, files.read_json(folder / MANIFEST, "folder of latents"), str(folder / MANIFEST))
 
 
 class LatentSet:
-    """Latents, read through memory maps: opening costs nothing, and memory holds only what is used."""
+    """A folder of latents, read through memory maps: opening is fast, and memory holds only what is used.
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
-        """Open a folder of shards.
+    Args:
+        folder: of the shards.
+        manifest: describes them; None: the folder's own `manifest.json`.
+    """
 
-        Args:
-            folder: where the shards lie.
-            manifest: what they are; None: the folder's own `manifest.json` says.
-
-        Raises:
-            SFDError: the manifest or a shard is missing, damaged, or does not belong to the others.
-        """
-        self.folder = folder
-        self.manifest = read_manifest(folder) if manifest is None else manifest
-        self.verify(checksums=sum(s.bytes for s in self.manifest.shards) <= CHECKED_AT_OPENING)
-        self._shards = [files.read_tensors(folder / shard.file) for shard in self.manifest.shards]
+    def __init__(self, folder: Path | str, manifest: Manifest | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder) if manifest is None else manifest
+        self._check()
+        self._shards = [files.read_tensors(self.folder / shard.file) for shard in self.manifest.shards]
         self._starts = np.cumsum([0] + [shard.count for shard in self.manifest.shards])
-        self.labels = torch.cat([shard["labels"] for shard in self._shards]).long()
+        self.labels = torch.cat([shard[LABELS] for shard in self._shards]).long()
 
     def __len__(self) -> int:
         return self.manifest.count
 
-    def verify(self, *, checksums: bool) -> None:
-        """Check that every shard is there, has its size and, if asked for, its checksum (where it has one).
-
-        Raises:
-            SFDError: the first shard that fails, by name.
-        """
+    def _check(self) -> None:
+        """Refuse a folder that lacks a shard or holds one of another size."""
         again = "fetch it again" if self.manifest.keys else "run the command that prepared the latents again"
         if sum(shard.count for shard in self.manifest.shards) != self.manifest.count:
             raise SFDError(f"{self.folder / MANIFEST} is damaged: its shards do not add up to {self.manifest.count}")
@@ -115,12 +135,14 @@ class LatentSet:
             path = self.folder / shard.file
             if not path.is_file():
                 raise SFDError(f"{path} is missing; {again}")
-            changed = checksums and shard.sha256 is not None and files.checksum(path) != shard.sha256
-            if path.stat().st_size != shard.bytes or changed:
+            if path.stat().st_size != shard.bytes:
                 raise SFDError(f"{path} is damaged; remove it and {again}")
 
-    def composite(self, patch_sizes: Mapping[str, int], weights: Mapping[str, float]) -> CompositeLatent:
-        """Describe the streams for a network; those not named have patch size 1 and weight 1."""
+    def composite(
+        self, patch_sizes: Mapping[str, int] | None = None, weights: Mapping[str, float] | None = None
+    ) -> CompositeLatent:
+        """Describe the streams for a network; patch sizes and weights that are not given are 1."""
+        patch_sizes, weights = patch_sizes or {}, weights or {}
         streams = tuple(
             Stream(
                 name=name,
@@ -135,19 +157,16 @@ class LatentSet:
     def read(
         self, name: str, indices: np.ndarray, flips: np.ndarray, dtype: torch.dtype | None = torch.float32
     ) -> Tensor:
-        """Gather one stream's latents, or "features".
+        """Gather latents of one stream, or "features".
 
         Args:
             name: a stream, or "features".
             indices: (B,) image numbers.
-            flips: (B,) booleans: which of the two orientations.
-            dtype: of what is returned; None: as it is stored.
+            flips: (B,) booleans: True for mirror images.
+            dtype: of the result; None: as stored.
 
         Returns:
             (B, C, g, g), as encoded (not normalised).
-
-        Raises:
-            SFDError: nothing to read, or there is no such stream.
         """
         if name not in self.manifest.streams and (name != FEATURES or self.manifest.features is None):
             raise unknown("stream of latents", name, self.manifest.streams)

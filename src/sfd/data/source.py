@@ -30,7 +30,7 @@ class DataSettings(Settings):
     classes: Free[int | None] = Field(
         None, gt=0, description="how many the images must have; null: as many as they have, which only the data tell"
     )
-    strict: Free[bool] = Field(False, description="stop at a broken file in place of skipping it")
+    strict: Free[bool] = Field(False, description="refuse what would be skipped: broken files, empty classes")
 
     def fixed(self) -> dict[str, Any]:
         """Leave out the count where it does not apply. The source is free: its identity is compared, not its name."""
@@ -39,15 +39,7 @@ class DataSettings(Settings):
 
 
 def open_source(settings: DataSettings, memory: Path | None = None) -> ImageSource:
-    """Open the whole data set, before `sfd.data.split.split` divides it.
-
-    Args:
-        settings: which one.
-        memory: a file that keeps what a check of a folder's images found; see FolderSource.
-
-    Raises:
-        SFDError: it cannot be used; see FolderSource, ShapesSource and `check_classes`.
-    """
+    """Open the whole data set, before `split` divides it. `memory`: see FolderSource."""
     source: ImageSource
     if settings.source is None:
         raise SFDError("this takes images, but the recipe names none; give data.source=FOLDER")
@@ -60,11 +52,7 @@ def open_source(settings: DataSettings, memory: Path | None = None) -> ImageSour
 
 
 def check_classes(settings: DataSettings, found: int, where: str) -> None:
-    """Refuse data that have another number of classes than the recipe says.
-
-    Raises:
-        SFDError: `where` has them; names both numbers.
-    """
+    """Refuse data that have another number of classes than the recipe says."""
     if settings.classes is not None and found != settings.classes:
         raise SFDError(
             f"data.classes is {settings.classes}, but {where} has {found} classes; give the data that the recipe is "

@@ -1,57 +1,60 @@
-"""A model directory: all that sampling needs, and nothing that the user would have to say again.
-
-model.json            architecture, streams with statistics and tokenizer identities, schedule, classes, history
-model.safetensors     the transformer's (averaged) weights
-texture/              the encoder whose decoder turns the texture stream into pixels
-"""
+"""A trained generator: its networks, schedule and classes, and how images are sampled from it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
+from sfd.data.classes import find_class
+from sfd.data.images import to_pixels
 from sfd.encoders import TextureEncoder, load_texture_encoder
-from sfd.latents import CompositeLatent
+from sfd.generation.config import SamplingConfig
+from sfd.generation.directory import FORMAT, RECORD, TEXTURE_FOLDER, WEIGHTS, fetch_model, read_record
+from sfd.guidance import VelocityField, guide
+from sfd.latents import TEXTURE, CompositeLatent
 from sfd.models.component import Component, assemble, fingerprint, read_weights
-from sfd.models.dit import DiTConfig, LightningDiT
-from sfd.models.inference import Inference, Precision
-from sfd.schedules import Schedule, build_schedule
+from sfd.models.dit import LightningDiT
+from sfd.models.inference import Inference, Precision, require_compiler
+from sfd.sampling import Progress, initial_noise, integrate
+from sfd.schedule import Schedule, build_schedule
 from sfd.utils import files
-from sfd.utils.config import Settings, parse
+from sfd.utils.config import parse
+from sfd.utils.device import choose_device
 from sfd.utils.errors import SFDError, unknown
-from sfd.utils.shipped import find_model
 
-RECORD, WEIGHTS, TEXTURE_FOLDER = "model.json", "model.safetensors", "texture"
-TEXTURE_STREAM = "texture"
-FORMAT = 1
+DECODED_AT_ONCE = 32  # images: pixels take far more memory than latents
+
+Classes = str | int | Sequence[str | int]
+Output = Literal["pil", "array", "tensor", "latent"]
 
 
-class ModelRecord(Settings):
-    """The contents of `model.json`."""
+class SampleBatch(NamedTuple):
+    """One batch of images."""
 
-    format: int
-    identity: str
-    sha256: str  # of the file of weights
-    transformer: DiTConfig
-    schedule: dict[str, Any]
-    classes: tuple[str, ...]
-    history: dict[str, Any]
+    first: int  # number of the batch's first image
+    images: np.ndarray  # uint8 (B, S, S, 3)
+    latents: Tensor  # (B, N) packed, normalised, on the CPU
+    nfe: int  # number of function evaluations; a guided one counts once
 
 
 @dataclass
 class Model:
-    """A trained generator."""
+    """A trained generator; `load` reads one from a model directory."""
 
     transformer: LightningDiT
     schedule: Schedule
     texture: TextureEncoder
-    classes: tuple[str, ...]
-    history: dict[str, Any] = field(default_factory=dict)
-    """What it was trained on and for how long; for people, never read back."""
+    classes: tuple[str, ...]  # names; empty: unconditional
+    history: dict[str, Any] = field(default_factory=dict)  # what it was trained on; for people, never read back
     stamp: str = ""  # the identity, once the weights are final
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # defaults, those of its recipe
     _inference: dict[tuple[Precision, bool], Inference] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -66,16 +69,167 @@ class Model:
         return self.stamp or fingerprint(about, self.transformer)
 
     @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.position.device
+    def labels(self) -> list[int]:
+        """All class indices; of an unconditional model the null class."""
+        return list(range(len(self.classes))) or [self.transformer.null_class]
 
-    def to(self, device: torch.device) -> Model:
+    @property
+    def device(self) -> torch.device:
+        """The device of the networks."""
+        return next(self.transformer.parameters()).device
+
+    def to(self, device: str | torch.device) -> Model:
         """Move all networks to a device."""
         self.transformer.to(device)
         self.texture.to(device)
         self._inference.clear()
         return self
+
+    def sample(
+        self,
+        classes: Classes | None = None,
+        seeds: int | Sequence[int] | None = None,
+        *,
+        guiding: Model | None = None,
+        output: Output = "pil",
+        callback: Callable[[Progress], None] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Sample image i of class classes[i] from seeds[i] alone.
+
+        Args:
+            classes: names or numbers, one per image, or one for all; None: all classes in turn.
+            seeds: whole numbers ≥ 0, one per image, or one for all; None: 0, 1, 2, …
+            guiding: a less trained model for AutoGuidance; None: guided by the null class.
+            output: "pil": a list of PIL images; "array": uint8 (B, S, S, 3); "tensor": float32 (B, 3, S, S) in [0, 1];
+                "latent": packed, normalised latents (B, N), which `composite.unpack` splits.
+            callback: called after each solver step, batch by batch.
+            settings: fields of `SamplingConfig` that differ from the model's own, such as steps and guidance.
+        """
+        labels, chosen = self._pairs(classes, seeds)
+        config = self.config(**settings)
+        batches = list(self.sample_batches(labels, chosen, config, guiding=guiding, callback=callback))
+        if output == "latent":
+            return torch.cat([batch.latents for batch in batches])
+        images = np.concatenate([batch.images for batch in batches])
+        if output == "pil":
+            return [Image.fromarray(image) for image in images]
+        if output == "tensor":
+            return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        if output != "array":
+            raise unknown("output", output, ("pil", "array", "tensor", "latent"))
+        return images
+
+    def trajectory(
+        self, classes: Classes | None = None, seeds: int | Sequence[int] | None = None, **settings: Any
+    ) -> list[Progress]:
+        """All states of a sampling, from noise to data; see `sample`. `decode` shows a state's texture as images."""
+        labels, chosen = self._pairs(classes, seeds)
+        return self.states(labels, chosen, self.config(**settings))
+
+    def states(
+        self, labels: Sequence[int], seeds: Sequence[int], config: SamplingConfig, guiding: Model | None = None
+    ) -> list[Progress]:
+        """All states of a sampling, its first one the noise; see `sample_batches`."""
+        start = initial_noise(seeds, self.composite).to(self.device)
+        states = [Progress(0.0, torch.zeros(len(self.composite.streams)), start, 0)]
+        whole = config.model_copy(update={"batch_size": len(seeds)})
+        list(self.sample_batches(labels, seeds, whole, guiding=guiding, callback=states.append))
+        return states
+
+    def velocity(
+        self, x: Tensor, t: Tensor | Sequence[float] | Mapping[str, float], classes: Classes | None = None
+    ) -> Tensor:
+        """Predict the velocity, without guidance.
+
+        Args:
+            x: (B, N) packed, normalised latents at the times t, on any device.
+            t: (K,) time of each stream in [0, 1], in the order of `composite.names` or by name.
+            classes: names or numbers, one per image or one for all; None: the null class.
+
+        Returns:
+            (B, N) float32, on the model's device.
+        """
+        if isinstance(t, Mapping):
+            t = [t[name] for name in self.composite.names]
+        nulls = [self.transformer.null_class]
+        labels = nulls if classes is None else self.class_indices(classes)
+        labels = labels * len(x) if len(labels) == 1 else labels
+        if len(labels) != len(x):
+            raise SFDError(
+                f"{len(labels)} classes were given for {len(x)} latents; give one per latent, or one for all"
+            )
+        network = self.inference().velocity(torch.tensor(labels, device=self.device))
+        return network(x.to(self.device), torch.as_tensor(t))
+
+    def config(self, **settings: Any) -> SamplingConfig:
+        """The model's sampling defaults with some fields changed."""
+        return parse(SamplingConfig, {**self.sampling.model_dump(mode="json"), **settings}, "sampling")
+
+    def sample_batches(
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        config: SamplingConfig,
+        *,
+        guiding: Model | None = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> Iterator[SampleBatch]:
+        """Sample image i with labels[i] from seeds[i], `config.batch_size` at a time.
+
+        Args:
+            labels: class indices; the null class is the number of classes.
+            seeds: one per image, ≥ 0.
+            config: solver, steps, guidance.
+            guiding: see `sample`.
+            callback: see `sample`.
+        """
+        self.check_sampling(config, guiding)
+        if len(labels) != len(seeds):
+            raise SFDError(f"{len(labels)} labels were given for {len(seeds)} seeds; give one label per seed")
+        for first in range(0, len(seeds), config.batch_size):
+            batch = slice(first, first + config.batch_size)
+            result = integrate(
+                self.velocity_field(torch.tensor(labels[batch], device=self.device), config, guiding),
+                initial_noise(seeds[batch], self.composite).to(self.device),
+                self.schedule,
+                self.composite,
+                solver=config.solver,
+                steps=config.steps,
+                options=config.options,
+                shift=config.shift,
+                seeds=seeds[batch],
+                callback=callback,
+            )
+            yield SampleBatch(first, self.decode(result.x, config.precision), result.x.cpu(), result.nfe)
+
+    def check_sampling(self, config: SamplingConfig, guiding: Model | None = None) -> None:
+        """Refuse settings or a guiding model that do not fit, before anything is computed."""
+        config.check(self.schedule, self.composite, has_guiding=guiding is not None or bool(self.classes))
+        if guiding is not None:
+            _check_guiding(self, guiding)
+        if config.compile:
+            require_compiler(self.device)
+
+    def velocity_field(self, labels: Tensor, config: SamplingConfig, guiding: Model | None = None) -> VelocityField:
+        """The guided velocity of labels (B,)."""
+        network = self.inference(config.precision, config.compile)
+        null = torch.full_like(labels, self.transformer.null_class)
+        unguided, pair = None, None
+        if guiding is not None:
+            unguided = guiding.inference(config.precision, config.compile).velocity(labels)
+        elif self.classes:
+            unguided, pair = network.velocity(null), network.pair(labels, null)
+        cond = network.velocity(labels)
+        return guide(cond, unguided, config.guidance, self.composite, config.interval, batched=pair)
+
+    @torch.no_grad()
+    def decode(self, packed: Tensor, precision: Precision = "float32") -> np.ndarray:
+        """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3)."""
+        latents = self.composite.denormalize(self.composite.unpack(packed))[TEXTURE].to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, precision == "bf16"):
+            pixels = [to_pixels(self.texture.decode(z).float()) for z in latents.split(DECODED_AT_ONCE)]
+        return torch.cat(pixels).cpu().numpy()
 
     def inference(self, precision: Precision = "float32", compiled: bool = False) -> Inference:
         """Prepare the transformer for sampling; once, whatever is done with its weights afterwards."""
@@ -84,28 +238,32 @@ class Model:
             self._inference[key] = Inference(self.transformer, precision, compiled=compiled)
         return self._inference[key]
 
-    def class_indices(self, names: list[str]) -> list[int]:
-        """Look classes up by name or by number.
-
-        Raises:
-            SFDError: there is no such class, or the model is unconditional.
-        """
+    def class_indices(self, classes: Classes) -> list[int]:
+        """Look classes up by name or by number."""
         if not self.classes:
-            raise SFDError("this model is unconditional: it has no classes; leave --classes away")
-        indices = []
-        for name in names:
-            if name in self.classes:
-                indices.append(self.classes.index(name))
-            elif name.isdecimal() and int(name) < len(self.classes):
-                indices.append(int(name))
-            else:
-                raise unknown("class", name, self.classes)
-        return indices
+            raise SFDError("this model is unconditional: it has no classes; leave them out")
+        return [find_class(given, self.classes) for given in ([classes] if isinstance(classes, str | int) else classes)]
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the directory, whole or not at all; weights as `dtype` (float16 halves the size for publication)."""
-        check_tokenizer(self.composite, self.texture, str(folder))
-        with files.atomic_write(folder) as partial:
+    def _pairs(self, classes: Classes | None, seeds: int | Sequence[int] | None) -> tuple[list[int], list[int]]:
+        """Labels and seeds, one of each per image."""
+        labels = self.labels if classes is None else self.class_indices(classes)
+        if seeds is None:
+            return labels, list(range(len(labels)))
+        chosen = [seeds] if isinstance(seeds, int) else list(seeds)
+        if classes is None:
+            labels = [labels[i % len(labels)] for i in range(len(chosen))]
+        count = max(len(labels), len(chosen))
+        labels, chosen = (each * count if len(each) == 1 else each for each in (labels, chosen))
+        if len(labels) != len(chosen):
+            raise SFDError(
+                f"{len(labels)} classes were given for {len(chosen)} seeds; give as many, or one of either for all"
+            )
+        return labels, chosen
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a model directory, whole or not at all; weights as `dtype` (float16 halves the size)."""
+        _check_tokenizer(self.composite, self.texture, str(folder))
+        with files.atomic_write(Path(folder)) as partial:
             partial.mkdir()
             weights = {name: t.to(dtype) for name, t in self.transformer.state_dict().items()}
             files.write_tensors(partial / WEIGHTS, weights)
@@ -118,67 +276,56 @@ class Model:
                 "schedule": self.schedule.spec,
                 "classes": list(self.classes),
                 "history": self.history,
+                "sample": self.sampling.model_dump(mode="json"),
             }
             files.write_json(partial / RECORD, record)
 
 
-def model_folder(path: Path) -> Path:
-    """Find the model in a folder that is one, in a run's folder, or among the shipped ones by its name.
+def load(name: str | Path, device: str | torch.device = "auto") -> Model:
+    """Load a model.
 
-    Raises:
-        SFDError: the run has not trained its transformer yet.
+    Args:
+        name: a model directory, a run's folder, the name of a shipped model ("shapes"), or a name on the Hugging Face
+            hub ("owner/name").
+        device: name or torch device; "auto": a GPU if there is one.
     """
-    path = find_model(path)
-    if (path / RECORD).exists():
-        return path
-    if (path / "recipe.yaml").exists() and not (path / "model" / RECORD).exists():
-        raise SFDError(f"{path} is a run whose transformer is not trained yet; finish it with `sfd run` or `sfd train`")
-    return path / "model" if (path / "model").is_dir() else path
-
-
-def model_config(path: Path) -> DiTConfig:
-    """Read the architecture of a model directory, or of a run's model, without its weights.
-
-    Raises:
-        SFDError: there is no model, or its record is damaged.
-    """
-    folder = model_folder(path)
-    record = parse(ModelRecord, files.read_json(folder / RECORD, "model directory"), str(folder / RECORD))
-    return record.transformer
+    return load_model(fetch_model(name), choose_device(str(device)))
 
 
 def load_model(folder: Path, device: torch.device) -> Model:
-    """Load a model directory, in evaluation mode, as float32.
-
-    Raises:
-        SFDError: something is missing or damaged, the format is unknown, weights and configuration do not fit, or the
-            texture encoder is another one than the latents were made with.
-    """
-    values = files.read_json(folder / RECORD, "model directory")
-    if values.get("format") != FORMAT:
-        raise SFDError(
-            f"{folder / RECORD} is of format {values.get('format')!r}, this program reads format {FORMAT}; "
-            "use the version of sfd that wrote the model"
-        )
-    record = parse(ModelRecord, values, str(folder / RECORD))
+    """Load a model directory, in evaluation mode, as float32."""
+    record = read_record(folder)
     tensors = read_weights(folder / WEIGHTS, record.sha256)
     transformer = assemble(lambda: LightningDiT(record.transformer), tensors, str(folder / WEIGHTS))
     schedule = build_schedule(record.schedule, record.transformer.composite.names)
     texture = load_texture_encoder(folder / TEXTURE_FOLDER)
-    check_tokenizer(record.transformer.composite, texture, str(folder))
-    model = Model(transformer, schedule, texture, record.classes, record.history, record.identity)
+    _check_tokenizer(record.transformer.composite, texture, str(folder))
+    model = Model(transformer, schedule, texture, record.classes, record.history, record.identity, record.sample)
     return model.to(device)
 
 
-def check_tokenizer(composite: CompositeLatent, texture: TextureEncoder, where: str) -> None:
-    """Refuse to decode latents with another encoder than the one that made them: the result would be noise.
-
-    Raises:
-        SFDError: names both.
-    """
-    expected = composite[TEXTURE_STREAM].tokenizer
+def _check_tokenizer(composite: CompositeLatent, texture: TextureEncoder, where: str) -> None:
+    """Refuse to decode latents with another encoder than the one that made them: the result would be noise."""
+    expected = composite[TEXTURE].tokenizer
     if expected and expected != texture.identity:
         raise SFDError(
             f"{where}: the texture latents were made by tokenizer {expected}, but the texture encoder here is "
             f"{texture.identity}; use the encoder that the latents were prepared with"
         )
+
+
+def _check_guiding(model: Model, guiding: Model) -> None:
+    if guiding.classes != model.classes:
+        raise SFDError(
+            f"the guiding model has classes {', '.join(guiding.classes)}, the guided one {', '.join(model.classes)}; "
+            "guide with a model of the same data"
+        )
+    if guiding.composite.names != model.composite.names:
+        raise SFDError("the guiding model has other streams than the guided one; take a model of the same latents")
+    for ours, theirs in zip(model.composite.streams, guiding.composite.streams, strict=True):
+        for name in ("shape", "tokenizer", "mean", "std"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise SFDError(
+                    f"stream {ours.name!r} of the guiding model has {name} {getattr(theirs, name)}, "
+                    f"of the guided one {getattr(ours, name)}; guide with a model of the same latents"
+                )

@@ -1,65 +1,67 @@
-"""The network as sampling calls it: no gradients, bf16 weights cast once, one compiled graph where that pays."""
+"""The network as sampling calls it: without gradients, blocks in bf16 and compiled where asked."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sfd.models.dit import LightningDiT
+from sfd.models.dit import LightningDiT, Output
 from sfd.utils.errors import SFDError
 from sfd.utils.transfer import sent
 
 Precision = Literal["float32", "bf16"]
-Compile = Literal["auto", "on", "off"]
-
-# Operations (2 a multiply-add) from which on the time that compiled code saves is longer than compiling takes: one to
-# two minutes for the published sizes, against a tenth to a fifth of the time on a CPU and more on a GPU.
-COMPILING_PAYS = {"cpu": 2e14, "cuda": 3e16}
 
 
 class Inference:
-    """v̂(x, t, y) of a transformer, as it was when this was made."""
+    """Velocities of a network for given labels, as functions of the state and the streams' times."""
 
     def __init__(self, network: LightningDiT, precision: Precision = "float32", *, compiled: bool = False) -> None:
         """Prepare a network for sampling.
 
         Args:
-            network: where it shall be used; its weights float32.
+            network: on the device where it shall be used; its weights float32.
             precision: bf16 casts the weights of the blocks' matrix products, in a copy. Norms, softmax, times, the
                 residual stream, patch embeddings and output heads stay float32.
-            compiled: compile it at the first call, into one graph for all batch sizes.
-
-        Raises:
-            SFDError: compiled, but this machine cannot.
+            compiled: compile it at the first call, which takes a minute or two for the published sizes.
         """
-        device = network.position.device
+        device = next(network.parameters()).device
+        self.network = in_bf16(network) if precision == "bf16" else network
+        self._forward: Callable[..., Output] = self.network
         if compiled:
             require_compiler(device)
-        self.network = in_bf16(network) if precision == "bf16" else network
-        self._compiled = compiled
-        self._forward = torch.compile(self.network, fullgraph=True) if compiled else self.network
+            # Frozen weights are packed once in the layout that a CPU's matrix products read.
+            options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
+            self._forward = torch.compile(self.network, fullgraph=True, dynamic=True, options=options)
 
-    @torch.no_grad()
-    def __call__(self, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
-        """Give the velocity (B, N), float32, of x (B, N) at times (K,) or (B, K), for labels (B,)."""
-        times = sent(times.to(x.dtype), x.device).expand(len(x), -1)
-        if not self._compiled:
-            velocity: Tensor = self._forward(x, times, labels).velocity
-            return velocity
-        # A graph for any batch size is not one for a single image, which torch compiles apart; so there are two.
-        arguments = [a.expand(max(len(x), 2), *a.shape[1:]).contiguous() for a in (x, times, labels)]
-        for argument in arguments:
-            torch._dynamo.mark_dynamic(argument, 0)
-        # Frozen, weights are constants that are packed once in the way that a CPU's matrix products read them.
-        with torch._inductor.config.patch(freezing=x.device.type == "cpu"):
-            return self._forward(*arguments).velocity[: len(x)]
+    def velocity(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """v̂(x, t) for labels (B,): a function of x (B, N) and t (K,) or (B, K), which returns (B, N), float32."""
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self._forward(x, sent(t.to(x.dtype), x.device).expand(len(x), -1), labels).velocity
+
+        return velocity
+
+    def pair(self, labels: Tensor, guiding: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """v̂ for labels (B,) and for guiding labels (B,), in one call of twice the batch; see `velocity`."""
+        both = torch.cat([labels, guiding])
+
+        def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            times = sent(t.to(x.dtype), x.device).expand(len(x), -1)
+            with torch.no_grad():
+                v_c, v_g = self._forward(x.repeat(2, 1), times.repeat(2, 1), both).velocity.chunk(2)
+            return v_c, v_g
+
+        return pair
 
 
 def in_bf16(network: LightningDiT) -> LightningDiT:
@@ -71,39 +73,24 @@ def in_bf16(network: LightningDiT) -> LightningDiT:
     return copied
 
 
-def compiling_pays(operations: float, device: torch.device) -> bool:
-    """Tell whether compiling takes less time than it saves over so many operations."""
-    return operations >= COMPILING_PAYS.get(device.type, float("inf")) and cannot_compile(device) is None
-
-
 def require_compiler(device: torch.device) -> None:
-    """Refuse to compile where it is not possible.
-
-    Raises:
-        SFDError: says why.
-    """
+    """Refuse to compile where it is not possible."""
     reason = cannot_compile(device)
     if reason is not None:
-        raise SFDError(
-            f"networks cannot be compiled here: {reason}; mend that, or do without: "
-            "`--compile off` for `sfd sample`, `compile: false` in a recipe"
-        )
+        raise SFDError(f"networks cannot be compiled here: {reason}; mend that, or leave `compile` at false")
 
 
 def cannot_compile(device: torch.device) -> str | None:
     """Say why networks cannot be compiled for a device here; None: they can."""
     if not _found("CXX", "g++", "clang++", "cl"):
         return "there is no C++ compiler (g++ or clang++, or another one named by the environment variable CXX)"
-    # Compiled code is loaded as a module of Python's.
+    # Compiled code is loaded as a Python module.
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python's header files are missing (on Debian and Ubuntu they are the package python3-dev)"
-    if device.type == "cuda":
-        if not _found("CC", "gcc", "clang"):
-            return "there is no C compiler (gcc or clang, or another one named by the environment variable CC)"
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            return "the package triton is missing, or does not know this GPU"
+    if device.type == "cuda" and not _found("CC", "gcc", "clang"):
+        return "there is no C compiler (gcc or clang, or another one named by the environment variable CC)"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is missing"
     return None
 
 

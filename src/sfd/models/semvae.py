@@ -1,7 +1,7 @@
 """SemVAE: a small transformer autoencoder that compresses features to the semantic latent (Pan et al. 2025).
 
 Features (B, C, h, w) are read as h·w tokens. There is no position embedding: what a token says of its place is what the
-encoder put there.
+encoder put there. Modules are laid out and named as in the published checkpoints.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class SemVAE(Component):
         super().__init__()
         self.config = config
         self.channels = config.latent_channels
-        self.encoder = _Tower(config, config.input_channels, 2 * config.latent_channels)
-        self.decoder = _Tower(config, config.latent_channels, config.input_channels)
+        self.encoder = _tower(config, config.input_channels, 2 * config.latent_channels)
+        self.decoder = _tower(config, config.latent_channels, config.input_channels)
 
     def moments(self, features: Tensor) -> DiagonalGaussian:
         """Give the posterior of the latents: mean and log-variance, each (B, c, h, w)."""
@@ -70,13 +70,13 @@ class SemVAE(Component):
             raise SFDError(
                 f"this SemVAE takes features of {expected} channels, got {given}; use the encoder it was made for"
             )
-        mean, logvar = self.encoder(features).chunk(2, dim=1)
+        mean, logvar = _by_position(self.encoder, features).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(*LOGVAR_RANGE))
 
     def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruct from a draw of the posterior, made with standard normal `noise` (B, c, h, w)."""
         moments = self.moments(features)
-        return self.decoder(moments.sample(noise)), moments
+        return _by_position(self.decoder, moments.sample(noise)), moments
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class SemVAE(Component):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Give back features (B, C, h, w)."""
-        return self.decoder(latents)
+        return _by_position(self.decoder, latents)
 
 
 def reconstruction_losses(
@@ -102,21 +102,16 @@ def reconstruction_losses(
     return F.mse_loss(reconstruction, features), (1 - cosine).mean()
 
 
-class _Tower(nn.Module):
-    """(B, C, h, w) to (B, D, h, w): linear, pre-norm transformer blocks over the positions, LayerNorm, linear."""
+def _tower(config: SemVAEConfig, channels_in: int, channels_out: int) -> nn.Sequential:
+    """Tokens (B, T, C) to (B, T, D): linear, pre-norm transformer blocks, LayerNorm, linear."""
+    blocks = (_Block(config.width, config.heads) for _ in range(config.blocks))
+    last = nn.LayerNorm(config.width), nn.Linear(config.width, channels_out)
+    return nn.Sequential(nn.Linear(channels_in, config.width), *blocks, *last)
 
-    def __init__(self, config: SemVAEConfig, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.embed = nn.Linear(channels_in, config.width)
-        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.blocks))
-        self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, channels_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x.flatten(2).transpose(1, 2))
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(self.norm(tokens)).transpose(1, 2).unflatten(2, x.shape[2:])
+def _by_position(tower: nn.Module, x: Tensor) -> Tensor:
+    """Apply a tower to the positions of (B, C, h, w)."""
+    return tower(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
 
 
 class _Block(nn.Module):
@@ -124,20 +119,15 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
         self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # (B, T, 3·D) to three of (B, heads, T, D / heads)
-        query, key, value = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        tokens = tokens + self.attention_out(mixed)
-        return tokens + self.mlp_out(F.gelu(self.mlp_in(self.norm2(tokens))))
+        normal = self.norm1(tokens)
+        tokens = tokens + self.attn(normal, normal, normal, need_weights=False)[0]
+        return tokens + self.mlp(self.norm2(tokens))
 
 
 Config, build = SemVAEConfig, SemVAE  # what `component.load` takes

@@ -42,9 +42,6 @@ class GaussianMixture:
             weights: (C,), positive; normalised here.
             means: (C, N).
             stds: (C, N), positive.
-
-        Raises:
-            SFDError: shapes that do not fit, or weights or standard deviations that are not positive.
         """
         expected = (len(weights), composite.size)
         if tuple(means.shape) != expected or tuple(stds.shape) != expected:
@@ -99,9 +96,6 @@ class GaussianMixture:
         """Carry noise (B, N) to data exactly: m + s·noise, for a single Gaussian and any schedule.
 
         There v_i depends on x_i alone, and x_i(t) = t·m_i + √V_i·x0_i solves dx/dt = v, since V′ = 2·(t·s² − (1 − t)).
-
-        Raises:
-            SFDError: the mixture has more than one component.
         """
         if len(self.weights) > 1:
             raise SFDError(f"the exact map is known for one Gaussian, but this mixture has {len(self.weights)}")

@@ -14,14 +14,13 @@ import numpy as np
 import psutil
 import torch
 
-from sfd.evaluation.evaluate import Metrics, evaluate, evaluate_real, read_metrics
-from sfd.evaluation.reference import RealImages, Reference, reference_of
-from sfd.evaluation.report import MAX_ROWS, Gallery, ReportContent, StageCost, Strip, write_report
+from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
+from sfd.evaluation.report import MAX_ROWS, Gallery, ReportContent, StageCost, write_report
 from sfd.evaluation.samples import load_samples
+from sfd.generation.config import SamplingConfig
 from sfd.generation.folder import image_path, read_images, write_grid, write_samples
-from sfd.generation.generate import SamplingConfig, without_guidance
 from sfd.generation.model import Model
-from sfd.generation.trajectory import class_labels, phase_strip, sampling_text, schedule_curves
+from sfd.generation.trajectory import Trajectory, follow_sample, schedule_curves
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, dump_recipe
 from sfd.run.stages import RunFolder, Stage, pick
@@ -29,10 +28,10 @@ from sfd.training.log import read_line
 from sfd.training.tasks.classifier import divide
 from sfd.utils import distributed, files
 from sfd.utils.config import parse
-from sfd.utils.shares import place
 
 GUIDED, UNGUIDED = "guided", "unguided"
 GRID_COLUMNS = 10
+REFERENCE_NAME = "held-out real images"
 
 
 def assess(pipeline: Pipeline) -> None:
@@ -49,7 +48,7 @@ def assess(pipeline: Pipeline) -> None:
 def stages(pipeline: Pipeline) -> list[Stage]:
     """List the stages that come after the model, without loading anything."""
     sample = pipeline.recipe.sample
-    listed = [_samples_stage(pipeline, GUIDED, sample), _samples_stage(pipeline, UNGUIDED, without_guidance(sample))]
+    listed = [_samples_stage(pipeline, GUIDED, sample), _samples_stage(pipeline, UNGUIDED, sample.unguided())]
     if pipeline.recipe.evaluation.classifier is not None:
         listed.append(_metrics_stage(pipeline, []))
     return listed
@@ -67,7 +66,7 @@ def _metrics_stage(pipeline: Pipeline, names: list[str]) -> Stage:
 def _samples_stage(pipeline: Pipeline, name: str, settings: SamplingConfig, count: int = 0) -> Stage:
     folder = pipeline.folder.samples / name
     fields = pick(pipeline.fixed, "evaluation.samples_per_class", "evaluation.seed") | {"sample": settings.fixed()}
-    results = tuple(image_path(folder, number) for number in range(count))
+    results = tuple(image_path(folder, number, count) for number in range(count))
     inputs = partial(_models, pipeline, weak=name == GUIDED)
     return Stage(f"{name} samples", "sfd report", folder, fields, inputs, results=results)
 
@@ -81,7 +80,7 @@ def _models(pipeline: Pipeline, *, weak: bool) -> dict[str, Any]:
 def _variants(pipeline: Pipeline) -> dict[str, SamplingConfig]:
     """The sampling settings that are compared: the recipe's, and the same without guidance."""
     recipe, settings = pipeline.recipe, pipeline.sample_settings(pipeline.model)
-    plain = without_guidance(settings)
+    plain = settings.unguided()
     if settings == plain:
         return {UNGUIDED: plain}
     return {GUIDED: settings, **({UNGUIDED: plain} if recipe.evaluation.unguided else {})}
@@ -89,13 +88,13 @@ def _variants(pipeline: Pipeline) -> dict[str, SamplingConfig]:
 
 def _sample(pipeline: Pipeline, name: str, settings: SamplingConfig) -> None:
     evaluation, model = pipeline.recipe.evaluation, pipeline.model
-    labels = [label for label in class_labels(model) for _ in range(evaluation.samples_per_class)]
+    labels = [label for label in model.labels for _ in range(evaluation.samples_per_class)]
     seeds = list(range(evaluation.seed, evaluation.seed + len(labels)))
     folder = pipeline.folder.samples / name
     weak = pipeline.weak if name == GUIDED else None
 
     def work() -> None:
-        write_samples(folder, model, labels, seeds, settings, weak=weak, share=place())
+        write_samples(folder, model, labels, seeds, settings, guiding=weak)
         distributed.barrier()  # after a change of their number one may be hours behind the others
         per_class = evaluation.samples_per_class
         if distributed.is_main_process():
@@ -106,7 +105,7 @@ def _sample(pipeline: Pipeline, name: str, settings: SamplingConfig) -> None:
 
 def _shown_classes(model: Model) -> list[int]:
     """Numbers of the classes that grids show: all, or an even choice of as many as a page has room for."""
-    classes = len(class_labels(model))
+    classes = len(model.labels)
     rows = min(classes, MAX_ROWS)
     return [i * classes // rows for i in range(rows)]
 
@@ -118,17 +117,10 @@ def _grid_numbers(per_class: int, classes: list[int]) -> list[int]:
     return [c * per_class + i for c in classes for i in range(min(GRID_COLUMNS, per_class))]
 
 
-def held_out_images(pipeline: Pipeline) -> RealImages:
-    """The real images that samples are compared with: those that neither the model nor its judge was trained on."""
-    _, images = divide(pipeline.images[1], pipeline.classifier_settings)
-    return RealImages("held-out real images", images.identity, images)
-
-
 def reference(pipeline: Pipeline) -> Reference:
     """The real images that samples are compared with, seen through the run's evaluator."""
-    real = held_out_images(pipeline)
-    assert real.images is not None
-    return reference_of(real.images, pipeline.evaluator, real.name)
+    _, images = divide(pipeline.images[1], pipeline.classifier_settings)
+    return measure(images, pipeline.evaluator, REFERENCE_NAME)
 
 
 def _measure(pipeline: Pipeline, names: list[str]) -> None:
@@ -136,8 +128,8 @@ def _measure(pipeline: Pipeline, names: list[str]) -> None:
     rows = []
     for name in names:
         samples = load_samples(pipeline.folder.samples / name)
-        labels = samples.labels_among(pipeline.evaluator.classes)
-        rows.append(evaluate(samples.images, labels, against, name=f"{name} samples", sampling=samples.sampling))
+        labels = samples.labels_among(against.classes)
+        rows.append(evaluate(samples.batches(), labels, against, name=f"{name} samples", sampling=samples.sampling))
     rows.append(evaluate_real(pipeline.images[0], against, rows[0].n_samples, pipeline.recipe.seed))
     for row in rows:
         row.write(metrics_path(pipeline.folder, row.name))
@@ -182,13 +174,13 @@ def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
     write_report(folder.report, content)
 
 
-def _strip(pipeline: Pipeline) -> Strip | None:
+def _strip(pipeline: Pipeline) -> Trajectory | None:
     """Follow the first sample of the class in the middle; a single stream has no phases to show."""
-    model, labels = pipeline.model, class_labels(pipeline.model)
+    model, labels = pipeline.model, pipeline.model.labels
     if len(model.composite.streams) < 2:
         return None
     seed, settings = pipeline.recipe.evaluation.seed, pipeline.sample_settings(model)
-    return phase_strip(model, settings, seed, labels[len(labels) // 2], pipeline.weak)
+    return follow_sample(model, settings, seed, labels[len(labels) // 2], pipeline.weak)
 
 
 def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
@@ -218,7 +210,7 @@ def _facts(pipeline: Pipeline) -> dict[str, str]:
         "Latent": streams,
         "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
         "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
-        "Sampling": sampling_text(pipeline.sample_settings(model)),
+        "Sampling": pipeline.sample_settings(model).summary(),
         "Machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} processors, {pipeline.device}",
         "Software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
     }
@@ -230,7 +222,7 @@ def _gallery(pipeline: Pipeline, name: str) -> Gallery:
     numbers = _grid_numbers(per_class, shown)
     record = files.read_json(pipeline.folder.samples / name / "samples.json", "folder of samples")
     labels = np.array([record["labels"][i] for i in numbers]) if model.classes else None
-    caption = sampling_text(parse(SamplingConfig, record["sampling"], "samples.json"))
+    caption = parse(SamplingConfig, record["sampling"], "samples.json").summary()
     if model.classes and len(shown) < len(model.classes):
         caption += f"; {len(shown)} of {len(model.classes)} classes"
     return Gallery(

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sfd.encoders._hub import local
-from sfd.generation.generate import SamplingConfig
-from sfd.generation.model import model_config
+from sfd.generation.config import SamplingConfig
+from sfd.generation.directory import model_config
 from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops
 from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
 from sfd.run.validate import check, latent_bytes, planned_compressor, planned_encoder
@@ -192,7 +192,7 @@ def _latents(recipe: Recipe) -> str:
 
 
 def _semantic(recipe: Recipe) -> dict[str, str]:
-    if recipe.latents.published is not None:
+    if not recipe.encodes_semantics:
         return {}
     return {"semantic encoder": _encoder(recipe.semantic)}
 
@@ -223,7 +223,7 @@ def _samples(recipe: Recipe, known: Estimate) -> str:
 
 
 def _solver(sample: SamplingConfig) -> str:
-    return f"{sample.solver} {'' if sample.resolved_steps is None else sample.resolved_steps}".strip()
+    return sample.solver if sample.adaptive else f"{sample.solver} {sample.steps}"
 
 
 def _evaluation(recipe: Recipe, known: Estimate) -> str:

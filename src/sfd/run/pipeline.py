@@ -14,32 +14,36 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
 from sfd.data.cache import cached
+from sfd.data.encode import LatentWriter
 from sfd.data.folder import skipped_report
 from sfd.data.grid import image_grid
 from sfd.data.images import ImageSource, to_tensor
-from sfd.data.shards import FEATURES, MANIFEST, LatentSet
+from sfd.data.published import PublishedLatents
+from sfd.data.shards import MANIFEST, LatentSet, read_manifest
 from sfd.data.source import check_classes, open_source
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
-from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data, load_classifier
-from sfd.generation.generate import SamplingConfig, generate, without_guidance
-from sfd.generation.model import RECORD, Model, load_model, model_folder
+from sfd.evaluation.extractors._base import Extractor, load_extractor
+from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data
+from sfd.generation.config import SamplingConfig
+from sfd.generation.directory import RECORD, model_folder
+from sfd.generation.model import Model, load_model
 from sfd.latents import CompositeLatent
 from sfd.models.component import CONFIG_FILE, WEIGHTS_FILE, Component
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.dit import DiTConfig, LightningDiT, parameter_count
 from sfd.models.pca import fit_pca
 from sfd.models.semvae import SemVAE
-from sfd.run import preparation, stages
+from sfd.run import stages
+from sfd.run.latents import open_latents, write_real_preview
 from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
 from sfd.run.stages import Stage, pick
-from sfd.run.validate import architecture, check_machine, given_compressor
-from sfd.schedules import Schedule, build_schedule
+from sfd.run.validate import architecture, check_machine, given_compressor, planned_shapes
+from sfd.schedule import Schedule, build_schedule
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
 from sfd.training.tasks.classifier import ClassifierSettings, train_classifier
@@ -49,7 +53,7 @@ from sfd.training.trainer import fit
 from sfd.utils import distributed, files, registry, rng
 from sfd.utils.config import parse
 from sfd.utils.errors import SFDError
-from sfd.utils.shares import WHOLE, Share
+from sfd.utils.progress import console
 
 PREVIEW_IMAGES = 32
 ENCODERS = "sfd.encoders"
@@ -66,7 +70,7 @@ class Pipeline:
         """Do every stage up to the model and its evaluator, if there is one."""
         self._check_given()
         self.train_texture()
-        if self.recipe.latents.published is None:
+        if self.recipe.encodes_semantics:
             self.train_semantic()
             self.train_compressor()
         self.prepare()
@@ -79,7 +83,7 @@ class Pipeline:
         check_machine(self.recipe, self.device)
         if self.recipe.texture.pretrained is not None:
             _ = self.texture
-        if self.recipe.latents.published is None:
+        if self.recipe.encodes_semantics:
             if self.recipe.semantic.pretrained is not None:
                 _ = self.semantic
             if self.recipe.compressor.folder is not None:
@@ -97,7 +101,7 @@ class Pipeline:
         recipe, listed = self.recipe, []
         if recipe.texture.train is not None:
             listed.append(self._texture_stage())
-        if recipe.latents.published is None and recipe.semantic.train is not None:
+        if recipe.encodes_semantics and recipe.semantic.train is not None:
             listed.append(self._semantic_stage())
         if recipe.latents.published is None and self._makes_compressor:
             listed.append(self._compressor_stage())
@@ -237,26 +241,41 @@ class Pipeline:
         return load_compressor(self.folder.compressor).to(self.device)
 
     @cached_property
-    def tokenizers(self) -> dict[str, str]:
-        """The identity of what makes each stream, and of the encoder of the features."""
-        tokenizers = {"texture": self.texture.identity}
-        if "semantic" in self.recipe.streams:
-            tokenizers["semantic"] = f"{self.semantic.identity}+{self.compressor.identity}"
-        return tokenizers | {FEATURES: self.semantic.identity}
+    def _latent_source(self) -> LatentWriter | PublishedLatents:
+        """What gives the run its latents: its own encoders, or published shards."""
+        recipe, folder = self.recipe, self.folder.latents
+        if recipe.latents.published is not None:
+            return PublishedLatents(Path(recipe.latents.published), self.texture, recipe.data.classes, folder)
+        texture = self.texture
+        semantic = self.semantic if recipe.encodes_semantics else None
+        compressor = self.compressor if "semantic" in recipe.streams else None
+        return LatentWriter(self.images[0], texture, semantic, compressor, folder, recipe.latents, self.device)
 
     @property
     def latents_stage(self) -> Stage:
         """The stage that makes the latents, or checks published ones."""
-        return preparation.latents_stage(self)
+        folder, manifest = self.folder.latents, self.folder.latents / MANIFEST
+        results = [manifest]
+        fields: dict[str, Any] = {}
+        if self.recipe.latents.published is None:
+            fields = pick(self.fixed, "data", "latents")
+            results += [folder / shard.file for shard in read_manifest(folder).shards] if manifest.exists() else []
+        return Stage(
+            "latents", "sfd prepare", folder, fields, lambda: self._latent_source.inputs(), results=tuple(results)
+        )
 
-    def prepare(self, share: Share = WHOLE) -> None:
-        """Encode the training images into latent shards, all or one part of them; or check published ones."""
-        preparation.prepare_latents(self, share)
+    def prepare(self) -> None:
+        """Encode the training images into latent shards, or check published ones."""
+        if self.recipe.latents.published is not None:
+            planned_shapes(self.recipe)  # refuses what does not fit the recipe
+        together = self.recipe.latents.published is None
+        self.latents_stage.run(lambda: self._latent_source.write(), self.device, self.save_recipe, together=together)
 
     @cached_property
     def latents(self) -> LatentSet:
         """The latents to train on."""
-        return preparation.open_latents(self)
+        self.latents_stage.require()
+        return open_latents(self.recipe, self.folder)
 
     def _transformer_stage(self) -> Stage:
         def inputs() -> dict[str, Any]:
@@ -275,7 +294,10 @@ class Pipeline:
     def _train(self) -> None:
         recipe, latents = self.recipe, self.latents
         if distributed.is_main_process():
-            preparation.write_real_preview(self, latents)
+            preview = self.folder.training / "previews" / "real.png"
+            write_real_preview(preview, latents, self.texture, self.device)
+            if recipe.latents.published is not None:
+                console.print(f"check that these are images, not noise: {preview}", markup=False, soft_wrap=True)
         config = transformer_config(recipe, latents)
         schedule = build_schedule(recipe.schedule, config.composite.names)
         network = LightningDiT(config, seed=recipe.seed)
@@ -299,24 +321,26 @@ class Pipeline:
             "parameters": parameter_count(config),
         }
         generator = _without_projector(cast(LightningDiT, trained))
-        Model(generator, schedule, self.texture, latents.manifest.classes, history).save(self.folder.model)
+        model = Model(generator, schedule, self.texture, latents.manifest.classes, history)
+        model.sampling = self.sample_settings(model)
+        model.save(self.folder.model)
 
     def _preview(
         self, step: int, network: nn.Module, schedule: Schedule, classes: tuple[str, ...], folder: Path
     ) -> None:
         model = Model(cast(LightningDiT, network), schedule, self.texture, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
-        settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES, "compile": "off"})
+        settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES, "compile": False})
         if self.recipe.evaluation.weak is not None:
-            settings = without_guidance(settings)
-        images = np.concatenate([g.images for g in generate(model, labels, range(PREVIEW_IMAGES), settings)])
+            settings = settings.unguided()
+        (batch,) = model.sample_batches(labels, range(PREVIEW_IMAGES), settings)
         with files.atomic_write(folder / f"step-{step:09d}.png") as partial:
-            image_grid(images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
+            image_grid(batch.images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
 
     def sample_settings(self, model: Model) -> SamplingConfig:
         """The recipe's way of sampling; without guidance where nothing is there to be guided away from."""
         sample, able = self.recipe.sample, bool(model.classes) or self.recipe.evaluation.weak is not None
-        return sample if sample.guides and able else without_guidance(sample)
+        return sample if sample.guides and able else sample.unguided()
 
     @cached_property
     def model(self) -> Model:
@@ -348,7 +372,7 @@ class Pipeline:
     def _evaluator_stage(self) -> Stage:
         settings, folder = self.classifier_settings, self.folder.evaluator
         fields = pick(self.fixed, "data", "evaluation.classifier")
-        steps, results = settings.training.steps, (folder / "extractor" / CONFIG_FILE,)
+        steps, results = settings.training.steps, (folder / "extractor" / "extractor.json",)
         name, command = "evaluation classifier", "sfd train-evaluator"
         return Stage(name, command, folder, fields, self.data_identity, steps, results)
 
@@ -359,15 +383,15 @@ class Pipeline:
         def work() -> None:
             network = train_classifier(self.images[1], settings, stage.folder, device=self.device)
             if distributed.is_main_process():
-                network.save(stage.folder / "extractor")
+                ClassifierExtractor(network).save(stage.folder / "extractor")
 
         self.carry_out(stage, work, together=True)
 
     @cached_property
-    def evaluator(self) -> ClassifierExtractor:
+    def evaluator(self) -> Extractor:
         """The classifier that judges the samples."""
         self._evaluator_stage().require()
-        return load_classifier(self.folder.evaluator / "extractor", self.device)
+        return load_extractor(self.folder.evaluator / "extractor", self.device)
 
     def data_identity(self) -> dict[str, Any]:
         """What a stage's images are, wherever they are stored."""

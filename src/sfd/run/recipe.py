@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sfd.data.encode import LatentSettings
 from sfd.data.source import DataSettings
-from sfd.generation.generate import SamplingConfig
+from sfd.generation.config import SamplingConfig
 from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
@@ -199,9 +199,14 @@ class Recipe(Settings):
     sample: SamplingConfig = SamplingConfig()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        from sfd.schedules import build_schedule
+        from sfd.schedule import build_schedule
 
         for name in self.streams:
             if name not in ("texture", "semantic"):
@@ -218,21 +223,22 @@ class Recipe(Settings):
             )
         if self.loss.repa and self.transformer.repa_block is None:
             raise SFDError("loss.repa is set, but transformer.repa_block is null; set it, or set loss.repa to 0")
-        if self.evaluation.weak is not None and not self.sample.guides:
-            raise SFDError(
-                "evaluation.weak is set, but sample.guidance is 1 for every stream, so it would do nothing; give a "
-                "scale, such as 1.5"
-            )
-        if self.evaluation.weak is not None and self.sample.paired:
-            raise SFDError(
-                "sample.paired evaluates one network once with both labels, but evaluation.weak is another; set one"
-            )
         self._check_data()
         return self
 
+    @property
+    def uses_semantics(self) -> bool:
+        """Whether a stream or a loss needs a semantic encoder's features."""
+        return "semantic" in self.streams or self.loss.repa > 0
+
+    @property
+    def encodes_semantics(self) -> bool:
+        """Whether the run itself needs a semantic encoder: published latents bring what they need."""
+        return self.uses_semantics and self.latents.published is None
+
     def fixed(self) -> dict[str, Any]:
         """Write out the defaults of the schedule, so that leaving one out is no difference."""
-        from sfd.schedules import build_schedule
+        from sfd.schedule import build_schedule
 
         return super().fixed() | {"schedule": build_schedule(self.schedule, tuple(self.streams)).spec}
 

@@ -6,7 +6,8 @@ started with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,21 +126,27 @@ class Stage:
         if not distributed.decide(lambda: self.begin(accepted)):
             console.print(f"{self.name}: done before, in {self.folder}", style="dim", markup=False, soft_wrap=True)
             return
-        if distributed.is_main_process():
-            self._measure(work, device)
+        if distributed.is_main_process() or not distributed.has_group():
+            with self._measured(device):
+                work()
         elif together:
             work()
         distributed.broadcast(None)
 
-    def _measure(self, work: Callable[[], object], device: torch.device) -> None:
+    @contextmanager
+    def _measured(self, device: torch.device) -> Iterator[None]:
+        """Record the time and the memory of the work, and that the stage is finished if its results exist."""
         console.print(f"{self.name} → {self.folder}", style="bold", markup=False, soft_wrap=True)
         with measured(device) as usage:
             try:
-                work()
+                yield
             except BaseException:
                 # An interrupted attempt counts too; one that is killed outright cannot be counted.
                 self.add_elapsed(usage.so_far())
                 raise
+        if not all(path.exists() for path in self.results):  # ranks of an array job make the rest
+            self.add_elapsed(usage.seconds)
+            return
         usage_record = usage.record()
         usage_record["seconds"] += self._elapsed()
         self._write(finished=files.now(), **usage_record)
@@ -148,7 +155,7 @@ class Stage:
         """Count the time of an attempt that did not finish the stage."""
         record = self._read()
         if record is not None:
-            files.write_json(self.folder / RECORD, record | {"seconds": record["seconds"] + seconds})
+            files.write_json(self.folder / RECORD, record | {"seconds": record["seconds"] + seconds}, shared=True)
 
     def _elapsed(self) -> float:
         record = self._read()
@@ -167,13 +174,15 @@ class Stage:
 
     def _write(self, **progress: Any) -> None:
         made_from = {"recipe": self.recipe, "inputs": self._inputs, "steps": self.steps}
-        files.write_json(self.folder / RECORD, {"stage": self.name, **progress, **made_from})
+        files.write_json(self.folder / RECORD, {"stage": self.name, **progress, **made_from}, shared=True)
 
     def _compare(self, *parts: tuple[str, Mapping[str, Any]]) -> dict[str, Any] | None:
         """Give the record, or None before the first start; refuse if it differs in any of the named parts."""
         record = self._read()
         if record is None:
-            if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+            if self.folder.is_dir() and any(
+                not p.name.startswith(".") and p.name != RECORD for p in self.folder.iterdir()
+            ):
                 raise SFDError(
                     f"{self.folder} holds files, but no {RECORD} that says what they were made from; give another "
                     "--out folder, or remove them"

@@ -12,7 +12,6 @@ from sfd import encoders
 from sfd.data.published import KEYS, read_shards
 from sfd.data.shards import FEATURES
 from sfd.encoders import SEMANTIC, TEXTURE, EncoderConfig
-from sfd.generation.generate import check_sampling
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.component import Component
 from sfd.models.compressor import Compressor, load_compressor
@@ -22,7 +21,7 @@ from sfd.models.inference import require_compiler
 from sfd.models.pca import PCA
 from sfd.models.semvae import SemVAE
 from sfd.run.recipe import CompressorSettings, EncoderSettings, Recipe
-from sfd.schedules import Schedule, build_schedule
+from sfd.schedule import Schedule, build_schedule
 from sfd.training import parallel
 from sfd.training.config import TrainSettings
 from sfd.utils.config import explain
@@ -52,7 +51,7 @@ def check(recipe: Recipe, *, dry: bool = False) -> DiTConfig:
     except (ValidationError, ValueError) as error:
         raise explain(error, DiTConfig, f"recipe {recipe.name!r}") from None
     composite = config.composite
-    check_sampling(build_schedule(recipe.schedule, composite.names), composite, recipe.sample, has_weak=True)
+    recipe.sample.check(build_schedule(recipe.schedule, composite.names), composite, has_guiding=True)
     if recipe.loss.repa:
         _check_repa(recipe, composite)
     return config
@@ -66,13 +65,13 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
     """
     for settings in trainings(recipe):
         parallel.check(settings, device)
-    if recipe.sample.compile == "on":
+    if recipe.sample.compile:
         require_compiler(device)
 
 
 def trainings(recipe: Recipe) -> list[TrainSettings]:
     """List how everything is trained that a whole run of a recipe trains."""
-    encoding = [recipe.semantic.train, recipe.compressor.train] if recipe.latents.published is None else []
+    encoding = [recipe.semantic.train, recipe.compressor.train] if recipe.encodes_semantics else []
     judge = recipe.evaluation.classifier
     each = [recipe.texture.train, *encoding, recipe.train, judge.training if judge is not None else None]
     return [settings for settings in each if settings is not None]
@@ -119,6 +118,8 @@ def planned_shapes(recipe: Recipe) -> dict[str, Shape]:
     shapes = {"texture": Shape(texture.channels, size // texture.downsample)}
     if recipe.latents.published is not None and Path(recipe.latents.published).is_dir():
         return _published_shapes(recipe, Path(recipe.latents.published), shapes["texture"])
+    if not recipe.uses_semantics:
+        return shapes
     semantic = planned_encoder(recipe.semantic)
     _check_kind("semantic", recipe.semantic, semantic, SEMANTIC)
     _check_size(recipe, "semantic encoder", semantic.downsample)
@@ -157,7 +158,7 @@ def latent_bytes(recipe: Recipe) -> tuple[int, int]:
     shapes, orientations = planned_shapes(recipe), 2
     entry, half = getattr(torch, recipe.latents.dtype).itemsize, torch.float16.itemsize
     sizes = {name: orientations * shape.channels * shape.grid**2 for name, shape in shapes.items()}
-    return entry * sum(sizes[name] for name in recipe.streams), half * sizes[FEATURES] * recipe.latents.features
+    return entry * sum(sizes[name] for name in recipe.streams), half * sizes.get(FEATURES, 0) * recipe.latents.features
 
 
 def architecture(recipe: Recipe, composite: CompositeLatent, num_classes: int, features: int | None) -> DiTConfig:

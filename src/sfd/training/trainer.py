@@ -61,7 +61,7 @@ class Previewing(Protocol):
         ...
 
 
-def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.device) -> nn.Module:
+def fit(task: Task, settings: TrainSettings, folder: str | Path, *, device: str | torch.device) -> nn.Module:
     """Train a task, or go on where an earlier call with the same folder stopped.
 
     Checkpoints go to `folder/checkpoints`, the log to `folder/log.jsonl` and `folder/tensorboard`. On a CPU with the
@@ -76,6 +76,7 @@ def fit(task: Task, settings: TrainSettings, folder: Path, *, device: torch.devi
             disk is full, or the device's memory does not hold a step.
         Interrupted: a signal to stop came, or the time of `--max-hours` was over; the state is saved.
     """
+    folder, device = Path(folder), torch.device(device)
     if distributed.world_size() > 1 and distributed.company() is None:
         raise SFDError("a launcher started several processes; call sfd.utils.distributed.init(device) before fit")
     if settings.precision == "bf16" and (slowness := slow_bf16(device)):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from sfd.utils.errors import SFDError, unknown
 
@@ -71,6 +73,18 @@ def parse(kind: type[SettingsType], values: Mapping[str, Any], where: str = "") 
         return kind.model_validate_json(json.dumps(dict(values)))
     except (ValidationError, TypeError, ValueError) as error:
         raise explain(error, kind, where) from None
+
+
+@cache
+def options_record(function: Callable[..., Any]) -> type[Settings]:
+    """Make the record of a function's keyword-only arguments, with their types, ranges (`Annotated`) and defaults."""
+    hints = get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {
+        name: (hints[name], ... if argument.default is inspect.Parameter.empty else argument.default)
+        for name, argument in inspect.signature(function).parameters.items()
+        if argument.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    return create_model(function.__name__, __base__=Settings, **fields)
 
 
 def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDError:

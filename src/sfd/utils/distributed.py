@@ -267,7 +267,7 @@ def broadcast(value: Any) -> Any:
 def decide(question: Callable[[], Any]) -> Any:
     """Give all ranks rank 0's (plain) answer, or its refusal: then all raise the same SFDError."""
     answer: Any = None
-    if is_main_process():
+    if is_main_process() or not has_group():
         try:
             answer = [question(), None]
         except SFDError as error:

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,12 @@ PARTIAL = ".partial"
 def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path next to `path` to write a file or a folder to; rename it to `path` at the end.
 
-    If the block fails, the temporary path is removed and `path` stays as it was. A folder replaces a folder: the old
-    one is renamed aside first and removed last, so that one of the two is whole at any time. Files get the permissions
-    of the process's umask, whatever the library that wrote them chose.
+    If the block fails, `path` stays as it was. A folder replaces a folder: the old one is renamed aside first and
+    removed last, so that one of the two is whole at any time. Files get the permissions of the process's umask.
 
     Args:
         path: what to write.
-        shared: several processes may write to `path` at the same time; the last one wins.
+        shared: several processes may write to it at the same time; the last one wins.
     """
     if not path.name:
         raise SFDError(f"{path} is a folder, but a file is to be written; give a file's name")
@@ -127,13 +126,7 @@ def _disk_full(path: Path) -> SFDError:
 
 
 def check_space(folder: Path, needed: int, otherwise: str) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Args:
-        folder: where it goes; need not exist yet.
-        needed: bytes.
-        otherwise: what the user can do instead of freeing space.
-    """
+    """Refuse to write `needed` bytes into a folder, which need not exist yet, if its disk has less space."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -154,9 +147,9 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, to_json(value))
+def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
+    """Write a JSON file atomically; see `atomic_write` for `shared`."""
+    write_text(path, to_json(value), shared=shared)
 
 
 def to_json(value: Any) -> str:
@@ -259,22 +252,17 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def exclusive(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+def exclusive(folder: Path, *, wait: float = 0.0) -> AbstractContextManager[None]:
     """Hold a folder for this process alone; it is made if it does not exist. `wait`: as in `file_lock`."""
     message = f"{folder} is in use by another run; wait for it to end or choose another folder"
-    with file_lock(folder / ".lock", message, wait=wait):
-        yield
+    return file_lock(folder / ".lock", message, wait=wait)
 
 
 @contextmanager
 def file_lock(path: Path, message: str, *, wait: float = 0.0) -> Iterator[None]:
     """Hold a lock file for this process alone, also against other machines that share the disk.
 
-    Args:
-        path: the lock file; it and its folder are made if they do not exist.
-        message: of the error where another process holds it.
-        wait: seconds to wait for that process first; -1: as long as it takes.
+    Where another process holds it, wait for `wait` seconds (-1: as long as it takes), then raise `message`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfd import flow
 from sfd.data.shards import FEATURES, LatentSet
 from sfd.models.dit import LightningDiT, Output
-from sfd.schedules import Schedule
+from sfd.schedule import Schedule
 from sfd.training.order import EpochOrder
 from sfd.utils import rng
 from sfd.utils.config import Settings
@@ -98,7 +98,7 @@ class DiffusionTask:
         """Draw (B, 2) uniforms, for flip and label dropout, and (B, 1 + N) normals, for base time and noise."""
         uniforms = np.empty((len(samples), 2))
         normals = np.empty((len(samples), 1 + self.composite.size), dtype=np.float32)
-        for row, generator in enumerate(rng.generators(self.seed, "sample", step, last=samples)):
+        for row, generator in enumerate(rng.generators(self.seed, "sample", step, samples=samples)):
             uniforms[row] = generator.random(2)
             generator.standard_normal(out=normals[row], dtype=np.float32)
         return uniforms, normals

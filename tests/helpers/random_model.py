@@ -8,7 +8,7 @@ from sfd.encoders import autoencoder_kl
 from sfd.generation.model import Model
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.dit import DiTConfig, LightningDiT
-from sfd.schedules import build_schedule
+from sfd.schedule import build_schedule
 from sfd.utils import rng
 
 TEXTURE = Stream(name="texture", channels=2, grid=2, mean=(0.1, -0.2), std=(0.7, 0.5))

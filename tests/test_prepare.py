@@ -1,4 +1,4 @@
-"""The stage that gives a run its latents: shared between processes, killed, and replaced by published ones."""
+"""The stage that gives a run its latents: split between ranks, killed, and replaced by published ones."""
 
 import shutil
 import signal
@@ -20,7 +20,6 @@ from sfd.run.recipe import load_recipe
 from sfd.run.validate import check, latent_bytes
 from sfd.utils import files
 from sfd.utils.errors import SFDError
-from sfd.utils.shares import Share
 from tiny import write_recipe
 
 CPU = torch.device("cpu")
@@ -32,14 +31,14 @@ def sfd(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def start(recipe, out, *options):
-    command = [sys.executable, "-m", "sfd", "prepare", recipe, *SLOW, "--out", out, "--device", "cpu", *options]
+def start(recipe, out, *launcher):
+    launcher = launcher or (sys.executable, "-m", "sfd")
+    command = [*launcher, "prepare", recipe, *SLOW, "--out", out, "--device", "cpu"]
     return subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True)
 
 
 def contents(folder):
-    names = [p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.startswith("shard-")]
-    return {name: (folder / name).read_bytes() for name in (*names, "manifest.json")}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "stage.json"}
 
 
 @pytest.fixture(scope="module")
@@ -68,44 +67,59 @@ def alone(encoders, recipe):
     return contents(pipeline.folder.latents)
 
 
-def test_a_killed_preparation_goes_on_to_the_same_bytes(encoders, recipe, alone):
+def test_a_killed_run_resumes_to_the_same_bytes(encoders, recipe, alone):
     out = encoders()
     process = start(recipe, out)
-    while len(list((out / "latents").glob("shard-*.json"))) < 3 and process.poll() is None:
+    while len(list((out / "latents").glob("shard-*"))) < 3 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (out / "latents" / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in (out / "latents").glob("shard-*.json")}
+    kept = {path: path.stat().st_mtime_ns for path in (out / "latents").glob("shard-*")}
     again = start(recipe, out)
-    assert again.wait() == 0
+    assert again.communicate() and again.returncode == 0
     assert contents(out / "latents") == alone
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items())
 
 
-def test_two_processes_make_the_same_bytes_as_one(encoders, recipe, alone):
+def test_ranks_of_a_launcher_make_the_same_bytes_as_one(encoders, recipe, alone):
     out = encoders()
-    processes = [start(recipe, out, "--part", f"{number}/2") for number in (1, 2)]
-    assert [process.communicate()[0] or process.returncode for process in processes] == [0, 0]
-    assert contents(out / "latents") == alone
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sfd")
+    process = start(recipe, out, *torchrun)
+    assert process.communicate()[1].count("encoding latents") == 1  # rank 0 alone speaks
+    assert process.returncode == 0 and contents(out / "latents") == alone
     Pipeline(load_recipe(recipe, SLOW), out, CPU).latents_stage.require()
 
 
-def test_the_last_share_finishes_the_stage_and_counts_all_time(encoders, recipe, alone):
-    pipeline = Pipeline(load_recipe(recipe, SLOW), encoders(), CPU)
-    pipeline.prepare(Share(2, 2))
-    assert not pipeline.latents_stage.finished()
-    spent = files.read_json(pipeline.folder.latents / "stage.json", "stage")["seconds"]
-    pipeline.prepare(Share(1, 2))
-    assert pipeline.latents_stage.finished() and contents(pipeline.folder.latents) == alone
-    assert files.read_json(pipeline.folder.latents / "stage.json", "stage")["seconds"] > spent > 0
-
-
-def test_shares_of_two_recipes_are_not_mixed(encoders, recipe):
+def test_the_last_job_of_an_array_finishes_the_stage_and_counts_all_time(encoders, recipe, alone, monkeypatch):
     out = encoders()
-    Pipeline(load_recipe(recipe), out, CPU).prepare(Share(1, 2))
-    with pytest.raises(SFDError, match=r"latents\.dtype was 'float32' before and is 'float16' now"):
-        Pipeline(load_recipe(recipe, ["latents.dtype=float16"]), out, CPU).prepare(Share(2, 2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seconds = []
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        pipeline = Pipeline(load_recipe(recipe, SLOW), out, CPU)
+        pipeline.prepare()
+        seconds.append(files.read_json(out / "latents" / "stage.json", "stage")["seconds"])
+        assert pipeline.latents_stage.finished() == (rank == 0)
+    assert contents(out / "latents") == alone and seconds[1] > seconds[0] > 0
+
+
+def test_without_semantics_no_semantic_encoder_is_needed(encoders, recipe):
+    out = encoders()
+    shutil.rmtree(out / "semantic")
+    shutil.rmtree(out / "compressor")
+    baseline = [
+        "streams.semantic=null",
+        "schedule={name: synchronous}",
+        "loss.repa=0",
+        "semantic={name: vit, pretrained: nobody/nothing}",
+    ]
+    pipeline = Pipeline(load_recipe(recipe, baseline), out, CPU)
+    check(pipeline.recipe)
+    pipeline.all()
+    assert set(LatentSet(out / "latents").manifest.streams) == {"texture"}
+    assert pipeline.model.composite.names == ("texture",)
+    assert not (out / "semantic").exists() and not (out / "compressor").exists()
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_work(encoders, recipe, monkeypatch):
@@ -124,15 +138,11 @@ def test_the_size_on_disk_is_known_beforehand(finished):
     assert tensors == bytes_an_image * len(LatentSet(latents))
 
 
-def test_the_size_on_disk_is_said_beforehand(recipe, tmp_path):
-    assert "KiB an image" in sfd("prepare", recipe, "--out", tmp_path, "--dry-run", "--device", "cpu").output
-
-
 @pytest.fixture(scope="module")
 def published(finished, tmp_path_factory):
     """The finished run's latents as published shards."""
     out = tmp_path_factory.mktemp("published") / "shards"
-    result = sfd("export-latents", finished.folder.root, out, "--shard-size", 50)
+    result = sfd("export-latents", finished.folder.root, out)
     assert result.exit_code == 0, result.output
     return out
 

@@ -1,7 +1,7 @@
-"""A published transformer with what it needs to make images: a model that samples; and its weights back.
+"""A published transformer with what it needs to make images: a model directory.
 
 A published checkpoint holds a network's weights alone. What else a model is, the caller says (texture encoder,
-statistics, classes, offset); whatever the tensors' shapes tell is read from them and must agree.
+statistics, classes, offset); whatever the tensors' shapes and the checkpoint's configuration tell must agree.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sfd.convert import transformer as published
-from sfd.convert.checkpoint_files import Checkpoint
+from sfd.convert.checkpoint import Checkpoint, plain
 from sfd.data.published import KEYS, describe_published, read_statistics, statistics_files
 from sfd.data.shards import MANIFEST, read_manifest
 from sfd.encoders import TextureEncoder, open_texture
-from sfd.generation.model import TEXTURE_STREAM, Model
-from sfd.latents import CompositeLatent, Stream
+from sfd.generation.model import Model
+from sfd.latents import TEXTURE, CompositeLatent, Stream
+from sfd.models.component import assemble
 from sfd.models.dit import DiTConfig, LightningDiT
-from sfd.schedules import build_schedule
-from sfd.utils import files
+from sfd.schedule import build_schedule
 from sfd.utils.errors import SFDError
 
 DELTA = 0.3  # Δ of the published runs
@@ -32,7 +30,7 @@ NO_STATISTICS = "none"
 
 @dataclass(frozen=True)
 class Options:
-    """What a published checkpoint does not say of itself; None where nobody says anything."""
+    """What a published checkpoint does not say of itself; None if nobody says anything."""
 
     texture: str | None  # texture encoder: a folder or a hub name
     statistics: tuple[str, ...]  # files, folders, or "none": latents that are not normalised
@@ -42,21 +40,8 @@ class Options:
     repa_block: int | None
 
 
-def to_published(model: Model) -> dict[str, Tensor]:
-    """Give the transformer's tensors as a published checkpoint has them.
-
-    Raises:
-        SFDError: the published network cannot hold this composite.
-    """
-    return published.to_published(model.transformer.state_dict(), model.transformer.config)
-
-
 def from_published(checkpoint: Checkpoint, options: Options, name: str) -> Model:
-    """Build a model around a published checkpoint's weights; `name` is kept in its history.
-
-    Raises:
-        SFDError: something that is needed is not given, or does not fit the checkpoint.
-    """
+    """Build a model around a published checkpoint's weights; `name` is kept in its history."""
     if options.texture is None:
         raise SFDError("a model needs a texture encoder to make pixels: give --texture FOLDER or a hub name")
     if not options.statistics:
@@ -65,61 +50,55 @@ def from_published(checkpoint: Checkpoint, options: Options, name: str) -> Model
             "(latents_stats.pt, latents_sv_stats.pt, or the folder of the latents); 'none' if they were not normalised"
         )
     texture = open_texture(options.texture)
-    given = _given_config(checkpoint)
-    config = _config(checkpoint, texture, options, given)
+    settings = _trained_with(checkpoint)
+    config = _config(checkpoint, texture, options, settings)
     composite = _with_statistics(config.composite, options.statistics, texture)
     config = config.model_copy(update={"composite": composite})
-    network = LightningDiT(config)
-    network.load_state_dict(published.from_published(checkpoint.tensors, config))
-    schedule = build_schedule(_schedule(config, options.delta, given), composite.names)
+    network = assemble(lambda: LightningDiT(config), published.from_published(checkpoint.tensors, config), name)
+    schedule = build_schedule(_schedule(config, options.delta, settings), composite.names)
     history = {"converted from": name, "weights": checkpoint.state or "the only ones"}
-    return Model(network.eval().requires_grad_(False), schedule, texture, _classes(config, options.classes), history)
+    return Model(network, schedule, texture, _classes(config, options.classes), history)
 
 
-def _given_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """Find the published network's configuration beside its weights; a training script's other settings are none."""
-    config = checkpoint.others.get("config")
-    return config if isinstance(config, dict) and "hidden_size" in config else None
+def _trained_with(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Find the `model` section of the configuration that the published trainer keeps in a checkpoint."""
+    config = plain(checkpoint.others.get("config"))
+    model = config.get("model") if isinstance(config, dict) else None
+    return model if isinstance(model, dict) else {}
+
+
+def _agreed(option: str, given: Any, settings: Mapping[str, Any], field: str, default: Any) -> Any:
+    stated = settings.get(field)
+    if None not in (given, stated) and given != stated:
+        raise SFDError(f"{option} is {given}, but the checkpoint was trained with {field} = {stated}; leave it out")
+    return next((value for value in (given, stated) if value is not None), default)
 
 
 def _config(
-    checkpoint: Checkpoint, texture: TextureEncoder, options: Options, given: Mapping[str, Any] | None
+    checkpoint: Checkpoint, texture: TextureEncoder, options: Options, settings: Mapping[str, Any]
 ) -> DiTConfig:
     shapes = checkpoint.shapes
     if len(shapes[published.EMBEDDING]) != 4:
         raise SFDError(f"this is no published transformer: {published.EMBEDDING} is {shapes[published.EMBEDDING]}")
     channels = shapes[published.EMBEDDING][1]
     semantic = channels - texture.channels
-    if semantic < 0 or options.semantic_channels not in (None, semantic):
-        asked = "" if options.semantic_channels is None else f" and {options.semantic_channels} semantic ones"
+    stated = _agreed("--semantic-channels", options.semantic_channels, settings, "semantic_chans", semantic)
+    if semantic < 0 or stated != semantic:
         raise SFDError(
-            f"the checkpoint has {channels} channels, which are not the {texture.channels} of the texture encoder "
-            f"{options.texture}{asked}; give the texture encoder that it was trained with"
+            f"the checkpoint has {channels} channels, {stated} of them semantic, but the texture encoder "
+            f"{options.texture} has {texture.channels}; give the texture encoder that it was trained with"
         )
-    stated = published.published_config(given) if given else None
-    block = options.repa_block or (stated.repa_block if stated else None) or REPA_BLOCK
-    config = published.inferred_config(shapes, semantic, block)
-    for field, value in stated or ():
-        if value != getattr(config, field):
-            raise SFDError(
-                f"the checkpoint's own configuration says {field} = {files.jsonable(_dumped(value))}, but its tensors "
-                f"and the options say {files.jsonable(_dumped(getattr(config, field)))}"
-            )
-    return config
+    block = _agreed("--repa-block", options.repa_block, settings, "repa_feat_depth", REPA_BLOCK)
+    return published.inferred_config(shapes, semantic, block)
 
 
-def _dumped(value: Any) -> Any:
-    return value.model_dump() if isinstance(value, CompositeLatent) else value
-
-
-def _schedule(config: DiTConfig, delta: float | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    if given and delta not in (None, given["semfirst_delta_t"]):
-        raise SFDError(f"--delta is {delta}, but the checkpoint says semfirst_delta_t = {given['semfirst_delta_t']}")
-    if not config.clocks:
-        if delta:
-            raise SFDError(f"--delta is {delta}, but this network has one clock for all streams, so it knows no offset")
-        return {"name": "synchronous"}
-    return {"name": "offset", "delta": given["semfirst_delta_t"] if given else DELTA if delta is None else delta}
+def _schedule(config: DiTConfig, given: float | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    delta = _agreed("--delta", given, settings, "semfirst_delta_t", DELTA if config.clocks else 0.0)
+    if config.clocks:
+        return {"name": "offset", "delta": delta}
+    if delta:
+        raise SFDError(f"the offset is {delta}, but this network has one time embedding for all streams; use --delta 0")
+    return {"name": "synchronous"}
 
 
 def _classes(config: DiTConfig, given: str | None) -> tuple[str, ...]:
@@ -154,13 +133,10 @@ def _with_statistics(composite: CompositeLatent, sources: tuple[str, ...], textu
             raise SFDError(
                 f"--statistics {' '.join(sources)} has none of the stream {', '.join(missing)}; give them too"
             )
-    tokenizer = {"tokenizer": texture.identity}
-    streams = [
-        Stream.model_validate(
-            {**s.model_dump(), **(tokenizer if s.name == TEXTURE_STREAM else {}), **found.get(s.name, {})}
-        )
-        for s in composite.streams
-    ]
+    streams = []
+    for stream in composite.streams:
+        tokenizer = {"tokenizer": texture.identity} if stream.name == TEXTURE else {}
+        streams.append(Stream.model_validate({**stream.model_dump(), **tokenizer, **found.get(stream.name, {})}))
     return CompositeLatent(streams=tuple(streams))
 
 
@@ -191,5 +167,7 @@ def _stream_of(path: Path) -> str:
     for name, key in KEYS.items():
         if path.name.startswith(f"{key}_stats"):
             return name
-    raise SFDError(f"--statistics {path}: the file's name says whose they are; call it latents_stats.pt (texture) or "
-                   "latents_sv_stats.pt (semantic)")  # fmt: skip
+    raise SFDError(
+        f"--statistics {path}: the file's name says which stream it is of; call it latents_stats.pt (texture) or "
+        "latents_sv_stats.pt (semantic)"
+    )
