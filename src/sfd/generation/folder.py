@@ -8,9 +8,8 @@ stopped or on which rank makes its batch.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +73,22 @@ def write_samples(
     todo = [b for b in distributed.rank_slice(batches) if not missing.isdisjoint(b)]
     if todo and config.precision == "bf16" and (slowness := slow_bf16(model.device)):
         console.print(f"sampling: {slowness}", style="yellow", markup=False, soft_wrap=True)
-    start, made = time.monotonic(), 0
-    with bar("sampling", sum(map(len, todo))) as shown, _Writer(folder, count) as writer:
+    start, made, writing = time.monotonic(), 0, []
+    with bar("sampling", sum(map(len, todo))) as shown, ThreadPoolExecutor(WRITERS) as pool:
         for batch in todo:
             chosen = [labels[i] for i in batch], [seeds[i] for i in batch]
             try:
                 (sampled,) = model.sample_batches(*chosen, config, guiding=guiding)
             except torch.OutOfMemoryError:
-                raise SFDError(
-                    f"{size} images at a time do not fit the memory of {model.device}; set batch_size"
-                ) from None
-            writer.write({i: x for i, x in zip(batch, sampled.images, strict=True) if i in missing})
+                raise SFDError(f"{size} images do not fit the memory of {model.device}; set batch_size") from None
+            for image in writing:  # at most one batch behind
+                image.result()
+            images = [(i, x) for i, x in zip(batch, sampled.images, strict=True) if i in missing]
+            writing = [pool.submit(_write_image, image_path(folder, i, count), x) for i, x in images]
             made += len(batch)
             shown.advance(len(batch), f"{made / (time.monotonic() - start):.3g} images/s")
+        for image in writing:
+            image.result()
     left = _missing(folder, count)
     if not left:
         for partial in folder.glob(f".[0-9]*.png.*{files.PARTIAL}"):  # of killed processes
@@ -94,34 +96,9 @@ def write_samples(
     return len(left)
 
 
-class _Writer:
-    """Writes images in threads, at most one batch behind."""
-
-    def __init__(self, folder: Path, count: int) -> None:
-        self._folder, self._count = folder, count
-        self._pool = ThreadPoolExecutor(WRITERS)
-        self._pending: deque[Future[None]] = deque()
-
-    def write(self, images: dict[int, np.ndarray]) -> None:
-        """Start to write images by number, once those of the batch before are written."""
-        self._wait()
-        self._pending.extend(self._pool.submit(self._write, number, image) for number, image in images.items())
-
-    def _write(self, number: int, image: np.ndarray) -> None:
-        with files.atomic_write(image_path(self._folder, number, self._count), shared=True) as partial:
-            Image.fromarray(image).save(partial, "PNG")
-
-    def _wait(self) -> None:
-        while self._pending:
-            self._pending.popleft().result()
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            self._wait()
+def _write_image(path: Path, image: np.ndarray) -> None:
+    with files.atomic_write(path, shared=True) as partial:
+        Image.fromarray(image).save(partial, "PNG")
 
 
 def image_path(folder: Path, number: int, count: int) -> Path:

@@ -25,7 +25,7 @@ from sfd.models.inference import Inference, Precision, require_compiler
 from sfd.sampling import Progress, initial_noise, integrate
 from sfd.schedule import Schedule, build_schedule
 from sfd.utils import files
-from sfd.utils.config import parse
+from sfd.utils.config import first_difference, parse
 from sfd.utils.device import choose_device
 from sfd.utils.errors import SFDError, unknown
 
@@ -315,17 +315,14 @@ def _check_tokenizer(composite: CompositeLatent, texture: TextureEncoder, where:
 
 
 def _check_guiding(model: Model, guiding: Model) -> None:
-    if guiding.classes != model.classes:
-        raise SFDError(
-            f"the guiding model has classes {', '.join(guiding.classes)}, the guided one {', '.join(model.classes)}; "
-            "guide with a model of the same data"
-        )
-    if guiding.composite.names != model.composite.names:
-        raise SFDError("the guiding model has other streams than the guided one; take a model of the same latents")
-    for ours, theirs in zip(model.composite.streams, guiding.composite.streams, strict=True):
-        for name in ("shape", "tokenizer", "mean", "std"):
-            if getattr(ours, name) != getattr(theirs, name):
-                raise SFDError(
-                    f"stream {ours.name!r} of the guiding model has {name} {getattr(theirs, name)}, "
-                    f"of the guided one {getattr(ours, name)}; guide with a model of the same latents"
-                )
+    """Refuse a guiding model of other data or other latents."""
+
+    def facts(each: Model) -> dict[str, Any]:
+        streams = {s.name: {"shape": s.shape} | s.model_dump(include={"tokenizer", "mean", "std"})
+                   for s in each.composite.streams}  # fmt: skip
+        return {"classes": each.classes, "names of streams": each.composite.names, **streams}
+
+    different = first_difference(facts(model), facts(guiding))
+    if different is not None:
+        name, ours, theirs = different
+        raise SFDError(f"{name}: {ours} of the model, {theirs} of the guiding model; take one of the same latents")
