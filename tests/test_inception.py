@@ -80,5 +80,5 @@ def test_without_torch_fidelity_the_command_says_how_to_install_it(monkeypatch, 
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     arguments = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "a.npz", "--extractor", "inception"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == 2 and "pip install 'sfd[inception]'" in result.output
+    assert result.exit_code == 2 and "pip install torch-fidelity" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

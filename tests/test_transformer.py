@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sfd.latents import CompositeLatent, Stream
 from sfd.models import kernels
-from sfd.models.dit import SIZES, DiTConfig, LightningDiT, flops, parameter_count
+from sfd.models.dit import DiTConfig, LightningDiT, flops, parameter_count
 from sfd.models.layers import patchify, unpatchify
 from sfd.utils.config import parse
 from sfd.utils.errors import SFDError
@@ -176,11 +176,6 @@ def test_seed_decides_the_weights_and_nothing_else_does():
     assert not torch.equal(first["class_embedding.weight"], other["class_embedding.weight"])
 
 
-def test_null_class_is_the_last_row():
-    model = LightningDiT(configuration())
-    assert model.null_class == 5 == model.class_embedding.num_embeddings - 1
-
-
 def test_initialisation_follows_the_published_recipe():
     model = LightningDiT(configuration(width=192, heads=6))
     assert model.class_embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -249,12 +244,6 @@ def test_unfitting_input_is_refused():
         model(x[:, 1:], times, labels)
     with pytest.raises(SFDError, match=r"times \(3, 2\)"):
         model(x, times[:, :1], labels)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_named_sizes_are_valid(size):
-    config = DiTConfig(**SIZES[size]._asdict(), composite=CompositeLatent(streams=EQUAL), num_classes=5)
-    assert (config.depth, config.width, config.heads) == SIZES[size]
 
 
 def plain_norm(x: Tensor) -> Tensor:

@@ -64,11 +64,7 @@ class ConvNet(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the features.
-
-        Raises:
-            SFDError: an image side is no multiple of `config.downsample`.
-        """
+        """Compute the features."""
         return self.pyramid(images)[-1]
 
     def pyramid(self, images: Tensor) -> list[Tensor]:

@@ -162,9 +162,6 @@ class LightningDiT(nn.Module):
             times: (B, K), each stream's own time, in the composite's order; with one clock all columns are equal.
             labels: (B,), int64, in [0, num_classes]; num_classes is the null class.
             project: also give the REPA projection.
-
-        Raises:
-            SFDError: `x` or `times` do not fit the composite, or there is no projector to project with.
         """
         self._check(x, times, project)
         tokens = self.embed(x)

@@ -89,9 +89,6 @@ def fit_pca(batches: Iterable[Tensor], config: PCAConfig) -> PCA:
     Args:
         batches: features, each (B, C, h, w); every position of every image is one sample.
         config: what to build.
-
-    Raises:
-        SFDError: there are fewer than two samples, or their channels are not `config.input_channels`.
     """
     channels, count, shift = config.input_channels, 0, torch.empty(0)
     total, products = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, channels, dtype=torch.float64)

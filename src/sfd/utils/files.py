@@ -167,6 +167,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not path.parent.exists():
+            raise SFDError(f"there is no folder {path.parent}; a {what} was expected there") from None
         raise SFDError(f"{path.parent} is no {what}: {path.name} is missing") from None
     except OSError as error:
         raise as_user_error(error, path) from None

@@ -16,11 +16,7 @@ def names(package: str) -> list[str]:
 
 
 def find(package: str, name: str, kind: str) -> ModuleType:
-    """Import the module `package.name`; only that one, so that an unused part costs nothing.
-
-    Raises:
-        SFDError: there is no such module; `kind` ("solver", "schedule", …) is what the message calls it.
-    """
+    """Import the module `package.name`; only that one, so that an unused part costs nothing."""
     known = names(package)
     if name not in known:
         raise unknown(kind, name, known)

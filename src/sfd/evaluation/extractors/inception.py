@@ -70,7 +70,7 @@ def pretrained(weights: str | None, device: torch.device) -> Inception:
     except (ImportError, RuntimeError) as error:  # torchvision beside another build of PyTorch fails with the latter
         raise SFDError(
             f"the extractor 'inception' needs torch-fidelity, which cannot be imported ({error}); "
-            "install it with: pip install 'sfd[inception]'"
+            "install it, and the torchvision of your PyTorch, with: pip install torch-fidelity torchvision"
         ) from None
     path = Path(weights) if weights else _fetched(URL_INCEPTION_V3)
     state = _read(path)
