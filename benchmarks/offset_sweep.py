@@ -16,7 +16,8 @@ from sfd.generation.generate import generate, without_guidance
 from sfd.schedules import build_schedule
 
 from sfd.data.shards import LatentSet
-from sfd.evaluation.evaluate import Metrics, Reference, evaluate, read_metrics
+from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
+from sfd.evaluation.reference import Reference
 from sfd.generation.model import Model
 from sfd.models.dit import LightningDiT
 from sfd.run.assessment import reference

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from benchmarks.guided_model import solve, texture_errors
 from sfd.data.shapes import ShapesSource
-from sfd.evaluation.evaluate import Reference, evaluate, measure
-from sfd.evaluation.extractors import classifier
+from sfd.evaluation.evaluate import evaluate
+from sfd.evaluation.extractors.classifier import ClassifierExtractor, load_classifier
+from sfd.evaluation.reference import Reference, reference_of
 from sfd.generation.model import Model, load_model
 from sfd.training.tasks.classifier import ClassifierSettings, divide, train_classifier
 from sfd.utils.device import choose_device
@@ -100,11 +101,12 @@ def judge(folder: Path, device: torch.device) -> Reference:
     """Train the classifier, or load the one that is there, and look at the real images that test it."""
     held_out, how = ShapesSource(HELD_OUT, HELD_OUT_SEED), ClassifierSettings()
     if (folder / "extractor").exists():
-        extractor = classifier.load(folder / "extractor", device)
+        extractor = load_classifier(folder / "extractor", device)
     else:
-        extractor = classifier.ClassifierExtractor(train_classifier(held_out, how, folder, device=device))
-        extractor.save(folder / "extractor")
-    return measure(divide(held_out, how)[1], extractor, "held-out real images")
+        network = train_classifier(held_out, how, folder, device=device)
+        network.save(folder / "extractor")
+        extractor = ClassifierExtractor(network)
+    return reference_of(divide(held_out, how)[1], extractor, "held-out real images")
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,9 +6,10 @@ from PIL import Image
 
 from sfd.data.shapes import ShapesSource
 from sfd.data.split import split
-from sfd.evaluation.evaluate import compare, evaluate, evaluate_real, measure, read_metrics
+from sfd.evaluation.evaluate import METRICS, compare, evaluate, evaluate_real, read_metrics
 from sfd.evaluation.extractors._base import Extraction
 from sfd.evaluation.metrics import Gaussian, gaussian
+from sfd.evaluation.reference import RealImages, Reference, reference_of
 from sfd.evaluation.samples import load_samples
 from sfd.utils.errors import SFDError
 
@@ -17,10 +17,10 @@ from sfd.utils.errors import SFDError
 class Thumbnails:
     """An extractor to work out by hand: features are 4×4 grey thumbnails, the class is in the first pixel."""
 
-    name, identity, task, accuracy, image_size = "thumbnails", "thumbnails-1", "nothing", None, 16
+    name, identity, task, image_size = "thumbnails", "thumbnails-1", "nothing", 16
 
-    def __init__(self, classes=()):
-        self.classes = tuple(classes)
+    def __init__(self, classes=(), trained_on=None, accuracy=None):
+        self.classes, self.trained_on, self.accuracy = tuple(classes), trained_on, accuracy
 
     def extract(self, images):
         grey = images.astype(np.float32).mean(axis=3) / 255
@@ -32,8 +32,10 @@ class Thumbnails:
 
 SOURCE = ShapesSource(300, seed=0, image_size=16)
 TRAINING, HELD_OUT = split(SOURCE, 0.5, 0)
-REFERENCE = measure(HELD_OUT, Thumbnails(SOURCE.classes), "held-out images")
+REFERENCE = reference_of(HELD_OUT, Thumbnails(SOURCE.classes), "held-out images")
+PLAIN = reference_of(HELD_OUT, Thumbnails(), "held-out images")
 IMAGES = TRAINING.load(range(100))
+LABELS = np.arange(100) % 10
 
 
 def signed(images, labels):
@@ -41,22 +43,6 @@ def signed(images, labels):
     result = images.copy()
     result[:, 0, 0] = np.asarray(labels)[:, None]
     return result
-
-
-def test_the_reference_is_at_distance_zero_from_itself():
-    result = evaluate(
-        signed(HELD_OUT.load(range(len(HELD_OUT))), HELD_OUT.labels), HELD_OUT.labels, REFERENCE, name="same"
-    )
-    assert result.frechet_distance == pytest.approx(0, abs=1e-2)  # the first pixel differs a little
-    assert result.precision == result.recall == result.class_accuracy == 1
-
-
-def test_batches_give_what_the_whole_gives():
-    labels = np.arange(100) % 10
-    images = signed(IMAGES, labels)
-    whole = evaluate(images, labels, REFERENCE, name="samples")
-    parts = evaluate((images[i : i + 7] for i in range(0, 100, 7)), labels, REFERENCE, name="samples")
-    assert whole == parts
 
 
 def test_class_accuracy_counts_the_samples_of_the_class_asked_for():
@@ -71,17 +57,12 @@ def test_class_accuracy_counts_the_samples_of_the_class_asked_for():
 
 
 def test_unlabelled_samples_have_no_class_accuracy():
-    result = evaluate(signed(IMAGES, np.zeros(100, int)), None, REFERENCE, name="samples")
+    result = evaluate(IMAGES, None, REFERENCE, name="samples")
     assert result.class_accuracy is None and result.accuracy_by_class == {} and not result.balanced
 
 
-def test_classes_of_unequal_number_are_told():
-    labels = np.array([0] * 91 + list(range(1, 10)))
-    assert not evaluate(signed(IMAGES, labels), labels, REFERENCE, name="samples").balanced
-
-
 def test_metrics_carry_their_protocol_and_survive_the_disk(tmp_path):
-    result = evaluate(signed(IMAGES, np.zeros(100, int)), None, REFERENCE, name="samples", sampling={"steps": 50})
+    result = evaluate(IMAGES, LABELS, REFERENCE, name="samples", sampling={"steps": 50})
     result.write(tmp_path / "metrics.json")
     assert read_metrics(tmp_path / "metrics.json") == result
     written = json.loads((tmp_path / "metrics.json").read_text())
@@ -90,61 +71,119 @@ def test_metrics_carry_their_protocol_and_survive_the_disk(tmp_path):
     assert written["protocol"]["reference_identity"] == HELD_OUT.identity
 
 
-def test_metrics_written_before_there_was_sfid_are_read(tmp_path):
-    result = evaluate(signed(IMAGES, np.zeros(100, int)), None, REFERENCE, name="samples")
-    older = result.model_dump(mode="json")
-    del older["sfid"], older["caveats"], older["protocol"]["stored_moments"]
-    (tmp_path / "metrics.json").write_text(json.dumps(older))
-    assert read_metrics(tmp_path / "metrics.json") == result
-
-
 def test_spatial_features_have_a_distance_of_their_own():
     seen = Thumbnails().extract(IMAGES)
     moments = gaussian(seen.features)
     scaled = Gaussian(moments.mean - 2, 9 * moments.covariance, 0)  # |Δμ|² + tr(Σ)·(3 − 1)²
-    reference = replace(REFERENCE, spatial=scaled, features=None)
-    result = compare(seen._replace(spatial=seen.features), None, (), reference, balanced=True, name="samples")
+    reference = Reference(PLAIN.extractor, PLAIN.protocol, None, moments, scaled)
+    result = compare(seen._replace(spatial=seen.features), None, reference, name="samples")
     assert result.sfid == pytest.approx(16 * 4 + 4 * np.trace(moments.covariance))
     assert result.precision is result.recall is None
-    assert compare(seen, None, (), reference, balanced=True, name="samples").sfid is None
+    assert compare(seen, None, reference, name="samples").sfid is None
 
 
 def test_real_images_are_chosen_evenly_and_always_the_same():
-    reference = measure(HELD_OUT, Thumbnails(), "held-out images")
-    first, again = (evaluate_real(TRAINING, reference, 80, seed=4) for _ in range(2))
+    first, again = (evaluate_real(TRAINING, REFERENCE, 80, seed=4) for _ in range(2))
     assert first == again
     assert first.real and first.balanced and first.n_samples == 80
-    assert evaluate_real(TRAINING, reference, 80, seed=5).frechet_distance != first.frechet_distance
+    assert evaluate_real(TRAINING, REFERENCE, 80, seed=5).frechet_distance != first.frechet_distance
 
 
 def test_real_images_are_nearer_to_the_reference_than_noise():
-    reference = measure(HELD_OUT, Thumbnails(), "held-out images")
     noise = np.random.default_rng(0).integers(256, size=(100, 16, 16, 3), dtype=np.uint8)
-    real = evaluate_real(TRAINING, reference, 100)
-    made = evaluate(noise, None, reference, name="noise")
-    assert made.frechet_distance > 5 * real.frechet_distance
+    real, made = evaluate_real(TRAINING, PLAIN, 100), evaluate(noise, None, PLAIN, name="noise")
+    assert made.intervals["frechet_distance"][0] > 5 * real.intervals["frechet_distance"][1]
     assert made.recall < real.recall
+
+
+def test_every_metric_has_an_interval_that_holds_it():
+    result = evaluate(signed(IMAGES, LABELS), LABELS, REFERENCE, name="samples")
+    assert set(result.intervals) == {"frechet_distance", "precision", "recall", "inception_score", "class_accuracy"}
+    for metric, (low, high) in result.intervals.items():
+        assert low <= getattr(result, metric) <= high
+
+
+@pytest.mark.parametrize(
+    ("count", "given"),
+    [
+        (1, {"inception_score", "class_accuracy"}),
+        (3, {"frechet_distance", "inception_score", "class_accuracy"}),
+        (4, {"frechet_distance", "precision", "recall", "inception_score", "class_accuracy"}),
+    ],
+)
+def test_few_samples_give_what_they_can(count, given):
+    result = evaluate(signed(IMAGES, LABELS)[:count], LABELS[:count], REFERENCE, name="samples")
+    assert set(result.intervals) == given
+    assert {name for name in METRICS if getattr(result, name) is not None} == set(result.caveats) == given
+
+
+def test_a_reference_of_one_image_leaves_what_needs_no_reference():
+    reference = reference_of(split(HELD_OUT, 0.999, 0)[0], Thumbnails(SOURCE.classes), "few")
+    assert len(reference.features) == 10
+    one = Reference(REFERENCE.extractor, REFERENCE.protocol, REFERENCE.features[:1], None, None)
+    result = evaluate(signed(IMAGES, LABELS), LABELS, one, name="samples")
+    assert set(result.intervals) == {"inception_score", "class_accuracy"}
+
+
+def doubtful(samples=2000, reference=2000, size=16, moments=False, **judge):
+    """Which metrics of random features cannot be trusted."""
+    features = np.random.default_rng(0).normal(size=(max(samples, reference), size)).astype(np.float32)
+    extractor = Thumbnails("ab", **judge)
+    stored = gaussian(features) if moments else None
+
+    class Images:
+        image_size, identity = 16, "random"
+
+        def __len__(self):
+            return reference
+
+        def load(self, indices):
+            return np.zeros((len(indices), 16, 16, 3), np.uint8)
+
+    against = Reference.of(RealImages("real", "id", Images(), stored), extractor)
+    against = Reference(
+        extractor, against.protocol, features[:reference], stored or gaussian(features[:reference]), None
+    )
+    labels = np.arange(samples) % 2
+    seen = Extraction(features[:samples], np.eye(2, dtype=np.float32)[labels])
+    return set(compare(seen, labels, against, name="samples").caveats)
+
+
+FEATURES = {"frechet_distance", "precision", "recall"}
+JUDGED = {"inception_score", "class_accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, set()),
+        ({"samples": 999}, FEATURES | JUDGED),
+        ({"reference": 999}, FEATURES),
+        ({"reference": 999, "moments": True}, {"precision", "recall"}),
+        ({"size": 1001}, FEATURES),
+        ({"trained_on": 1000, "accuracy": 0.71}, set()),
+        ({"trained_on": 999}, FEATURES | JUDGED),
+        ({"accuracy": 0.69}, FEATURES | JUDGED),
+    ],
+)
+def test_a_metric_says_when_it_cannot_be_trusted(how, expected):
+    assert doubtful(**how) == expected
 
 
 @pytest.mark.parametrize("labels", [[0] * 99, [10] * 100, [-1] * 100])
 def test_labels_that_do_not_fit_are_refused(labels):
     with pytest.raises(SFDError, match="label"):
-        evaluate(signed(IMAGES, np.zeros(100, int)), labels, REFERENCE, name="samples")
-
-
-def test_too_few_samples_are_refused():
-    with pytest.raises(SFDError, match="more than k = 3"):
-        evaluate(signed(IMAGES[:3], [0, 0, 0]), None, REFERENCE, name="samples")
+        evaluate(IMAGES, labels, REFERENCE, name="samples")
 
 
 def test_no_samples_are_refused():
     with pytest.raises(SFDError, match="no images"):
-        evaluate([], None, REFERENCE, name="samples")
+        evaluate(IMAGES[:0], None, REFERENCE, name="samples")
 
 
-def write_images(folder, images, name="{:06d}.png"):
+def write_images(folder, images, name="{:06d}.png", first=0):
     folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
+    for index, image in enumerate(images, first):
         Image.fromarray(image).save(folder / name.format(index))
 
 
@@ -154,52 +193,71 @@ def test_samples_are_read_with_their_record(tmp_path):
     record = {"labels": [0, 1, 0, 1, 0, 1], "classes": ["ring", "disk"], "sampling": {"steps": 8}, "model": "m-1"}
     (tmp_path / "samples.json").write_text(json.dumps(record))
     samples = load_samples(tmp_path)
-    np.testing.assert_array_equal(np.concatenate(list(samples.batches(4))), IMAGES[:6])
+    np.testing.assert_array_equal(samples.images.load(range(6)), IMAGES[:6])
     assert list(samples.labels_among(SOURCE.classes)) == [1, 0, 1, 0, 1, 0]
     assert samples.sampling == {"steps": 8, "model": "m-1"}
 
 
-def test_sub_folders_are_classes(tmp_path):
-    write_images(tmp_path / "star", IMAGES[:2])
-    write_images(tmp_path / "disk", IMAGES[2:3])
-    samples = load_samples(tmp_path)
-    assert list(samples.labels_among(SOURCE.classes)) == [0, 4, 4]
+def test_a_million_samples_are_read_in_the_order_of_their_numbers(tmp_path):
+    write_images(tmp_path, IMAGES[:4], first=999_998)
+    (tmp_path / "samples.json").write_text("{}")
+    np.testing.assert_array_equal(load_samples(tmp_path).images.load(range(4)), IMAGES[:4])
 
 
-def test_a_flat_folder_has_no_classes(tmp_path):
-    write_images(tmp_path, IMAGES[:2])
-    assert load_samples(tmp_path).labels_among(SOURCE.classes) is None
+def test_sub_folders_are_classes_and_a_flat_folder_has_none(tmp_path):
+    write_images(tmp_path / "a" / "star", IMAGES[:2])
+    write_images(tmp_path / "a" / "disk", IMAGES[2:3])
+    write_images(tmp_path / "flat", IMAGES[:2])
+    assert list(load_samples(tmp_path / "a").labels_among(SOURCE.classes)) == [0, 4, 4]
+    assert load_samples(tmp_path / "flat").labels_among(SOURCE.classes) is None
 
 
 def test_a_class_that_does_not_exist_is_named(tmp_path):
     write_images(tmp_path / "strar", IMAGES[:2])
+    write_images(tmp_path / "disk", IMAGES[:2])
     with pytest.raises(SFDError, match="did you mean 'star'"):
         load_samples(tmp_path).labels_among(SOURCE.classes)
 
 
-def test_a_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(SFDError, match="no PNG"):
-        load_samples(tmp_path)
-    with pytest.raises(SFDError, match="there is no folder"):
-        load_samples(tmp_path / "nowhere")
-
-
-def test_a_record_of_other_images_is_refused(tmp_path):
-    write_images(tmp_path, IMAGES[:3])
-    (tmp_path / "samples.json").write_text(json.dumps({"labels": [0, 1], "classes": ["disk", "ring"]}))
-    with pytest.raises(SFDError, match="2 labels for 3 images"):
-        load_samples(tmp_path)
-
-
-def test_a_damaged_image_is_named(tmp_path):
-    write_images(tmp_path, IMAGES[:2])
-    (tmp_path / "000001.png").write_bytes(b"no image")
-    with pytest.raises(SFDError, match=r"000001\.png"):
-        list(load_samples(tmp_path).batches())
-
-
-def test_images_of_two_sizes_are_refused(tmp_path):
+def test_samples_of_several_sizes_are_refused_or_cropped_as_for_training(tmp_path):
     write_images(tmp_path, IMAGES[:1])
     Image.fromarray(IMAGES[1][:8, :12]).save(tmp_path / "000001.png")
     with pytest.raises(SFDError, match="12×8"):
-        list(load_samples(tmp_path).batches(1))
+        load_samples(tmp_path)
+    assert load_samples(tmp_path, 16).images.load(range(2)).shape == (2, 16, 16, 3)
+    (tmp_path / "samples.json").write_text("{}")
+    with pytest.raises(SFDError, match=r"000001\.png.*12×8"):
+        load_samples(tmp_path).images.load(range(2))
+
+
+def missing_labels(folder):
+    (folder / "samples.json").write_text(json.dumps({"labels": [0, 1], "classes": ["disk", "ring"]}))
+
+
+def missing_images(folder):
+    (folder / "samples.json").write_text(json.dumps({"seeds": [1, 2, 3, 4]}))
+
+
+def damaged(folder):
+    (folder / "samples.json").write_text("{}")
+    (folder / "000001.png").write_bytes(b"no image")
+
+
+def mixed(folder):
+    write_images(folder / "star", IMAGES[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (missing_labels, "2 labels for 3"),
+        (missing_images, "3 of its 4"),
+        (damaged, r"000001\.png"),
+        (mixed, "star|sub"),
+    ],
+)
+def test_what_is_no_folder_of_samples_is_refused(tmp_path, change, words):
+    write_images(tmp_path, IMAGES[:3])
+    change(tmp_path)
+    with pytest.raises(SFDError, match=words):
+        load_samples(tmp_path).images.load(range(3))

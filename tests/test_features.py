@@ -1,22 +1,23 @@
 import numpy as np
 import pytest
+from PIL import Image
 
+from sfd.data.shapes import ShapesSource
 from sfd.evaluation import features
 from sfd.evaluation.extractors._base import Extraction
-from sfd.evaluation.features import Features
-from sfd.evaluation.metrics import Gaussian, gaussian
-from sfd.evaluation.npz import Npz, NpzImages
-from sfd.evaluation.reference import RealImages, measured
-from sfd.utils.errors import SFDError
-from sfd.utils.shares import WHOLE, Share
+from sfd.evaluation.features import extract
+from sfd.evaluation.metrics import Gaussian
+from sfd.evaluation.reference import RealImages, Reference, open_reference
+from sfd.evaluation.samples import load_samples
 
 COUNT = 25
+IMAGES = ShapesSource(COUNT, seed=0, image_size=8)
 
 
 class Corners:
     """An extractor to work out by hand, which counts the images that it sees and may fail at one of them."""
 
-    name, identity, task, accuracy, classes = "corners", "corners-1", "nothing", None, ()
+    name, identity, task, accuracy, trained_on, classes = "corners", "corners-1", "nothing", None, None, ()
 
     def __init__(self, fails_at=None):
         self.seen, self.fails_at = 0, fails_at
@@ -26,7 +27,7 @@ class Corners:
             self.seen += 1
             if self.seen == self.fails_at:
                 raise KeyboardInterrupt
-        flat = images.reshape(len(images), -1).astype(np.float32)
+        flat = images.reshape(len(images), -1).astype(np.float32) + 1
         probabilities = flat[:, :4] / flat[:, :4].sum(axis=1, keepdims=True)
         return Extraction(flat[:, :6], probabilities, flat[:, 6:10])
 
@@ -36,79 +37,91 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 10)
 
 
-@pytest.fixture
-def images(tmp_path):
-    pixels = np.random.default_rng(0).integers(1, 256, size=(COUNT, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", arr_0=pixels)
-    return NpzImages(Npz(tmp_path / "images.npz"))
-
-
-def computed(folder, images, extractor, part=WHOLE, batch_size=4):
-    result = Features(folder, images, extractor)
-    result.compute(batch_size, part, "features")
-    return result
-
-
-def assert_whole(extraction, images):
-    """Check against what is seen at once."""
-    for found, expected in zip(extraction, Corners().extract(images.load(range(COUNT))), strict=True):
+def assert_complete(extraction):
+    for found, expected in zip(extraction, Corners().extract(IMAGES.load(range(COUNT))), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_features_in_chunks_are_those_of_all_images(tmp_path, images):
-    assert_whole(computed(tmp_path, images, Corners()).read(), images)
+def test_features_in_chunks_are_those_of_all_images(tmp_path):
+    assert_complete(extract(IMAGES, Corners(), batch_size=4))
+    assert_complete(extract(IMAGES.load(range(COUNT)), Corners(), batch_size=7))
+    assert_complete(extract(IMAGES, Corners(), cache=tmp_path, batch_size=4))
 
 
-def test_an_interrupted_computation_goes_on_at_the_chunk_where_it_was(tmp_path, images):
+def test_an_interrupted_computation_resumes_at_the_chunk_where_it_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        computed(tmp_path, images, Corners(fails_at=17))
-    extractor = Corners()
-    assert_whole(computed(tmp_path, images, extractor).read(), images)
-    assert extractor.seen == COUNT - 10
+        extract(IMAGES, Corners(fails_at=17), cache=tmp_path, batch_size=4)
+    for seen in (COUNT - 10, 0):
+        extractor = Corners()
+        assert_complete(extract(IMAGES, extractor, cache=tmp_path))
+        assert extractor.seen == seen
 
 
-def test_finished_features_are_not_computed_again(tmp_path, images):
-    computed(tmp_path, images, Corners())
-    extractor = Corners()
-    computed(tmp_path, images, extractor)
-    assert extractor.seen == 0
-
-
-def test_a_damaged_chunk_is_computed_again(tmp_path, images):
-    folder = computed(tmp_path, images, Corners()).folder
-    chunk = folder / "features-00001.safetensors"
+def test_a_damaged_chunk_is_computed_again(tmp_path):
+    extract(IMAGES, Corners(), cache=tmp_path)
+    chunk = next(tmp_path.glob("*/features-00001.safetensors"))
     chunk.write_bytes(chunk.read_bytes()[:-7])
     extractor = Corners()
-    assert_whole(computed(tmp_path, images, extractor).read(), images)
+    assert_complete(extract(IMAGES, extractor, cache=tmp_path))
     assert extractor.seen == 10
 
 
-def test_parts_make_the_whole(tmp_path, images):
+def test_ranks_share_the_chunks_and_the_last_has_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     extractors = [Corners(), Corners()]
-    computed(tmp_path, images, extractors[1], Share(2, 2))
-    with pytest.raises(SFDError, match="lacks 2 of 3 chunks"):
-        Features(tmp_path, images, extractors[1]).read()
-    assert_whole(computed(tmp_path, images, extractors[0], Share(1, 2)).read(), images)
+    monkeypatch.setenv("RANK", "1")
+    assert extract(IMAGES, extractors[1], cache=tmp_path) is None
+    monkeypatch.setenv("RANK", "0")
+    assert_complete(extract(IMAGES, extractors[0], cache=tmp_path))
     assert [extractor.seen for extractor in extractors] == [15, 10]
 
 
-def test_other_images_and_other_extractors_have_features_of_their_own(tmp_path, images):
-    np.savez(tmp_path / "others.npz", arr_0=images.load(range(COUNT))[::-1])
-    others = NpzImages(Npz(tmp_path / "others.npz"))
+def test_other_images_and_other_extractors_have_features_of_their_own(tmp_path):
     finer = Corners()
     finer.identity = "corners-2"
-    folders = {Features(tmp_path, i, e).folder for i in (images, others) for e in (Corners(), finer)}
-    assert len(folders) == 4
+    for images in (IMAGES, ShapesSource(COUNT, seed=1, image_size=8)):
+        for extractor in (Corners(), finer):
+            extract(images, extractor, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_moments_stored_with_a_reference_stand_for_its_images(tmp_path, images):
-    extractor = Corners()
-    seen = extractor.extract(images.load(range(COUNT)))
+def test_moments_stored_with_a_reference_replace_those_of_its_images():
     stored = Gaussian(np.zeros(6), np.eye(6), 0)
-    whole = measured(RealImages("real", "id", images), extractor, seen)
-    assert whole.statistics.count == whole.spatial.count == COUNT and not whole.protocol.stored_moments
-    np.testing.assert_allclose(whole.spatial.mean, gaussian(seen.spatial).mean)
-    pooled = measured(RealImages("real", "id", images, stored), extractor, seen)
+    own = Reference.of(RealImages("real", "id", IMAGES), Corners())
+    assert own.statistics.count == own.spatial.count == COUNT and not own.protocol.stored_moments
+    pooled = Reference.of(RealImages("real", "id", IMAGES, stored), Corners())
     assert pooled.statistics is stored and pooled.spatial is None and pooled.protocol.stored_moments
-    alone = measured(RealImages("real", "id", None, stored, stored), extractor, None)
+    alone = Reference.of(RealImages("real", "id", None, stored, stored), Corners())
     assert alone.features is None and alone.spatial is stored and alone.protocol.reference_count == 0
+
+
+def grey(folder, number):
+    values = np.full((8, 8), 1000 * number, np.uint16)
+    Image.fromarray(values).save(folder / f"{number}.png")
+
+
+def turned(folder, number):
+    picture = Image.fromarray(IMAGES.load([number])[0])
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(folder / f"{number}.JPG", exif=exif)
+
+
+def transparent(folder, number):
+    rgba = np.dstack([IMAGES.load([number])[0], np.full((8, 8), 10 * number, np.uint8)])
+    Image.fromarray(rgba).save(folder / f"{number}.PNG")
+
+
+@pytest.mark.parametrize("write", [grey, turned, transparent])
+def test_samples_and_reference_are_read_alike(tmp_path, write):
+    for number in range(6):
+        write(tmp_path, number)
+    (tmp_path / "@eaDir").mkdir()
+    grey(tmp_path / "@eaDir", 9)
+    (tmp_path / "._1.png").write_bytes(b"left by a system")
+    samples = load_samples(tmp_path).images
+    reference = open_reference(tmp_path, 8, "dinov2").images
+    assert len(samples) == 6 and samples.identity == reference.identity
+    np.testing.assert_array_equal(samples.load(range(6)), reference.load(range(6)))
+    if write is grey:
+        assert [int(image.mean()) for image in samples.load(range(6))] == [round(1000 * n / 257) for n in range(6)]

@@ -55,9 +55,9 @@ def test_numbers_carry_their_protocol(seen, results):
     assert protocol["stored_moments"] and protocol["reference_count"] == 6
     assert protocol["reference"] == "reference.npz" and protocol["reference_identity"] in text
     assert metrics["balanced"] and "6, balanced" in text
-    assert len(metrics["caveats"]) == 2
+    assert len(metrics["not_comparable"]) == 2
     for words in ("6 samples, published FID-50K takes 50,000", "not the published Inception"):
-        assert any(words in caveat for caveat in metrics["caveats"]) and words in text
+        assert any(words in reason for reason in metrics["not_comparable"]) and words in text
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from sfd.evaluation.metrics import (
-    Gaussian,
-    GaussianAccumulator,
-    frechet_distance,
-    gaussian,
-    inception_score,
-    precision_recall,
-)
+from sfd.evaluation import intervals
+from sfd.evaluation.metrics import Gaussian, frechet_distance, gaussian, inception_score, precision_recall
 from sfd.utils.errors import SFDError
 
-GOLDEN = Path(__file__).parent / "golden"
-TENSORS = load_file(GOLDEN / "metrics.io.safetensors")
+TENSORS = load_file(Path(__file__).parent / "golden" / "metrics.io.safetensors")
 REFERENCE, SAMPLES = TENSORS["reference_features"], TENSORS["sample_features"]
 
 
@@ -48,43 +41,22 @@ def test_frechet_distance_is_symmetric_and_does_not_change_under_rotation(size, 
     assert frechet_distance(turned[0], turned[1]) == pytest.approx(distance, rel=1e-6, abs=1e-5)
 
 
-def test_frechet_distance_of_singular_covariances_is_real_and_zero_to_itself():
-    few = gaussian(np.random.default_rng(0).normal(size=(5, 32)))
-    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
-
-
-@given(cuts=st.lists(st.integers(0, 400), max_size=6), offset=st.sampled_from([0.0, 1e4]))
-@settings(max_examples=30, deadline=None)
-def test_moments_do_not_depend_on_the_batches(cuts, offset):
-    features = REFERENCE.astype(np.float64) + offset
-    moments = GaussianAccumulator()
-    for part in np.split(features, sorted(cuts)):
-        moments.update(part)
-    result = moments.gaussian()
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_moments_of_many_features_are_accurate(offset):
+    features = np.tile(REFERENCE, (25, 1)).astype(np.float64) + offset  # more than one block
+    result = gaussian(features)
     np.testing.assert_allclose(result.mean, features.mean(axis=0), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(result.covariance, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 350])
-def test_precision_and_recall_do_not_depend_on_the_chunk(chunk):
-    assert precision_recall(REFERENCE, SAMPLES, chunk=chunk) == precision_recall(REFERENCE, SAMPLES)
-
-
-def test_precision_and_recall_of_samples_at_one_point_of_the_reference():
-    samples = np.repeat(REFERENCE[:1], 10, axis=0)
-    result = precision_recall(REFERENCE, samples)
-    assert result.precision == 1
-    assert result.recall <= 1 / len(REFERENCE)
-
-
-def test_inception_score_of_sure_and_balanced_classes_is_their_number():
-    assert inception_score(np.tile(np.eye(7), (3, 1))) == pytest.approx(7)
-
-
-def test_inception_score_is_the_mean_over_splits():
-    sure = np.eye(6)
-    assert inception_score(sure, split_size=2) == pytest.approx(2)
-    assert inception_score(sure, split_size=4) == pytest.approx((4 + 2) / 2)  # the last split is shorter
+@pytest.mark.parametrize("copies", [1, 2, 6])
+@pytest.mark.parametrize(("count", "size"), [(5, 32), (40, 3), (30, 2048)])
+def test_a_set_is_at_distance_zero_from_itself_and_all_of_it_is_found_again(count, size, copies):
+    few = np.random.default_rng(0).normal(loc=3, scale=50, size=(count, size)).astype(np.float32)
+    repeated = np.tile(few, (copies, 1))
+    shuffled = np.random.default_rng(1).permutation(repeated)
+    assert frechet_distance(repeated, shuffled) == pytest.approx(0, abs=1e-5)
+    assert precision_recall(repeated, shuffled) == (1, 1)
 
 
 def test_precision_and_recall_of_points_on_a_line():
@@ -94,11 +66,47 @@ def test_precision_and_recall_of_points_on_a_line():
     assert found == pytest.approx((2 / 5, 1))  # -3.1 is 3.1 from 0, 19.1 is 9.1 from 10, 20 is 10 from 10
 
 
-def test_features_of_other_extractors_are_refused():
-    with pytest.raises(SFDError, match="32 and 16 dimensions"):
-        frechet_distance(gaussian(REFERENCE), gaussian(SAMPLES[:, :16]))
+def test_samples_that_are_all_copies_of_one_real_image_cover_that_image_alone():
+    result = precision_recall(REFERENCE, np.repeat(REFERENCE[:1], 10, axis=0))
+    assert result == pytest.approx((1, 1 / len(REFERENCE)))
 
 
-def test_one_image_has_no_covariance():
-    with pytest.raises(SFDError, match="at least 2 images"):
-        gaussian(REFERENCE[:1])
+def test_inception_score_is_the_mean_over_splits_of_the_number_of_sure_classes():
+    sure = np.eye(6)
+    assert inception_score(np.tile(sure, (3, 1))) == pytest.approx(6)
+    assert inception_score(sure, split_size=2) == pytest.approx(2)
+    assert inception_score(sure, split_size=4) == pytest.approx((4 + 2) / 2)  # the last split is shorter
+
+
+@pytest.mark.parametrize(("a", "b"), [(REFERENCE, SAMPLES[:, :16]), (REFERENCE[:1], SAMPLES), (REFERENCE[0], SAMPLES)])
+def test_features_without_a_distance_are_refused(a, b):
+    with pytest.raises(SFDError):
+        frechet_distance(a, b)
+
+
+def spread(estimate, draw):
+    """Standard deviation over draws, and as one draw's interval tells it."""
+    found = [estimate(draw(np.random.default_rng(seed))) for seed in range(300)]
+    return np.std([one.value for one in found]), np.mean([(one.high - one.low) / 3.92 for one in found])
+
+
+def test_the_interval_of_the_frechet_distance_is_its_spread_over_draws():
+    mix = np.eye(8) + 0.3 * np.random.default_rng(0).normal(size=(8, 8))
+    reference = Gaussian(np.zeros(8), np.eye(8), 0)
+    expected, found = spread(lambda x: intervals.frechet(reference, x), lambda rng: rng.normal(size=(500, 8)) @ mix)
+    assert found == pytest.approx(expected, rel=0.15)
+
+
+def test_the_interval_of_the_inception_score_is_its_spread_over_draws():
+    expected, found = spread(intervals.inception, lambda rng: rng.dirichlet(np.full(5, 0.4), size=400))
+    assert found == pytest.approx(expected, rel=0.15)
+
+
+def test_the_interval_of_a_share_is_wide_where_few_images_all_agree():
+    few, many = (intervals.share(np.ones(count, bool)) for count in (4, 4000))
+    assert few.value == many.value == few.high == many.high == 1
+    assert few.low < 0.6 and 0.99 < many.low < 1
+
+
+def test_intervals_are_the_same_every_time():
+    assert intervals.frechet(gaussian(REFERENCE), SAMPLES) == intervals.frechet(gaussian(REFERENCE), SAMPLES)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfd.evaluation.npz import Npz, NpzImages, read_labels, read_moments
+from sfd.evaluation.npz import Npz, NpzImages, read_moments
 from sfd.evaluation.reference import open_reference
 from sfd.evaluation.samples import load_samples, pack
 from sfd.utils.errors import SFDError
@@ -43,7 +43,7 @@ def test_packed_samples_are_the_samples(tmp_path):
     samples = load_samples(write_folder(tmp_path / "samples"))
     pack(samples, tmp_path / "out.npz")
     packed = load_samples(tmp_path / "out.npz")
-    np.testing.assert_array_equal(np.concatenate(list(packed.batches(3))), IMAGES)
+    np.testing.assert_array_equal(packed.images.load(range(10)), IMAGES)
     assert (packed.labels, packed.classes, packed.sampling) == (samples.labels, samples.classes, samples.sampling)
     assert packed.sampling == {"solver": "heun", "steps": 8, "model": "m-1", "seeds": "0, 4-6, 9"}
     assert packed.balanced
@@ -92,8 +92,8 @@ def test_moments_are_read_beside_images(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=IMAGES, mu=mu, sigma=sigma)
     npz = Npz(tmp_path / "a.npz")
     found = read_moments(npz, "mu", "sigma", 3)
-    np.testing.assert_array_equal(found[0], mu)
-    np.testing.assert_array_equal(found[1], sigma)
+    np.testing.assert_array_equal(found.mean, mu)
+    np.testing.assert_array_equal(found.covariance, sigma)
     assert read_moments(npz, "mu_s", "sigma_s", 5) is None
 
 
@@ -158,7 +158,7 @@ def test_damaged_bytes_are_noticed(tmp_path):
     data[len(data) // 2] ^= 0xFF
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(SFDError, match="fetch it again"):
-        list(load_samples(tmp_path / "a.npz").batches())
+        load_samples(tmp_path / "a.npz").images.load(range(10))
 
 
 def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
@@ -168,8 +168,3 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
         archive.writestr("arr_0.npy", header.getvalue() + IMAGES.tobytes())
     with pytest.raises(SFDError, match="should take"):
         load_samples(tmp_path / "a.npz")
-
-
-def test_labels_are_optional(tmp_path):
-    np.savez(tmp_path / "a.npz", arr_0=IMAGES)
-    assert read_labels(Npz(tmp_path / "a.npz"), 10) is None

@@ -9,12 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
-from sfd.cli.evaluate import describe, evaluate_folder
+from sfd.cli.main import main
 from sfd.data.folder import write_folder
 from sfd.data.shapes import ShapesSource
 from sfd.data.shards import LatentSet
-from sfd.evaluation.samples import load_samples, pack
+from sfd.evaluation.evaluate import read_metrics
 from sfd.generation.config import SamplingConfig
 from sfd.generation.folder import read_images, write_samples
 from sfd.generation.model import load_model
@@ -166,16 +167,16 @@ def test_data_of_another_number_of_classes_are_refused(finished, tmp_path):
         Pipeline(recipe, tmp_path, CPU).train_texture()
 
 
-def test_a_folder_of_samples_is_judged(finished):
-    text = describe(evaluate_folder(finished.folder.samples / "guided", finished.folder.root, CPU))
-    assert "class accuracy" in text and "20, balanced" in text
-
-
-def test_packed_samples_are_judged_as_their_folder_is(finished, tmp_path):
-    pack(load_samples(finished.folder.samples / "guided"), tmp_path / "guided.npz")
-    packed = evaluate_folder(tmp_path / "guided.npz", finished.folder.root, CPU)
-    folder = evaluate_folder(finished.folder.samples / "guided", finished.folder.root, CPU)
-    assert packed.model_copy(update={"name": folder.name}) == folder
+def test_samples_are_evaluated_by_a_run_as_a_folder_and_packed(finished, tmp_path):
+    guided, run = finished.folder.samples / "guided", finished.folder.root
+    assert CliRunner().invoke(main, ["pack", str(guided), str(tmp_path / "guided.npz")]).exit_code == 0
+    for samples in (guided, tmp_path / "guided.npz"):
+        result = CliRunner().invoke(
+            main, ["evaluate", str(samples), "--run", str(run), "--out", str(tmp_path / "out.json"), "--device", "cpu"]
+        )
+        assert "class accuracy" in result.output and "20, balanced" in result.output
+        recorded = read_metrics(finished.folder.metrics / "guided-samples.json")
+        assert read_metrics(tmp_path / "out.json") == recorded.model_copy(update={"name": samples.name})
 
 
 def test_a_model_in_half_precision_is_still_itself(finished, tmp_path):

@@ -23,7 +23,8 @@ from benchmarks.speed.measuring import Row, Setting, machine
 from benchmarks.speed.report import draw_figure, keep_file
 from sfd.data.encode import LatentSettings, LatentWriter
 from sfd.data.shards import LatentSet
-from sfd.evaluation.evaluate import Reference, evaluate
+from sfd.evaluation.evaluate import evaluate
+from sfd.evaluation.reference import Reference
 from sfd.generation.model import Model, load_model
 from sfd.models.inference import cannot_compile
 from sfd.run.assessment import reference

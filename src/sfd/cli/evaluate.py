@@ -1,62 +1,77 @@
-"""What `sfd evaluate` and `sfd pack` do: judge samples by a run, or by a published extractor against a reference."""
+"""`sfd evaluate` and `sfd pack`: compare samples with a run's held-out images, or with a reference of one's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
-import torch
 
-from sfd.evaluation.evaluate import Metrics, Reference, compare, evaluate
+from sfd.evaluation.evaluate import Metrics, compare
 from sfd.evaluation.extractors import inception
 from sfd.evaluation.extractors._base import pretrained
-from sfd.evaluation.features import Features
-from sfd.evaluation.reference import measured, open_reference
+from sfd.evaluation.features import extract
+from sfd.evaluation.reference import Reference, open_reference
 from sfd.evaluation.samples import Samples, load_samples, pack
-from sfd.run.assessment import reference as run_reference
+from sfd.run.assessment import held_out_images
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
-from sfd.utils import distributed
 from sfd.utils.device import choose_device
+from sfd.utils.distributed import local_device
 from sfd.utils.errors import SFDError
-from sfd.utils.shares import WHOLE, Share, choose_share, own_device
 
 PUBLISHED_COUNT = 50_000  # samples behind a published FID
 DISTANCES = {"inception": "FID", "dinov2": "FD-DINOv2"}  # names of the Fréchet distance, by extractor
 
 
 def evaluate_samples(
-    samples: Path, run: Path | None, reference: Path | None, out: Path | None, device: str, **options: Any
+    samples: Path,
+    run: Path | None,
+    reference: Path | None,
+    extractor: str | None,
+    weights: str | None,
+    image_size: int | None,
+    features: Path | None,
+    batch_size: int,
+    out: Path | None,
+    device: str,
 ) -> None:
-    """Judge samples and print the metrics; see `sfd evaluate --help`."""
-    share = choose_share(options["part"])
-    given = {name: value for name, value in options.items() if value is not None}
+    """Compare samples with real images and print the metrics; see `sfd evaluate --help`."""
     if (run is None) == (reference is None):
         raise SFDError("give either --run RUN, or --reference REF with --extractor, to say what to compare with")
+    if run is not None and (extractor or weights):
+        raise SFDError("--extractor and --weights go with --reference; a run has its own classifier")
+    if reference is not None and extractor is None:
+        raise SFDError("--reference needs --extractor too; give inception or dinov2")
     if out is not None and out.is_dir():
         raise SFDError(f"--out {out} is a folder; give a file's name, such as metrics.json")
+    loaded = load_samples(samples, image_size)
+    chosen = choose_device(local_device(device))
     if run is not None:
-        if given:
-            raise SFDError(
-                f"--{next(iter(given)).replace('_', '-')} goes with --reference; a run has its own evaluator"
-            )
-        distributed.check_single("evaluate --run")
-        result: Metrics | None = evaluate_folder(samples, run, choose_device(device))
+        if not (run / "recipe.yaml").exists():
+            raise SFDError(f"{run} is no run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
+        pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, chosen)
+        judge, real = pipeline.evaluator, held_out_images(pipeline)
     else:
-        assert reference is not None
-        if "extractor" not in given:
-            raise SFDError("--reference needs --extractor too; give inception or dinov2")
-        given.setdefault("features", (out or samples.absolute()).parent / "features")
-        where = choose_device(own_device(device))
-        result = evaluate_against(samples, reference, device=where, **given | {"part": share})
-    if result is None:
-        click.echo(f"part {share} is done; after all, the same command without --part gives the numbers")
+        assert reference is not None and extractor is not None
+        judge = pretrained(extractor, weights, chosen)
+        real = open_reference(reference, loaded.images.image_size, extractor)
+    labels = loaded.labels_among(judge.classes)
+    cache = features
+    if cache is None and run is None:
+        cache = (out or samples.absolute()).parent / "features"
+    seen = extract(loaded.images, judge, "features of the samples", cache=cache, batch_size=batch_size)
+    against = Reference.of(real, judge, cache=cache, batch_size=batch_size)
+    if seen is None or against is None:
+        click.echo(f"this rank's features are in {cache}; the last rank to end gives the numbers")
         return
+    found = compare(seen, labels, against, name=samples.name, sampling=loaded.sampling)
+    if run is None:
+        found = found.model_copy(
+            update={"balanced": loaded.balanced, "not_comparable": tuple(_not_comparable(loaded, against))}
+        )
     if out is not None:
-        result.write(out)
-    click.echo(describe(result))
+        found.write(out)
+    click.echo(describe(found))
 
 
 def pack_samples(samples: Path, out: Path) -> None:
@@ -68,88 +83,37 @@ def pack_samples(samples: Path, out: Path) -> None:
     click.echo(f"{len(loaded.images)} images in {out}")
 
 
-def evaluate_folder(samples: Path, run: Path, device: torch.device) -> Metrics:
-    """Judge samples with a run's evaluator and held-out images.
-
-    Raises:
-        SFDError: the run has no evaluator or the images do not fit it.
-    """
-    if not (run / "recipe.yaml").exists():
-        raise SFDError(f"{run} is no run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
-    pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, device)
-    loaded = load_samples(samples)
-    against = run_reference(pipeline)
-    labels = loaded.labels_among(against.classes)
-    return evaluate(loaded.batches(), labels, against, name=samples.name, sampling=loaded.sampling)
-
-
-def evaluate_against(
-    samples: Path,
-    reference: Path,
-    extractor: str,
-    features: Path,
-    *,
-    weights: str | None = None,
-    batch_size: int = 64,
-    part: Share = WHOLE,
-    device: torch.device,
-) -> Metrics | None:
-    """Judge samples with a published extractor against a reference: an `.npz`, or a folder of images.
-
-    Features are kept in the folder `features`, so that a stopped evaluation goes on where it was. With a `part` of
-    several only that share of them is computed, and None is returned.
-
-    Raises:
-        SFDError: samples, reference or extractor are not what they should be.
-    """
-    loaded = load_samples(samples)
-    judge = pretrained(extractor, weights, device)
-    real = open_reference(reference, loaded.images.image_size, extractor)
-    sets = [Features(features, images, judge) for images in (loaded.images, real.images) if images is not None]
-    for computed, name in zip(sets, ("samples", "reference"), strict=False):
-        computed.compute(batch_size, part, f"features of the {name}")
-    if part != WHOLE:
-        return None
-    against = measured(real, judge, sets[1].read() if len(sets) > 1 else None)
-    labels = None if loaded.labels is None else np.asarray(loaded.labels, np.int64)
-    return compare(
-        sets[0].read(),
-        labels,
-        loaded.classes,
-        against,
-        balanced=loaded.balanced,
-        name=samples.name,
-        sampling=loaded.sampling,
-        caveats=_caveats(loaded, against),
-    )
-
-
 def describe(metrics: Metrics) -> str:
-    """Write metrics with their protocol as text."""
+    """Format metrics with their intervals, their protocol and what makes them doubtful."""
     protocol = metrics.protocol
-    numbers = {DISTANCES.get(protocol.extractor, "Fréchet distance"): f"{metrics.frechet_distance:.3f}"}
-    if metrics.sfid is not None:
-        numbers["sFID"] = f"{metrics.sfid:.3f}"
-    if metrics.inception_score is not None:
-        numbers["inception score"] = f"{metrics.inception_score:.3f}"
-    if metrics.precision is not None and metrics.recall is not None:
-        numbers["precision, recall"] = f"{metrics.precision:.3f}, {metrics.recall:.3f} (k = {protocol.neighbours})"
-    if metrics.class_accuracy is not None:
-        numbers["class accuracy"] = f"{metrics.class_accuracy:.1%}"
-    judge = "" if protocol.extractor_accuracy is None else f"; its own accuracy {protocol.extractor_accuracy:.1%}"
-    images = f"{protocol.reference_count} images" if protocol.reference_count else "no images"
+    names = {
+        "frechet_distance": DISTANCES.get(protocol.extractor, "Fréchet distance"),
+        "sfid": "sFID",
+        "inception_score": "inception score",
+        "precision": f"precision (k = {protocol.neighbours})",
+        "recall": f"recall (k = {protocol.neighbours})",
+        "class_accuracy": "class accuracy",
+    }
+    rows = {}
+    for metric, (low, high) in metrics.intervals.items():
+        doubtful = "  not reliable, see below" if metric in metrics.caveats else ""
+        rows[names[metric]] = f"{getattr(metrics, metric):.3f}  (95 %: {low:.3f} to {high:.3f}){doubtful}"
+    accuracy = "" if protocol.extractor_accuracy is None else f"; its own accuracy {protocol.extractor_accuracy:.1%}"
+    images = f"{protocol.reference_count:,} images" if protocol.reference_count else "no images"
     moments = "its stored moments and " if protocol.stored_moments else ""
-    facts = {
-        "samples": f"{metrics.n_samples}, {'balanced' if metrics.balanced else 'not balanced'}",
+    rows |= {
+        "samples": f"{metrics.n_samples:,}, {'balanced' if metrics.balanced else 'not balanced'}",
         "sampling": ", ".join(f"{k} {v}" for k, v in metrics.sampling.items() if v not in (None, "", {})),
         "reference": f"{protocol.reference} ({protocol.reference_identity}): {moments}{images}",
-        "extractor": f"{protocol.extractor_identity} ({protocol.extractor_task}{judge})",
+        "extractor": f"{protocol.extractor_identity} ({protocol.extractor_task}{accuracy})",
     }
-    lines = [f"{name:<18} {text}" for name, text in {**numbers, **facts}.items() if text]
-    return "\n".join([*lines, *(f"not comparable with published numbers: {text}" for text in metrics.caveats)])
+    lines = [f"{name:<18} {text}" for name, text in rows.items() if text]
+    reasons = dict.fromkeys(reason for caveats in metrics.caveats.values() for reason in caveats)
+    lines += [f"not reliable: {reason}" for reason in reasons]
+    return "\n".join([*lines, *(f"not comparable with published numbers: {text}" for text in metrics.not_comparable)])
 
 
-def _caveats(samples: Samples, reference: Reference) -> list[str]:
+def _not_comparable(samples: Samples, reference: Reference) -> list[str]:
     """Say why numbers of a published extractor cannot be compared with published ones."""
     found, protocol, count = [], reference.protocol, len(samples.images)
     if count != PUBLISHED_COUNT:

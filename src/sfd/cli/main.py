@@ -249,21 +249,20 @@ def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: f
 
 @main.command()
 @click.argument("samples", type=FOLDER)
-@click.option("--run", type=FOLDER, help="the run whose evaluator and held-out images to judge by")
-@click.option("--reference", type=FOLDER, help="or real images: a folder, or an .npz of images or moments, as ADM's")
+@click.option("--run", type=FOLDER, help="compare with the held-out images of this run, by its own classifier")
+@click.option("--reference", type=FOLDER, help="or with real images: a folder, a zip, or an .npz of images or moments")
 @click.option("--extractor", help="with --reference: inception (FID, sFID, IS) or dinov2 (FD-DINOv2)")
 @click.option("--weights", help="the extractor's, a local file or folder  [default: fetched by name]")
+@click.option("--image-size", type=click.IntRange(min=1), help="scale and crop SAMPLES to this, as for training")
 @click.option("--out", type=FOLDER, help="write the metrics to this JSON file too")
-@click.option(
-    "--features", type=FOLDER, help="folder that keeps features  [default: features, beside --out or SAMPLES]"
-)
-@click.option("--batch-size", type=click.IntRange(min=1), help="images that the extractor sees at once  [default: 64]")
-@click.option("--part", metavar="I/N", help="compute only this share of the features, for several machines")
+@click.option("--features", type=FOLDER, help="cache of features  [default: features, next to --out or SAMPLES]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="of the extractor")
 @device_option
 def evaluate(**arguments: Any) -> None:
-    """Judge SAMPLES, a folder or an .npz: Fréchet distance, precision, recall, with all that they hang on.
+    """Evaluate SAMPLES (a folder, a zip or an .npz): FID, sFID, inception score, precision, recall, class accuracy.
 
-    Features of a reference are computed once and kept, so that the same command goes on where it was stopped.
+    Each metric is printed with a 95 % interval and the evaluation protocol. Features are cached: the same command
+    resumes where it was stopped, and ranks (RANK and WORLD_SIZE) share the work through a common folder.
     """
     from sfd.cli.evaluate import evaluate_samples
 

@@ -11,12 +11,12 @@ import click
 import yaml
 
 from sfd.data.classes import parse_classes
-from sfd.evaluation.figures import strip_picture
+from sfd.evaluation.figures import trajectory
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import model_folder
 from sfd.generation.folder import write_grid, write_samples
 from sfd.generation.model import Model, load_model
-from sfd.generation.trajectory import follow_sample
+from sfd.generation.trajectory import follow_sample, schedule_curves
 from sfd.run.recipe import read_yaml
 from sfd.utils import distributed, files
 from sfd.utils.config import parse
@@ -68,7 +68,7 @@ def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidan
     if guidance is None:
         guidance = STRIP_GUIDANCE if loaded.classes else 1.0
     seen = follow_sample(loaded, SamplingConfig(guidance=guidance), seed, label)
-    figure = strip_picture(seen.base, seen.times, loaded.composite.names, seen.semantic, seen.decoded)
+    figure = trajectory(seen, schedule_curves(loaded))
     with files.atomic_write(out) as partial:
         figure.savefig(partial, format="png", facecolor="white")
 

@@ -1,59 +1,51 @@
-"""Compares generated images with real ones and writes down how: numbers never travel without their protocol."""
+"""Compares samples with a reference. Every number comes with its protocol, its interval and what makes it doubtful."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sfd.data.images import ImageSource
-from sfd.evaluation.extractors._base import Extraction, Extractor
-from sfd.evaluation.features import concatenated
-from sfd.evaluation.metrics import Gaussian, frechet_distance, gaussian, inception_score, precision_recall
-from sfd.evaluation.samples import balanced
+from sfd.data.split import Subset
+from sfd.evaluation import intervals
+from sfd.evaluation.extractors._base import Extraction
+from sfd.evaluation.features import Images, extract
+from sfd.evaluation.intervals import Estimate
+from sfd.evaluation.metrics import within_manifold
+from sfd.evaluation.reference import NEIGHBOURS, Protocol, Reference
 from sfd.utils import files, rng
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
-from sfd.utils.progress import bar
 
-NEIGHBOURS = 3  # k of precision and recall
-BATCH = 256
-
-
-class Protocol(Settings):
-    """What numbers must be told with: they mean nothing beside numbers of another protocol."""
-
-    reference: str  # which real images
-    reference_identity: str
-    reference_count: int  # images of the reference that were looked at; 0: none
-    stored_moments: bool = False  # Fréchet distances are to moments that came with the reference, of more images
-    extractor: str
-    extractor_identity: str
-    extractor_task: str  # what the extractor was trained to tell
-    extractor_accuracy: float | None  # at that, on images it never saw
-    neighbours: int = NEIGHBOURS
+# With fewer images a metric says more of the images than of the model.
+MIN_IMAGES = 1000
+MIN_PER_DIMENSION = 2
+MIN_ACCURACY = 0.7  # of a classifier that judges
+METRICS = ("frechet_distance", "sfid", "precision", "recall", "inception_score", "class_accuracy")
 
 
 class Metrics(Settings):
-    """One row of the results."""
+    """One row of the results. A metric is None if reference, extractor or samples do not allow it."""
 
-    name: str  # what was measured ("guided", "real training images")
+    name: str  # what was measured ("guided samples", "real training images")
     real: bool  # real images, not samples
     n_samples: int
     balanced: bool  # every class has equally many samples (or one more)
-    frechet_distance: float
-    sfid: float | None = None  # Fréchet distance of spatial features; None if extractor or reference has none
-    precision: float | None  # None, like recall, if the reference holds no images
+    frechet_distance: float | None
+    sfid: float | None  # Fréchet distance of spatial features
+    precision: float | None
     recall: float | None
-    inception_score: float | None  # under the extractor's classes; None if it knows none
-    class_accuracy: float | None  # None if samples or extractor have no classes
-    accuracy_by_class: dict[str, float]  # empty like class_accuracy is None
+    inception_score: float | None  # under the extractor's classes
+    class_accuracy: float | None  # share of samples that the extractor takes for the class asked for
+    accuracy_by_class: dict[str, float]
+    intervals: dict[str, tuple[float, float]]  # 95 % bootstrap interval, by metric
+    caveats: dict[str, tuple[str, ...]]  # why a metric cannot be trusted, by metric; only those that cannot
+    not_comparable: tuple[str, ...] = ()  # why the numbers cannot be compared with published ones
     protocol: Protocol
     sampling: dict[str, Any]  # how the samples were made: solver, steps, guidance …
-    caveats: tuple[str, ...] = ()  # why the numbers cannot be compared with published ones; empty: they can, or never
 
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -65,35 +57,8 @@ def read_metrics(path: Path) -> Metrics:
     return parse(Metrics, files.read_json(path, "folder of metrics"), str(path))
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Real images as an extractor sees them, computed once for any number of comparisons."""
-
-    extractor: Extractor
-    protocol: Protocol
-    classes: tuple[str, ...]
-    features: np.ndarray | None  # (N, D); None if only moments are known
-    statistics: Gaussian
-    spatial: Gaussian | None = None  # of spatial features
-
-
-def measure(source: ImageSource, extractor: Extractor, name: str) -> Reference:
-    """Look at all images of a source; `name` says in a few words which they are."""
-    seen = _extract(_batches(source, np.arange(len(source))), len(source), extractor, f"features of {name}")
-    protocol = Protocol(
-        reference=name,
-        reference_identity=source.identity,
-        reference_count=len(seen.features),
-        extractor=extractor.name,
-        extractor_identity=extractor.identity,
-        extractor_task=extractor.task,
-        extractor_accuracy=extractor.accuracy,
-    )
-    return Reference(extractor, protocol, tuple(source.classes), seen.features, gaussian(seen.features))
-
-
 def evaluate(
-    samples: np.ndarray | Iterable[np.ndarray],
+    samples: Images | np.ndarray,
     labels: Sequence[int] | np.ndarray | None,
     reference: Reference,
     *,
@@ -104,62 +69,87 @@ def evaluate(
     """Compare images with a reference, through its extractor.
 
     Args:
-        samples: uint8 (N, S, S, 3), or batches of such.
-        labels: the class asked for, one an image, indices into the reference's classes; None: images have none.
+        samples: images, or uint8 (N, S, S, 3).
+        labels: the class asked for of each image, into the extractor's classes; None: images have none.
         reference: what to compare with.
         name: what the samples are, for tables.
         sampling: how they were made, plain values.
         real: these are real images.
-
-    Raises:
-        SFDError: too few images, wrong size, labels that do not fit.
     """
-    batches, total = samples, 0 if labels is None else len(labels)
-    if isinstance(samples, np.ndarray):
-        batches, total = [samples], len(samples)
-    seen = _extract(batches, total, reference.extractor, f"features of {name}")
-    truth = None if labels is None or not reference.classes else np.asarray(labels, dtype=np.int64)
-    _check_labels(truth, len(seen.features), reference.classes)
-    even = balanced(truth, len(reference.classes))
-    return compare(seen, truth, reference.classes, reference, balanced=even, name=name, sampling=sampling, real=real)
+    seen = extract(samples, reference.extractor, f"features of {name}")
+    assert seen is not None  # only a cache leaves work to other ranks
+    return compare(seen, labels, reference, name=name, sampling=sampling, real=real)
 
 
 def compare(
     seen: Extraction,
-    labels: np.ndarray | None,
-    classes: Sequence[str],
+    labels: Sequence[int] | np.ndarray | None,
     reference: Reference,
     *,
-    balanced: bool,
     name: str,
     sampling: Mapping[str, Any] | None = None,
     real: bool = False,
-    caveats: Sequence[str] = (),
 ) -> Metrics:
-    """Compare what the reference's extractor saw in images; `labels` index `classes`. See `evaluate`."""
-    agreement = None
-    if reference.features is not None:
-        agreement = precision_recall(reference.features, seen.features, NEIGHBOURS)
-    accuracy, by_class = _class_accuracy(seen.probabilities, labels, classes, reference.extractor)
-    sfid = None
-    if reference.spatial is not None and seen.spatial is not None:
-        sfid = frechet_distance(reference.spatial, gaussian(seen.spatial))
+    """Compare features of images with a reference; see `evaluate`."""
+    classes = tuple(reference.extractor.classes)
+    truth = None if labels is None or not classes else _checked(labels, len(seen.features), classes)
+    found = dict(_measured(seen, truth, reference))
+    by_class = {}
+    if "class_accuracy" in found and truth is not None and seen.probabilities is not None:
+        right = seen.probabilities.argmax(axis=1) == truth
+        by_class = {c: float(right[truth == i].mean()) for i, c in enumerate(classes) if (truth == i).any()}
     return Metrics(
         name=name,
         real=real,
         n_samples=len(seen.features),
-        balanced=balanced,
-        frechet_distance=frechet_distance(reference.statistics, gaussian(seen.features)),
-        sfid=sfid,
-        precision=agreement.precision if agreement else None,
-        recall=agreement.recall if agreement else None,
-        inception_score=None if seen.probabilities is None else inception_score(seen.probabilities),
-        class_accuracy=accuracy,
+        balanced=balanced(truth, len(classes)),
+        **{metric: found[metric].value if metric in found else None for metric in METRICS},
         accuracy_by_class=by_class,
+        intervals={metric: (estimate.low, estimate.high) for metric, estimate in found.items()},
+        caveats={metric: why for metric in found if (why := _caveats(metric, seen, reference))},
         protocol=reference.protocol,
         sampling=dict(sampling or {}),
-        caveats=tuple(caveats),
     )
+
+
+def _measured(seen: Extraction, truth: np.ndarray | None, reference: Reference) -> Iterator[tuple[str, Estimate]]:
+    """Give each metric that samples, labels, extractor and reference allow."""
+    count = len(seen.features)
+    if count > 1 and reference.statistics is not None:
+        yield "frechet_distance", intervals.frechet(reference.statistics, seen.features)
+    if count > 1 and reference.spatial is not None and seen.spatial is not None:
+        yield "sfid", intervals.frechet(reference.spatial, seen.spatial)
+    if reference.features is not None and min(count, len(reference.features)) > NEIGHBOURS:
+        yield "precision", intervals.share(within_manifold(seen.features, reference.features, NEIGHBOURS))
+        yield "recall", intervals.share(within_manifold(reference.features, seen.features, NEIGHBOURS))
+    if seen.probabilities is not None:
+        yield "inception_score", intervals.inception(seen.probabilities)
+        if truth is not None:
+            yield "class_accuracy", intervals.share(seen.probabilities.argmax(axis=1) == truth)
+
+
+def _caveats(metric: str, seen: Extraction, reference: Reference) -> tuple[str, ...]:
+    """Say why a metric cannot be trusted; nothing if it can."""
+    protocol, reasons = reference.protocol, []
+    counts = {"sample": len(seen.features)}
+    dimensions = 0
+    if metric not in ("inception_score", "class_accuracy"):
+        features = seen.spatial if metric == "sfid" else seen.features
+        dimensions = 0 if features is None else features.shape[1]
+        if not (protocol.stored_moments and metric in ("frechet_distance", "sfid")):
+            counts["reference image"] = protocol.reference_count
+    for what, count in counts.items():
+        given = f"{count:,} {what}{'' if count == 1 else 's'}"
+        if count < MIN_IMAGES:
+            reasons.append(f"{given}, fewer than {MIN_IMAGES:,}")
+        elif count < MIN_PER_DIMENSION * dimensions:
+            reasons.append(f"{given}, fewer than {MIN_PER_DIMENSION} for each of {dimensions:,} feature dimensions")
+    if protocol.extractor_images is not None and protocol.extractor_images < MIN_IMAGES:
+        reasons.append(f"a judge trained on {protocol.extractor_images:,} images, fewer than {MIN_IMAGES:,}")
+    if protocol.extractor_accuracy is not None and protocol.extractor_accuracy < MIN_ACCURACY:
+        right = f"{protocol.extractor_accuracy:.1%}"
+        reasons.append(f"a judge right on {right} of images it never saw, fewer than {MIN_ACCURACY:.0%}")
+    return tuple(reasons)
 
 
 def evaluate_real(source: ImageSource, reference: Reference, count: int, seed: int = 0) -> Metrics:
@@ -171,50 +161,33 @@ def evaluate_real(source: ImageSource, reference: Reference, count: int, seed: i
         count: how many, as even over the classes as they go; as many as there are samples makes it comparable.
         seed: of the choice.
     """
-    chosen = _balanced_choice(np.asarray(source.labels), min(count, len(source)), seed)
-    labels = np.asarray(source.labels)[chosen] if source.classes else None
-    return evaluate(_batches(source, chosen), labels, reference, name="real training images", real=True)
+    chosen = Subset(source, _balanced_choice(np.asarray(source.labels), min(count, len(source)), seed))
+    labels = chosen.labels if chosen.classes else None
+    return evaluate(chosen, labels, reference, name="real training images", real=True)
 
 
-def _batches(source: ImageSource, indices: np.ndarray) -> Iterable[np.ndarray]:
-    return (source.load(indices[start : start + BATCH]) for start in range(0, len(indices), BATCH))
-
-
-def _extract(batches: Iterable[np.ndarray], total: int, extractor: Extractor, description: str) -> Extraction:
-    seen: list[Extraction] = []
-    with bar(description, total) as shown:
-        for batch in batches:
-            for start in range(0, len(batch), BATCH):
-                seen.append(extractor.extract(batch[start : start + BATCH]))
-                shown.advance(len(seen[-1].features))
-    return concatenated(seen)
-
-
-def _check_labels(labels: np.ndarray | None, count: int, classes: Sequence[str]) -> None:
+def balanced(labels: Sequence[int] | np.ndarray | None, classes: int) -> bool:
+    """Whether each of `classes` classes has equally many images, or one more; without labels, whether there is one."""
     if labels is None:
-        return
-    if labels.shape != (count,):
-        raise SFDError(f"got labels of shape {labels.shape} for {count} images; give one label an image")
-    if count and (labels.min() < 0 or labels.max() >= len(classes)):
+        return classes <= 1
+    counts = np.bincount(np.asarray(labels, np.int64), minlength=classes)
+    return int(counts.max() - counts.min()) <= 1
+
+
+def _checked(labels: Sequence[int] | np.ndarray, count: int, classes: Sequence[str]) -> np.ndarray:
+    truth = np.asarray(labels, np.int64)
+    if truth.shape != (count,):
+        raise SFDError(f"got labels of shape {truth.shape} for {count} images; give one label per image")
+    if truth.min() < 0 or truth.max() >= len(classes):
         raise SFDError(
-            f"labels run from {labels.min()} to {labels.max()}, the reference has classes 0 to {len(classes) - 1}; "
+            f"labels run from {truth.min()} to {truth.max()}, the extractor has classes 0 to {len(classes) - 1}; "
             "evaluate against the data set that the model was trained on"
         )
-
-
-def _class_accuracy(
-    probabilities: np.ndarray | None, labels: np.ndarray | None, classes: Sequence[str], extractor: Extractor
-) -> tuple[float | None, dict[str, float]]:
-    """Share of samples taken for the class asked for, overall and by class; (None, {}) where that has no meaning."""
-    if probabilities is None or labels is None or tuple(extractor.classes) != tuple(classes):
-        return None, {}
-    right = probabilities.argmax(axis=1) == labels
-    by_class = {name: float(right[labels == i].mean()) for i, name in enumerate(classes) if (labels == i).any()}
-    return float(right.mean()), by_class
+    return truth
 
 
 def _balanced_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Choose `count` places, as evenly over the classes as their sizes allow."""
+    """Choose `count` images, as evenly over the classes as their sizes allow."""
     order = rng.generator(seed, "choice of real images").permutation(len(labels))
     ranks = np.empty(len(labels), dtype=np.int64)  # an image's place among those of its class, in random order
     for label in np.unique(labels):

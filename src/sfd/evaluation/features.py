@@ -1,102 +1,115 @@
-"""Features of many images, kept in chunks on disk: a run that was stopped goes on, and several may share the work.
+"""Features of many images, in memory or cached on disk: a stopped evaluation resumes, and ranks share the work.
 
-Chunk k holds images k·1000 to k·1000 + 999, in a folder named after the images and the extractor. What is in a chunk
-depends on nothing else, so neither does any number that is computed from them.
+Chunk k of a cache holds images k·1000 to k·1000 + 999, in a folder named by the identities of the images and the
+extractor. A chunk depends on nothing else.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
+from safetensors.numpy import save_file
 
+from sfd.data.images import Indices
 from sfd.evaluation.extractors._base import Extraction, Extractor
-from sfd.evaluation.samples import Images
-from sfd.utils import files
+from sfd.utils import distributed, files
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar
-from sfd.utils.shares import Share
 
 CHUNK = 1000
+BATCH = 256
 
 
-class Features:
-    """The features of images under an extractor, in chunks below `folder`."""
+class Images(Protocol):
+    """Square images of one size, read a batch at a time; every `ImageSource` is one."""
 
-    def __init__(self, folder: Path, images: Images, extractor: Extractor) -> None:
-        self.images, self.extractor = images, extractor
-        self.folder = folder / f"{images.identity}-{extractor.identity}"
-        self._chunks = range(math.ceil(len(images) / CHUNK))
+    @property
+    def image_size(self) -> int:
+        """Rows and columns."""
 
-    def compute(self, batch_size: int, share: Share, description: str) -> None:
-        """Compute the chunks of a share that are not there yet.
+    @property
+    def identity(self) -> str:
+        """Hash of what the images are."""
 
-        Raises:
-            SFDError: another process computes the same share, or the images cannot be read.
-        """
-        chunks = share.take(self._chunks)
-        missing = [chunk for chunk in chunks if self._load(chunk) is None]
-        total = sum(len(self._indices(chunk)) for chunk in chunks)
-        with (
-            files.exclusive(self.folder / f"part-{share.number}-of-{share.of}"),
-            bar(description, total, total - sum(len(self._indices(chunk)) for chunk in missing)) as shown,
-        ):
-            for chunk in missing:
-                indices, seen = self._indices(chunk), []
-                for start in range(0, len(indices), batch_size):
-                    seen.append(self.extractor.extract(self.images.load(indices[start : start + batch_size])))
-                    shown.advance(len(seen[-1].features))
-                tensors = concatenated(seen)._asdict()
-                present = {name: torch.from_numpy(array) for name, array in tensors.items() if array is not None}
-                files.write_tensors(self._path(chunk), present)
+    def __len__(self) -> int: ...
 
-    def read(self) -> Extraction:
-        """Read the features of all images.
-
-        Raises:
-            SFDError: some are not computed yet.
-        """
-        seen = [self._load(chunk) for chunk in self._chunks]
-        missing = sum(chunk is None for chunk in seen)
-        if missing:
-            raise SFDError(f"{self.folder} lacks {missing} of {len(seen)} chunks of features; compute all parts first")
-        return concatenated([chunk for chunk in seen if chunk is not None])
-
-    def _indices(self, chunk: int) -> range:
-        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.images)))
-
-    def _path(self, chunk: int) -> Path:
-        return self.folder / f"features-{chunk:05d}.safetensors"
-
-    def _load(self, chunk: int) -> Extraction | None:
-        """Read a chunk; None if it is missing or not whole."""
-        try:
-            arrays = {name: t.numpy() for name, t in files.read_tensors(self._path(chunk)).items()}
-        except SFDError:
-            return None
-        count = len(self._indices(chunk))
-        if "features" not in arrays or any(len(array) != count for array in arrays.values()):
-            return None
-        return Extraction(arrays["features"], arrays.get("probabilities"), arrays.get("spatial"))
+    def load(self, indices: Indices) -> np.ndarray:
+        """Return the images at successive indices as uint8 (B, S, S, 3)."""
 
 
-def concatenated(parts: list[Extraction]) -> Extraction:
-    """Join what was seen in successive batches.
+def extract(
+    images: Images | np.ndarray,
+    extractor: Extractor,
+    description: str = "features",
+    *,
+    cache: Path | None = None,
+    batch_size: int = BATCH,
+) -> Extraction | None:
+    """Compute the features of images.
 
-    Raises:
-        SFDError: there are none.
+    Args:
+        images: what to look at; an array is uint8 (N, S, S, 3), and cannot be cached.
+        extractor: the network.
+        description: for the progress bar.
+        cache: folder that keeps features. Chunks in it are not computed again, and each rank (of RANK and WORLD_SIZE)
+            computes its slice of the missing ones.
+        batch_size: images that the extractor gets at once.
+
+    Returns:
+        the features of all images; None while other ranks have not written all of theirs.
     """
-    if not parts:
+    count = len(images)
+    if not count:
         raise SFDError("there are no images to evaluate; sample some first")
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
 
+    def compute(chunk: range) -> Extraction:
+        seen = []
+        for start in range(chunk.start, chunk.stop, batch_size):
+            batch = range(start, min(start + batch_size, chunk.stop))
+            pixels = images[batch.start : batch.stop] if isinstance(images, np.ndarray) else images.load(batch)
+            seen.append(extractor.extract(pixels))
+            shown.advance(len(batch))
+        return _concatenate(seen)
+
+    if cache is None or isinstance(images, np.ndarray):
+        with bar(description, count) as shown:
+            return _concatenate([compute(chunk) for chunk in chunks])
+    folder = cache / f"{images.identity}-{extractor.identity}"
+    paths = [folder / f"features-{k:05d}.safetensors" for k in range(len(chunks))]
+    mine = distributed.rank_slice(list(zip(paths, chunks, strict=True)))
+    missing = [(path, chunk) for path, chunk in mine if _read(path, len(chunk)) is None]
+    total = sum(len(chunk) for _, chunk in mine)
+    with bar(description, total, total - sum(len(chunk) for _, chunk in missing)) as shown:
+        for path, chunk in missing:
+            arrays = {name: a for name, a in compute(chunk)._asdict().items() if a is not None}
+            with files.atomic_write(path, shared=True) as partial:
+                save_file(arrays, str(partial))
+    seen = [_read(path, len(chunk)) for path, chunk in zip(paths, chunks, strict=True)]
+    whole = [chunk for chunk in seen if chunk is not None]
+    return _concatenate(whole) if len(whole) == len(chunks) else None
+
+
+def _read(path: Path, count: int) -> Extraction | None:
+    """Read a chunk; None if it is missing or damaged."""
+    try:
+        arrays = {name: tensor.numpy() for name, tensor in files.read_tensors(path).items()}
+    except SFDError:
+        return None
+    if "features" not in arrays or any(len(array) != count for array in arrays.values()):
+        return None
+    return Extraction(arrays["features"], arrays.get("probabilities"), arrays.get("spatial"))
+
+
+def _concatenate(batches: list[Extraction]) -> Extraction:
     def joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
         present = [array for array in arrays if array is not None]
         return np.concatenate(present) if present else None
 
     return Extraction(
-        np.concatenate([part.features for part in parts]),
-        joined([part.probabilities for part in parts]),
-        joined([part.spatial for part in parts]),
+        np.concatenate([batch.features for batch in batches]),
+        joined([batch.probabilities for batch in batches]),
+        joined([batch.spatial for batch in batches]),
     )

@@ -1,10 +1,10 @@
-"""Pictures for the report: latents as colours, curves; bitmaps as PNG, drawings as SVG."""
+"""Figures of the report, as data URIs: they take the page's width, and their grey reads on white and on black."""
 
 from __future__ import annotations
 
 import base64
 import io
-import re
+import itertools
 from collections.abc import Sequence
 
 import matplotlib
@@ -13,11 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-# One colour a stream everywhere; readable on white and on black.
+from sfd.generation.trajectory import ScheduleCurves, Trajectory
+
+# One colour for each stream everywhere.
 COLOURS = ("#d9822b", "#2b7bba", "#3a9a5b", "#a05bb8", "#c2476a")
-INK = "#808080"  # axes and text of drawings until the page's own colour replaces it
-MAX_PNG = 100_000  # bytes of a picture in the report beyond which it is stored as WebP
-MAX_POINTS = 400  # of a drawn curve
+INK = "#808080"
+MAX_POINTS = 400  # of a curve
+MAX_PNG_SIDE = 64  # pixels; larger pictures are stored as WebP
 
 
 def semantic_colours(latents: np.ndarray) -> np.ndarray:
@@ -33,27 +35,22 @@ def semantic_colours(latents: np.ndarray) -> np.ndarray:
     axes = vectors[:, ::-1][:, :3]
     # An eigenvector's sign is arbitrary; fix it, so that the same latents always get the same colours.
     axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])] < 0, -1, 1)
-    parts = np.zeros((len(points), 3))
-    parts[:, : axes.shape[1]] = points @ axes
-    low, high = np.percentile(parts, [1, 99], axis=0)
-    colours = (parts - low) / np.maximum(high - low, 1e-12)
+    components = np.zeros((len(points), 3))
+    components[:, : axes.shape[1]] = points @ axes
+    low, high = np.percentile(components, [1, 99], axis=0)
+    colours = (components - low) / np.maximum(high - low, 1e-12)
     return (colours.clip(0, 1) * 255).round().astype(np.uint8).reshape(n, height, width, 3)
 
 
-def data_uri(picture: Image.Image | np.ndarray) -> str:
-    """Encode a picture, or uint8 (H, W, 3), as a data URI: PNG, or WebP where that would be large."""
-    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    kind = "png"
-    if buffer.tell() > MAX_PNG:
-        buffer, kind = io.BytesIO(), "webp"
-        image.save(buffer, "WEBP", quality=90)
-    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+def picture(image: Image.Image, side: int) -> str:
+    """Encode a picture made of images `side` pixels high: PNG, or WebP where PNG would be large."""
+    buffer, kind = io.BytesIO(), "PNG" if side <= MAX_PNG_SIDE else "WEBP"
+    image.save(buffer, kind, quality=90)
+    return _data_uri(buffer, kind.lower())
 
 
 def curve(steps: Sequence[float], values: Sequence[float], quantity: str) -> str:
-    """Draw a logged quantity over training, as SVG: the log's own values pale, their trailing average over them."""
+    """Draw a logged quantity over training: the log's own values pale, their trailing average over them."""
     figure = Figure(figsize=(2.9, 1.9), layout="constrained")
     axis = figure.subplots()
     _plain(axis)
@@ -69,71 +66,94 @@ def curve(steps: Sequence[float], values: Sequence[float], quantity: str) -> str
     low, high = raw.min(), max(np.percentile(raw, 98), smooth[-1])
     if high > low:
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    return _svg(figure, f"{quantity} over training steps")
+    return _svg(figure)
 
 
-def schedule_drawing(
-    base: np.ndarray, times: np.ndarray, rates: np.ndarray, names: Sequence[str], knots: Sequence[float]
-) -> str:
-    """Draw each stream's time and rate over the base time, as SVG.
-
-    Args:
-        base: base times u (n,), ascending.
-        times: τ_k(u) (n, K).
-        rates: τ_k′(u) (n, K).
-        names: of the K streams.
-        knots: base times at which a rate jumps.
-    """
+def schedule(curves: ScheduleCurves) -> str:
+    """Draw each stream's time and rate over the base time."""
     figure = Figure(figsize=(9.6, 2.7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axis, values, label in ((left, times, "time  τ(u)"), (right, rates, "rate  τ′(u)")):
+    for axis, values, label in ((left, curves.times, "time  τ(u)"), (right, curves.rates, "rate  τ′(u)")):
         _plain(axis)
-        for knot in knots:
+        for knot in curves.knots:
             axis.axvline(knot, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), alpha=0.7)
         # Curves that coincide stay visible: the later ones are dashed where there are several.
-        for index, name in enumerate(names):
-            dashes = "solid" if index == 0 else (0, (4, 1.5))
-            axis.plot(
-                base, values[:, index], color=COLOURS[index % len(COLOURS)], linewidth=2, label=name, linestyle=dashes
-            )
+        for index, name in enumerate(curves.names):
+            style, colour = "solid" if index == 0 else (0, (4, 1.5)), COLOURS[index % len(COLOURS)]
+            axis.plot(curves.base, values[:, index], color=colour, linewidth=2, label=name, linestyle=style)
         axis.set_xlim(0, 1)
         axis.set_xlabel("base time u")
         axis.set_title(label, loc="left", fontsize=9, color=INK)
     left.set_ylim(-0.03, 1.03)
     right.set_ylim(bottom=-0.05)
-    _legend(left)
-    return _svg(figure, "the schedule: each stream's time and rate over the base time")
+    left.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _svg(figure)
 
 
-def strip_picture(
-    base: np.ndarray, times: np.ndarray, names: Sequence[str], semantic: np.ndarray, decoded: np.ndarray
-) -> Figure:
-    """Draw samples on their way from noise to an image: latents above, decoded images below, times under each.
+def phases(curves: ScheduleCurves) -> list[tuple[float, float, str]]:
+    """List the phases between knots: where they start and end, and which streams move."""
+    found = []
+    for start, end in itertools.pairwise([0.0, *curves.knots, 1.0]):
+        middle = int(np.abs(curves.base - (start + end) / 2).argmin())
+        moving = [name for name, rate in zip(curves.names, curves.rates[middle], strict=True) if rate > 0]
+        # With an offset beyond 1 the leader has arrived before the others set out.
+        text = "both" if len(moving) == len(curves.names) else " and ".join(moving) + " alone" if moving else "at rest"
+        found.append((start, end, text))
+    return found
 
-    Args:
-        base: base times u (n,).
-        times: τ_k(u) (n, K).
-        names: of the K streams.
-        semantic: latents (n, C, h, w), shown by `semantic_colours`.
-        decoded: uint8 (n, H, W, 3).
-    """
-    count = len(base)
-    figure = Figure(figsize=(count * 0.82 + 0.9, 2.6), layout="constrained", dpi=160)
-    rows = figure.subplots(2, count, squeeze=False)
-    for pictures, row in ((semantic_colours(semantic), rows[0]), (decoded, rows[1])):
-        for picture, axis in zip(pictures, row, strict=True):
-            axis.imshow(picture, interpolation="nearest")
+
+def trajectory(strip: Trajectory, curves: ScheduleCurves) -> Figure:
+    """Draw one sample on its way from noise to an image: phases, semantic latents, decoded images, times."""
+    count = len(strip.base)
+    figure = Figure(figsize=(count * 0.82 + 0.9, 3.1), layout="constrained", dpi=160)
+    grid = figure.add_gridspec(3, count, height_ratios=(0.22, 1, 1))
+    header = figure.add_subplot(grid[0, :])
+    header.set_axis_off()
+    header.set_xlim(-0.5, count - 0.5)
+    header.set_ylim(0, 1)
+    for start, end, text in phases(curves):
+        left = -0.5 if start == 0 else float(np.interp(start, strip.base, np.arange(count)))
+        right = count - 0.5 if end == 1 else float(np.interp(end, strip.base, np.arange(count)))
+        header.plot([left + 0.06, right - 0.06], [0.1, 0.1], color=INK, linewidth=1)
+        header.text((left + right) / 2, 0.35, text, ha="center", color=INK, fontsize=8)
+    names = ["u", *curves.names]
+    for row, label, pictures in (
+        (1, "semantic\nlatent", semantic_colours(strip.semantic)),
+        (2, "decoded\ntexture", strip.decoded),
+    ):
+        for column, image in enumerate(pictures):
+            axis = figure.add_subplot(grid[row, column])
+            axis.imshow(image, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
-    rows[0, 0].set_ylabel("semantic\nlatent", color=INK, fontsize=8)
-    rows[1, 0].set_ylabel("decoded\ntexture", color=INK, fontsize=8)
-    for u, at, axis in zip(base, times, rows[1], strict=True):
-        lines = [f"u {u:.2f}", *(f"{name[0]} {t:.2f}" for name, t in zip(names, at, strict=True))]
-        axis.set_xlabel("\n".join(lines), color=INK, fontsize=7)
-    initials = ", ".join(f"{name[0]}: {name} time" for name in names)
+            if column == 0:
+                axis.set_ylabel(label, color=INK, fontsize=8)
+            if row == 2:
+                values = [strip.base[column], *strip.times[column]]
+                lines = [f"{name[0]} {value:.2f}" for name, value in zip(names, values, strict=True)]
+                axis.set_xlabel("\n".join(lines), color=INK, fontsize=7)
+    initials = ", ".join(f"{name[0]}: {name} time" for name in curves.names)
     figure.supxlabel(f"u: base time, {initials}; 0 is noise, 1 is data", color=INK, fontsize=7)
     return figure
+
+
+def render(figure: Figure) -> str:
+    """Encode a figure of pixels."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=True)
+    return _data_uri(buffer, "png")
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sfd", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _data_uri(buffer, "svg+xml")
+
+
+def _data_uri(buffer: io.BytesIO, kind: str) -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
@@ -153,23 +173,3 @@ def _plain(axis: Axes) -> None:
     axis.xaxis.label.set_fontsize(8)
     axis.grid(axis="y", color=INK, alpha=0.18, linewidth=0.6)
     axis.locator_params(axis="both", nbins=5)
-
-
-def _legend(axis: Axes) -> None:
-    axis.legend(frameon=False, fontsize=8, labelcolor=INK)
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """Render as an SVG element that takes the page's text colour and width, and names itself to screen readers."""
-    buffer = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
-    with matplotlib.rc_context(settings):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Ids must differ between the drawings of one page; matplotlib numbers them alike in each.
-    mark = re.sub(r"\W+", "-", title)
-    text = re.sub(r'\bid="', f'id="{mark}-', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\1{mark}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

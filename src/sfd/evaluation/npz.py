@@ -1,8 +1,8 @@
 """Archives of arrays (`.npz`), as ADM's evaluation keeps samples and reference statistics in (arXiv 2105.05233).
 
 `arr_0` holds images, `arr_1` their classes; `mu`, `sigma` are the moments of Inception's pooled features over a whole
-data set, `mu_s`, `sigma_s` those of its spatial ones. Fifty thousand images of 256×256 pixels take 9.8 GB, so they
-are streamed. Nothing is unpickled.
+data set, `mu_s`, `sigma_s` those of its spatial ones. 50 000 images of 256×256 pixels take 9.8 GB, so they are
+streamed. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from sfd.data.images import Indices, stable_hash
+from sfd.evaluation.metrics import Gaussian
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 
@@ -33,11 +34,7 @@ class _Header(NamedTuple):
 
 
 class Npz:
-    """An `.npz` whose arrays are read when asked for.
-
-    Raises:
-        SFDError: there is no such file, or it is no whole `.npz`.
-    """
+    """An `.npz` whose arrays are read on demand."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,11 +111,7 @@ class Npz:
 
 
 class NpzImages:
-    """The images of an `.npz`, uint8 (N, S, S, 3) under `arr_0`.
-
-    Raises:
-        SFDError: the array is missing, or of another shape or type.
-    """
+    """The images of an `.npz`, uint8 (N, S, S, 3) under `arr_0`."""
 
     def __init__(self, npz: Npz) -> None:
         self._npz, self._header = npz, npz.header(IMAGES)
@@ -155,12 +148,8 @@ def read_labels(npz: Npz, count: int) -> np.ndarray | None:
     return labels
 
 
-def read_moments(npz: Npz, mean: str, covariance: str, size: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read stored moments: mean (size,) and covariance (size, size) in float64; None if there are none.
-
-    Raises:
-        SFDError: one of the two is missing, or not of that many features, or not finite.
-    """
+def read_moments(npz: Npz, mean: str, covariance: str, size: int) -> Gaussian | None:
+    """Read stored moments of `size` features; None if there are none."""
     if mean not in npz.names and covariance not in npz.names:
         return None
     for name, expected in ((mean, (size,)), (covariance, (size, size))):
@@ -173,4 +162,4 @@ def read_moments(npz: Npz, mean: str, covariance: str, size: int) -> tuple[np.nd
     mu, sigma = (npz.array(name).astype(np.float64) for name in (mean, covariance))
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise SFDError(f"{npz.path}: {mean!r} and {covariance!r} should be finite; make or fetch the file again")
-    return mu, sigma
+    return Gaussian(mu, sigma, count=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from sfd import __version__
@@ -19,7 +17,6 @@ from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
 from sfd.generation.trajectory import ScheduleCurves, Trajectory
 from sfd.utils import files
-from sfd.utils.errors import SFDError
 from sfd.utils.units import duration, memory
 
 MAX_ROWS = 24  # classes shown of a gallery
@@ -29,6 +26,12 @@ MAX_SIDE = 128  # pixels of an image in the report; larger ones are scaled down
 UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped", "rollbacks", "ema_distance"}
 UNDRAWN |= {"images_per_second", "checkpoint_pause", "waiting"}
 ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA"}
+CARDS = {
+    "class_accuracy": "Class accuracy",
+    "frechet_distance": "Fréchet distance",
+    "precision": "Precision",
+    "recall": "Recall",
+}
 
 
 @dataclass(frozen=True)
@@ -69,25 +72,22 @@ class ReportContent:
 
 
 def write_report(path: Path, content: ReportContent) -> None:
-    """Write the report, whole or not at all.
-
-    Raises:
-        SFDError: a strip without the schedule that it follows, or pictures of the wrong shape.
-    """
-    if content.strip is not None and content.schedule is None:
-        raise SFDError("a report with a strip needs the schedule too; give both or neither")
+    """Write the report, whole or not at all."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sfd.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"duration": duration, "memory": memory, "percent": percent, "number": number}
+    schedule, strip = content.schedule, content.strip
     page = environment.get_template("report.html").render(
         content=content,
         version=__version__,
-        colours=figures.COLOURS,
-        galleries=[_gallery(g) for g in content.galleries],
-        strip=_strip(content.strip, content.schedule) if content.strip and content.schedule else None,
-        schedule=Markup(_schedule(content.schedule)) if content.schedule else None,
+        cards=_cards(content.metrics),
+        galleries=[_gallery(gallery) for gallery in content.galleries],
+        strip=figures.render(figures.trajectory(strip, schedule)) if strip and schedule else None,
+        schedule=figures.schedule(schedule) if schedule else None,
         curves=[_curves(name, lines) for name, lines in content.logs.items() if lines],
+        has_sfid=any(row.sfid is not None for row in content.metrics),
+        doubts=list(dict.fromkeys(text for row in content.metrics for why in row.caveats.values() for text in why)),
         classes=list(dict.fromkeys(name for row in content.metrics for name in row.accuracy_by_class)),
         protocols=list(dict.fromkeys(_protocol(row) for row in content.metrics)),
         total_seconds=sum(stage.seconds for stage in content.stages),
@@ -97,43 +97,68 @@ def write_report(path: Path, content: ReportContent) -> None:
 
 
 def percent(share: float | None) -> str:
-    """Say a share in percent; a dash if there is none."""
+    """Format a share in percent; a dash if there is none."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def number(value: float | None, digits: int) -> str:
-    """Write a number with so many digits after the point; a dash if there is none."""
+    """Format a number with `digits` digits after the point; a dash if there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def _cards(metrics: Sequence[Metrics]) -> list[dict[str, Any]]:
+    """Make the headline cards of the first row; a metric that cannot be trusted in any row makes its card doubtful."""
+    cards: list[dict[str, Any]] = []
+    for metric, label in CARDS.items():
+        rows = [row for row in metrics if getattr(row, metric) is not None]
+        if not metrics or getattr(metrics[0], metric) is None:
+            continue
+        values = []
+        for row in rows:
+            low, high = row.intervals[metric]
+            if metric == "frechet_distance":
+                values.append((row.name, number(getattr(row, metric), 2), f"{low:.2f} to {high:.2f}"))
+            else:
+                values.append((row.name, percent(getattr(row, metric)), f"{100 * low:.1f} to {100 * high:.1f} %"))
+        doubts = dict.fromkeys(text for row in rows for text in row.caveats.get(metric, ()))
+        cards.append({"label": label, "values": values, "doubts": list(doubts)})
+    return cards
+
+
 def _protocol(row: Metrics) -> str:
-    """Say what a row's numbers hang on, in a paragraph."""
+    """Describe a row's evaluation protocol in a paragraph."""
     p = row.protocol
     accuracy = "" if p.extractor_accuracy is None else f", {percent(p.extractor_accuracy)} right on images it never saw"
     moments = ", by moments stored with it" if p.stored_moments else ""
     features = (
         "The features are not those of Inception: compare these numbers with each other, not with published FIDs."
         if p.extractor == "classifier"
-        else "; ".join(f"Not comparable with published numbers: {caveat}" for caveat in row.caveats)
+        else "; ".join(f"Not comparable with published numbers: {reason}" for reason in row.not_comparable)
     )
     return (
         f"Compared with {p.reference_count:,} {p.reference} ({p.reference_identity}){moments}. Features from the "
         f"extractor “{p.extractor}” ({p.extractor_identity}; trained to tell {p.extractor_task}{accuracy}). Fréchet "
-        f"distance of Gaussians in float64; precision and recall with k = {p.neighbours} neighbours. {features}"
+        f"distance of Gaussians in float64; precision and recall with k = {p.neighbours} neighbours. Intervals: 95 %, "
+        f"bootstrap. {features}"
     )
 
 
 def _gallery(gallery: Gallery) -> dict[str, Any]:
-    """Cut a gallery into rows, one picture a class."""
-    images = np.stack([_thumbnail(image) for image in gallery.images]) if len(gallery.images) else gallery.images
+    """Cut a gallery into rows, one picture for each class."""
+    images = [_thumbnail(image) for image in gallery.images]
     if gallery.labels is None or not gallery.classes:
         rows = [("", images[start : start + MAX_COLUMNS]) for start in range(0, len(images), MAX_COLUMNS)]
     else:
-        labels = np.asarray(gallery.labels)
-        present = [index for index in range(len(gallery.classes)) if (labels == index).any()]
-        rows = [(gallery.classes[index], images[labels == index][:MAX_COLUMNS]) for index in present]
+        by_class: dict[int, list[np.ndarray]] = {}
+        for label, image in sorted(zip(gallery.labels.tolist(), images, strict=True), key=lambda pair: pair[0]):
+            by_class.setdefault(label, []).append(image)
+        rows = [(gallery.classes[label], members[:MAX_COLUMNS]) for label, members in by_class.items()]
     shown = [
-        {"name": name, "columns": len(row), "picture": figures.data_uri(image_grid(row, len(row)))}
+        {
+            "name": name,
+            "columns": len(row),
+            "picture": figures.picture(image_grid(np.stack(row), len(row)), row[0].shape[0]),
+        }
         for name, row in rows[:MAX_ROWS]
     ]
     left_out = f"The first {MAX_ROWS} of {len(rows)} rows." if len(rows) > MAX_ROWS else ""
@@ -147,61 +172,16 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS))
 
 
-def _schedule(curves: ScheduleCurves) -> str:
-    return figures.schedule_drawing(curves.base, curves.times, curves.rates, curves.names, curves.knots)
-
-
-def _strip(strip: Trajectory, schedule: ScheduleCurves) -> dict[str, Any]:
-    """Lay out the strip: a column a frame, phases and knots placed on the axis that the columns' base times make."""
-    count = len(strip.base)
-    colours = figures.semantic_colours(strip.semantic)
-    frames = [
-        {
-            "semantic": figures.data_uri(colours[i]),
-            "decoded": figures.data_uri(_thumbnail(strip.decoded[i])),
-            "base": float(strip.base[i]),
-            "times": [float(t) for t in strip.times[i]],
-        }
-        for i in range(count)
-    ]
-
-    def place(u: float) -> float:
-        """Where a base time lies across the strip, in percent; frames stand in the middle of their columns."""
-        return float(np.interp(u, strip.base, (np.arange(count) + 0.5) / count)) * 100
-
-    edges = [0.0, *schedule.knots, 1.0]
-    phases = []
-    for start, end in itertools.pairwise(edges):
-        middle = int(np.abs(schedule.base - (start + end) / 2).argmin())
-        moving = [name for name, rate in zip(schedule.names, schedule.rates[middle], strict=True) if rate > 0]
-        left = 0.0 if start == 0 else place(start)
-        right = 100.0 if end == 1 else place(end)
-        phases.append({"text": _phase(moving, len(schedule.names)), "left": left, "width": right - left})
-    knots = [{"at": float(u), "left": place(u)} for u in schedule.knots]
-    return {"strip": strip, "frames": frames, "phases": phases, "knots": knots, "names": list(schedule.names)}
-
-
-def _phase(moving: Sequence[str], streams: int) -> str:
-    if not moving:  # an offset beyond 1: the leaders have arrived, the others have not set out
-        return "at rest"
-    if len(moving) == streams:
-        return "both" if streams == 2 else "all"
-    return " and ".join(moving) + " alone"
-
-
 def _curves(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Draw every logged quantity of one part that is worth a curve."""
-    quantities = [
-        key for key in dict.fromkeys(k for line in lines for k in line) if key not in UNDRAWN and "/" not in key
-    ]
+    """Draw every logged quantity of one stage that is worth a curve."""
+    logged = dict.fromkeys(key for line in lines for key in line)
     drawings = []
-    for quantity in quantities:
+    for quantity in (key for key in logged if key not in UNDRAWN and "/" not in key):
         points = [(line["step"], line[quantity]) for line in lines if np.isfinite(line.get(quantity, np.nan))]
         if len(points) > 1:
             steps, values = zip(*points, strict=True)
-            drawings.append(
-                Markup(figures.curve(steps, values, ABBREVIATIONS.get(quantity, quantity.replace("_", " "))))
-            )
+            label = ABBREVIATIONS.get(quantity, quantity.replace("_", " "))
+            drawings.append((f"{label} over training steps", figures.curve(steps, values, label)))
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     speed = f", {np.median(speeds):,.0f} images a second" if speeds else ""
     return {"name": name, "note": f"{lines[-1]['step']:,} steps{speed}", "drawings": drawings}

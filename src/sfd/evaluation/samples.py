@@ -1,54 +1,40 @@
-"""Generated images, as evaluation reads them: a folder of PNGs or an `.npz`."""
+"""Generated images as evaluation reads them: a folder of `sfd sample`, any folder or zip of images, or an `.npz`."""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
-from PIL import Image, UnidentifiedImageError
 
 from sfd.data.classes import find_class
-from sfd.data.images import Indices, stable_hash
+from sfd.data.folder import FolderSource
+from sfd.data.images import Indices, decode, read_image, stable_hash
+from sfd.evaluation.evaluate import balanced
+from sfd.evaluation.features import Images
 from sfd.evaluation.npz import IMAGES, LABELS, RECORD, Npz, NpzImages, read_labels
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar
 
-
-class Images(Protocol):
-    """Square images of one size, read a range at a time."""
-
-    image_size: int
-
-    @property
-    def identity(self) -> str:
-        """Hash of what the images are."""
-
-    def __len__(self) -> int: ...
-
-    def load(self, indices: Indices) -> np.ndarray:
-        """Return successive images as uint8 (B, S, S, 3)."""
+BATCH = 256
 
 
-class PngImages:
-    """Image files, square and of one size.
+class NumberedImages:
+    """The images 000000.png, 000001.png, … of a folder that `sfd sample` wrote, in the order of their numbers."""
 
-    Raises:
-        SFDError: the first file is no image, or not square.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-        self.image_size, width = _read(self.paths[0]).shape[:2]
-        if width != self.image_size:
-            raise SFDError(f"{self.paths[0]} is {width}×{self.image_size} pixels, but evaluation takes square images")
+    def __init__(self, folder: Path) -> None:
+        paths = [path for path in folder.glob("*.png") if path.stem.isdigit()]
+        if not paths:
+            raise SFDError(f"{folder} has a {RECORD} but no numbered PNG image (000000.png, …); sample again")
+        self.paths = sorted(paths, key=lambda path: int(path.stem))
+        self.image_size = min(read_image(self.paths[0].read_bytes()).shape[:2])
 
     @cached_property
     def identity(self) -> str:
@@ -65,21 +51,13 @@ class PngImages:
         return len(self.paths)
 
     def load(self, indices: Indices) -> np.ndarray:
-        """Return images as uint8 (B, S, S, 3).
-
-        Raises:
-            SFDError: a file is no image, or of another size than the first.
-        """
-        size = self.image_size
-        images = np.empty((len(indices), size, size, 3), np.uint8)
+        """Return images as uint8 (B, S, S, 3)."""
+        images = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         for row, index in enumerate(indices):
-            image = _read(self.paths[index])
-            if image.shape[:2] != (size, size):
-                raise SFDError(
-                    f"{self.paths[index]} is {image.shape[1]}×{image.shape[0]} pixels, the first image is "
-                    f"{size}×{size}; evaluate images of one size at a time"
-                )
-            images[row] = image
+            try:
+                images[row] = decode(self.paths[index].read_bytes(), self.image_size, exact=True)
+            except SFDError as error:
+                raise SFDError(f"{self.paths[index]}: {error}; sample it again") from None
         return images
 
 
@@ -88,7 +66,7 @@ class Samples:
     """Generated images on disk, with what is known of how they were made."""
 
     images: Images
-    labels: tuple[int, ...] | None  # one an image, into `classes`; None if the images have no class
+    labels: tuple[int, ...] | None  # one per image, into `classes`; None if the images have no class
     classes: tuple[str, ...]  # class names; () if none
     record: dict[str, Any] = field(default_factory=dict)  # `samples.json`; empty if there was none
 
@@ -107,67 +85,39 @@ class Samples:
     def balanced(self) -> bool:
         """Whether every class has equally many images, or one more; False where nothing says what classes there are."""
         known = self.labels is not None or "classes" in self.record
-        return known and balanced(None if self.labels is None else np.asarray(self.labels), len(self.classes))
-
-    def batches(self, size: int = 256) -> Iterator[np.ndarray]:
-        """Read the images, uint8 (at most `size`, S, S, 3) at a time.
-
-        Raises:
-            SFDError: a file is no image, or of another size than the first.
-        """
-        for start in range(0, len(self.images), size):
-            yield self.images.load(range(start, min(start + size, len(self.images))))
+        return known and balanced(self.labels, len(self.classes))
 
     def labels_among(self, classes: Sequence[str]) -> np.ndarray | None:
-        """Give the labels (N,) as indices into another list of class names.
-
-        Raises:
-            SFDError: an image is of a class that the list does not have.
-        """
+        """Give the labels (N,) as indices into another list of class names, which must have all of them."""
         if self.labels is None or not classes:
             return None
         found = {label: find_class(self.classes[label], classes) for label in set(self.labels)}
         return np.array([found[label] for label in self.labels], dtype=np.int64)
 
 
-def balanced(labels: np.ndarray | None, classes: int) -> bool:
-    """Whether each of so many classes has equally many images, or one more; without labels, whether there is one."""
-    if labels is None:
-        return classes <= 1
-    counts = np.bincount(labels, minlength=classes)
-    return int(counts.max() - counts.min()) <= 1
+def load_samples(path: Path, image_size: int | None = None) -> Samples:
+    """Open samples.
 
-
-def load_samples(path: Path) -> Samples:
-    """Find the images of an `.npz` or the PNG images of a folder.
-
-    With a `samples.json` in it (as `sfd sample` and `sfd pack` write it: "labels" one an image in file order, "classes"
-    the names that labels index, "sampling", "model", "seeds") that says what they are; else each sub-folder, or each
-    number in the archive's `arr_1`, is a class; else the images have no class.
-
-    Raises:
-        SFDError: there is no image, or `samples.json` does not fit the images.
+    Args:
+        path: an `.npz` (`arr_0` images, `arr_1` classes); a folder with `samples.json` ("labels" one per image,
+            "classes" the names that labels index, "sampling", "model", "seeds"); or a folder or zip of images as
+            training reads them, where each sub-folder is a class.
+        image_size: scale and crop the images of a folder or zip to this, as for training; None: they must be square
+            and of one size.
     """
-    if path.is_file():
+    if path.suffix == ".npz":
         return _packed(Npz(path))
-    if not path.is_dir():
-        raise SFDError(f"there is no folder or .npz {path}; give one with PNG images, such as `sfd sample` writes")
     if (path / RECORD).is_file():
-        return _with_record(path, files.read_json(path / RECORD, "folder of samples"))
-    paths = sorted(path.glob("*.png")) or sorted(path.glob("*/*.png"))
-    if not paths:
-        raise SFDError(f"{path} holds no PNG image, neither at its top nor in class folders; sample some first")
-    if paths[0].parent == path:
-        return Samples(PngImages(paths), None, ())
-    classes = tuple(sorted({path.parent.name for path in paths}))
-    labels = tuple(classes.index(path.parent.name) for path in paths)
-    return Samples(PngImages(paths), labels, classes)
+        return _recorded(path, files.read_json(path / RECORD, "folder of samples"))
+    source = FolderSource(path, image_size)
+    labels = tuple(source.labels.tolist()) if source.classes else None
+    return Samples(source, labels, source.classes)
 
 
 def pack(samples: Samples, out: Path) -> None:
     """Write samples as an `.npz` in ADM's format, in one pass over them: `arr_0`, `arr_1` and `samples.json`.
 
-    The archive is not compressed, so that any part of it can be read at once, and is either whole or not there.
+    The archive is not compressed, so that any part of it can be read at once.
     """
     images = samples.images
     with (
@@ -176,14 +126,14 @@ def pack(samples: Samples, out: Path) -> None:
         bar("packing", len(images)) as shown,
     ):
         with _member(archive, IMAGES, (len(images), images.image_size, images.image_size, 3), "|u1") as stream:
-            for batch in samples.batches():
+            for start in range(0, len(images), BATCH):
+                batch = images.load(range(start, min(start + BATCH, len(images))))
                 stream.write(np.ascontiguousarray(batch).data)
                 shown.advance(len(batch))
+        record = {name: value for name, value in samples.record.items() if name != "labels"}  # they are in `arr_1`
         if samples.labels is not None:
             with _member(archive, LABELS, (len(images),), "<i8") as stream:
                 stream.write(np.asarray(samples.labels, "<i8").tobytes())
-        record = {name: value for name, value in samples.record.items() if name != "labels"}  # they are in `arr_1`
-        if samples.labels is not None:
             record["classes"] = list(samples.classes)
         archive.writestr(zipfile.ZipInfo(RECORD), files.to_json(record))
 
@@ -206,23 +156,24 @@ def _packed(npz: Npz) -> Samples:
     return Samples(images, tuple(labels.tolist()), classes, record)
 
 
-def _with_record(folder: Path, record: dict[str, Any]) -> Samples:
-    where = folder / RECORD
+def _recorded(folder: Path, record: dict[str, Any]) -> Samples:
     labels = [int(label) for label in record.get("labels") or ()]
     classes = tuple(str(name) for name in record.get("classes") or ())
-    paths = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
-    if not paths:
-        raise SFDError(f"{folder} has a samples.json but no numbered PNG image (000000.png, …); sample again")
-    expected = len(record.get("seeds") or paths)
-    if len(paths) < expected:
+    images = NumberedImages(folder)
+    expected = len(record.get("seeds") or images.paths)
+    if len(images) < expected:
         raise SFDError(
-            f"{folder} has {len(paths)} of its {expected} images; the same `sfd sample` command makes the others"
+            f"{folder} has {len(images)} of its {expected} images; the same `sfd sample` command makes the others"
         )
-    if classes and len(labels) != len(paths):
-        raise SFDError(f"{where} lists {len(labels)} labels for {len(paths)} images; sample again into an empty folder")
+    if classes and len(labels) != len(images):
+        raise SFDError(
+            f"{folder / RECORD} lists {len(labels)} labels for {len(images)} images; sample again into an empty folder"
+        )
     if classes and not all(0 <= label < len(classes) for label in labels):
-        raise SFDError(f"{where} has labels outside of its {len(classes)} classes; sample again into an empty folder")
-    return Samples(PngImages(paths), tuple(labels) if classes else None, classes, record)
+        raise SFDError(
+            f"{folder / RECORD} has labels outside of its {len(classes)} classes; sample again into an empty folder"
+        )
+    return Samples(images, tuple(labels) if classes else None, classes, record)
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -233,11 +184,3 @@ def _ranges(numbers: list[int]) -> str:
         first, last = ordered[start], ordered[end - 1]
         parts.append(str(first) if first == last else f"{first}-{last}")
     return ", ".join(parts)
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise SFDError(f"{path} cannot be read as an image ({error}); sample it again") from None

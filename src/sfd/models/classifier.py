@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sfd.models.component import Component
 from sfd.models.convnet import ConvNet, ConvNetConfig
 from sfd.utils.config import Settings
 
@@ -28,6 +29,8 @@ class ClassifierConfig(Settings):
     image_size: int = Field(gt=0)
     classes: tuple[str, ...] = Field((), description="empty: it tells rotations")
     network: ConvNetConfig = NETWORK
+    trained_on: int | None = Field(None, description="number of images; null until trained")
+    accuracy: float | None = Field(None, description="on real images that it never saw; null until tested")
 
     @property
     def outputs(self) -> int:
@@ -35,11 +38,14 @@ class ClassifierConfig(Settings):
         return len(self.classes) or ROTATIONS
 
 
-class Classifier(nn.Module):
+class Classifier(Component):
     """Images (B, 3, S, S) in [-1, 1] to (features (B, D), logits (B, outputs)).
 
     D is the sum of the network's widths.
     """
+
+    kind, name = "evaluation classifier", "classifier"
+    config: ClassifierConfig
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -48,7 +54,6 @@ class Classifier(nn.Module):
         self.head = nn.Linear(config.network.channels, config.outputs)
         self.scale: Tensor  # (D,), each feature's deviation over real images; 1 until calibrated
         self.register_buffer("scale", torch.ones(sum(config.network.widths)))
-        self.accuracy: float | None = None  # on real images that it never saw; None until tested
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute features and logits."""
@@ -67,3 +72,6 @@ class Classifier(nn.Module):
         deviations = torch.from_numpy(self.predict(images)[0].numpy().std(axis=0)).to(self.scale.device)
         # A feature that never changes, such as that of a dead channel, stays as it is.
         self.scale *= torch.where(deviations > 1e-6, deviations, 1)
+
+
+Config, build = ClassifierConfig, Classifier  # as `component.load` calls them

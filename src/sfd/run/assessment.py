@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import torch
 
-from sfd.evaluation.evaluate import Metrics, Reference, evaluate, evaluate_real, measure, read_metrics
+from sfd.evaluation.evaluate import Metrics, evaluate, evaluate_real, read_metrics
+from sfd.evaluation.reference import RealImages, Reference, reference_of
 from sfd.evaluation.report import MAX_ROWS, Gallery, ReportContent, StageCost, write_report
 from sfd.evaluation.samples import load_samples
 from sfd.generation.config import SamplingConfig
@@ -31,7 +32,6 @@ from sfd.utils.config import parse
 
 GUIDED, UNGUIDED = "guided", "unguided"
 GRID_COLUMNS = 10
-REFERENCE_NAME = "held-out real images"
 
 
 def assess(pipeline: Pipeline) -> None:
@@ -117,10 +117,17 @@ def _grid_numbers(per_class: int, classes: list[int]) -> list[int]:
     return [c * per_class + i for c in classes for i in range(min(GRID_COLUMNS, per_class))]
 
 
+def held_out_images(pipeline: Pipeline) -> RealImages:
+    """The real images that samples are compared with: those that neither the model nor its judge was trained on."""
+    _, images = divide(pipeline.images[1], pipeline.classifier_settings)
+    return RealImages("held-out real images", images.identity, images)
+
+
 def reference(pipeline: Pipeline) -> Reference:
     """The real images that samples are compared with, seen through the run's evaluator."""
-    _, images = divide(pipeline.images[1], pipeline.classifier_settings)
-    return measure(images, pipeline.evaluator, REFERENCE_NAME)
+    real = held_out_images(pipeline)
+    assert real.images is not None
+    return reference_of(real.images, pipeline.evaluator, real.name)
 
 
 def _measure(pipeline: Pipeline, names: list[str]) -> None:
@@ -128,8 +135,8 @@ def _measure(pipeline: Pipeline, names: list[str]) -> None:
     rows = []
     for name in names:
         samples = load_samples(pipeline.folder.samples / name)
-        labels = samples.labels_among(against.classes)
-        rows.append(evaluate(samples.batches(), labels, against, name=f"{name} samples", sampling=samples.sampling))
+        labels = samples.labels_among(pipeline.evaluator.classes)
+        rows.append(evaluate(samples.images, labels, against, name=f"{name} samples", sampling=samples.sampling))
     rows.append(evaluate_real(pipeline.images[0], against, rows[0].n_samples, pipeline.recipe.seed))
     for row in rows:
         row.write(metrics_path(pipeline.folder, row.name))

@@ -27,8 +27,7 @@ from sfd.data.shards import MANIFEST, LatentSet, read_manifest
 from sfd.data.source import check_classes, open_source
 from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
-from sfd.evaluation.extractors._base import Extractor, load_extractor
-from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data
+from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data, load_classifier
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import RECORD, model_folder
 from sfd.generation.model import Model, load_model
@@ -372,7 +371,7 @@ class Pipeline:
     def _evaluator_stage(self) -> Stage:
         settings, folder = self.classifier_settings, self.folder.evaluator
         fields = pick(self.fixed, "data", "evaluation.classifier")
-        steps, results = settings.training.steps, (folder / "extractor" / "extractor.json",)
+        steps, results = settings.training.steps, (folder / "extractor" / CONFIG_FILE,)
         name, command = "evaluation classifier", "sfd train-evaluator"
         return Stage(name, command, folder, fields, self.data_identity, steps, results)
 
@@ -383,15 +382,15 @@ class Pipeline:
         def work() -> None:
             network = train_classifier(self.images[1], settings, stage.folder, device=self.device)
             if distributed.is_main_process():
-                ClassifierExtractor(network).save(stage.folder / "extractor")
+                network.save(stage.folder / "extractor")
 
         self.carry_out(stage, work, together=True)
 
     @cached_property
-    def evaluator(self) -> Extractor:
+    def evaluator(self) -> ClassifierExtractor:
         """The classifier that judges the samples."""
         self._evaluator_stage().require()
-        return load_extractor(self.folder.evaluator / "extractor", self.device)
+        return load_classifier(self.folder.evaluator / "extractor", self.device)
 
     def data_identity(self) -> dict[str, Any]:
         """What a stage's images are, wherever they are stored."""

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfd.encoders import vit
-from sfd.evaluation.extractors._base import Extraction, whole_float32
+from sfd.evaluation.extractors._base import Extraction, full_float32
 from sfd.utils.errors import SFDError
 
 NAME = "dinov2"
@@ -26,6 +26,7 @@ class DINOv2:
     name = NAME
     classes: tuple[str, ...] = ()
     accuracy = None
+    trained_on = None
     task = "nothing by name: it is self-supervised"
 
     def __init__(self, encoder: vit.VisionTransformer, device: torch.device) -> None:
@@ -36,7 +37,7 @@ class DINOv2:
     def extract(self, images: np.ndarray) -> Extraction:
         """Compute the class token's features of uint8 images (B, S, S, 3)."""
         pixels = (resized(images).to(self._device) - self._encoder.mean) / self._encoder.std
-        with whole_float32():
+        with full_float32():
             tokens = self._encoder.net(pixel_values=pixels).last_hidden_state
         return Extraction(tokens[:, 0].cpu().numpy(), None)
 

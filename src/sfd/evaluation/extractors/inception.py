@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfd.evaluation.extractors._base import Extraction, whole_float32
+from sfd.evaluation.extractors._base import Extraction, full_float32
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 
@@ -34,6 +34,7 @@ class Inception:
     name = NAME
     classes: tuple[str, ...] = ()
     accuracy = None
+    trained_on = None
     task = "1008 classes of ImageNet 2012"
 
     def __init__(self, network: nn.Module, checksum: str, device: torch.device) -> None:
@@ -52,7 +53,7 @@ class Inception:
     def extract(self, images: np.ndarray) -> Extraction:
         """Compute pooled and spatial features, and probabilities, of uint8 images (B, S, S, 3)."""
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(self._device)
-        with whole_float32():
+        with full_float32():
             features, logits = self._network(pixels)
         spatial, self._spatial = self._spatial, None
         assert spatial is not None

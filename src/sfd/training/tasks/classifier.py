@@ -99,7 +99,8 @@ def train_classifier(
     training, reference = divide(held_out, settings)
     model = cast(Classifier, fit(ClassifierTask(training, settings), settings.training, folder, device=device))
     model.calibrate(to_tensor(training.load(np.arange(min(len(training), CALIBRATION)))))
-    model.accuracy = accuracy(model, reference)
+    found = {"trained_on": len(training), "accuracy": accuracy(model, reference)}
+    model.config = model.config.model_copy(update=found)
     return model
 
 
