@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
-from sfd.evaluation.evaluate import Metrics, compare
+from sfd.evaluation.evaluate import Metrics, compare, read_metrics
 from sfd.evaluation.extractors import inception
 from sfd.evaluation.extractors._base import pretrained
 from sfd.evaluation.features import extract
+from sfd.evaluation.npz import RECORD, Npz
 from sfd.evaluation.reference import Reference, open_reference
 from sfd.evaluation.samples import Samples, load_samples, pack
 from sfd.run.assessment import held_out_images
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
+from sfd.utils import files
 from sfd.utils.device import choose_device
 from sfd.utils.distributed import local_device
 from sfd.utils.errors import SFDError
@@ -44,6 +46,8 @@ def evaluate_samples(
         raise SFDError("--reference needs --extractor too; give inception or dinov2")
     if out is not None and out.is_dir():
         raise SFDError(f"--out {out} is a folder; give a file's name, such as metrics.json")
+    if out is not None:
+        files.check_replaceable(out, lambda path: bool(read_metrics(path)), "a file of metrics")
     loaded = load_samples(samples, image_size)
     chosen = choose_device(local_device(device))
     if run is not None:
@@ -78,6 +82,7 @@ def pack_samples(samples: Path, out: Path) -> None:
     """Write samples as an `.npz`; see `sfd pack --help`."""
     if out.suffix != ".npz":
         raise SFDError(f"{out} is no name of an .npz; give one such as samples.npz")
+    files.check_replaceable(out, lambda path: RECORD in Npz(path).names, "an archive of samples")
     loaded = load_samples(samples)
     pack(loaded, out)
     click.echo(f"{len(loaded.images)} images in {out}")

@@ -67,7 +67,7 @@ def _stage(
     from sfd.run import assessment, stages
     from sfd.run.pipeline import Pipeline
     from sfd.run.recipe import load_recipe
-    from sfd.run.validate import check, check_machine
+    from sfd.run.validate import check, check_machine, check_out
     from sfd.utils import files, signals
     from sfd.utils.device import choose_device
 
@@ -80,6 +80,7 @@ def _stage(
         return
     if tflops is not None:
         raise SFDError("--tflops says how fast training would be; give it together with --dry-run")
+    check_out(resolved, out)
     check(resolved)
     chosen = choose_device(distributed.init(device))
     if whole:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import yaml
+from PIL import Image
 
 from sfd.data.classes import parse_classes
 from sfd.evaluation.figures import trajectory
@@ -26,6 +27,7 @@ from sfd.utils.shares import own_device
 
 MAX_GRID_IMAGES = 400
 STRIP_GUIDANCE = 2.0
+SOFTWARE = "sfd strip"  # in the metadata of the PNG
 
 
 def sample_images(
@@ -63,6 +65,7 @@ def sample_images(
 
 def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str) -> None:
     """Draw the phases of one sample into a PNG; see `sfd strip --help`."""
+    files.check_replaceable(out, _is_strip, "a strip of images")
     loaded = load_model(model_folder(model), choose_device(device))
     label = asked_labels(loaded, class_name)[0] if class_name else None
     if guidance is None:
@@ -70,7 +73,12 @@ def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidan
     seen = follow_sample(loaded, SamplingConfig(guidance=guidance), seed, label)
     figure = trajectory(seen, schedule_curves(loaded))
     with files.atomic_write(out) as partial:
-        figure.savefig(partial, format="png", facecolor="white")
+        figure.savefig(partial, format="png", facecolor="white", metadata={"Software": SOFTWARE})
+
+
+def _is_strip(path: Path) -> bool:
+    with Image.open(path) as image:
+        return bool(image.info.get("Software") == SOFTWARE)
 
 
 def asked_labels(model: Model, classes: str) -> list[int]:
@@ -162,8 +170,7 @@ def export_model(model: Path, out: Path, dtype: str) -> None:
     """Copy a model directory with its weights in another precision."""
     import torch
 
-    if out.exists():
-        raise SFDError(f"{out} exists; give a folder that does not")
+    files.check_replaceable(out, None, "an exported model")
     load_model(model_folder(model), torch.device("cpu")).save(out, getattr(torch, dtype))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"{out}: {size / 1e6:.2f} MB")

@@ -147,10 +147,8 @@ class Pipeline:
 
     def _encoder_stage(self, kind: str, settings: EncoderSettings, folder: Path) -> Stage:
         fields = pick(self.fixed, "seed", "data", kind)
-        steps = settings.train.steps if settings.train else None
-        return Stage(
-            f"{kind} encoder", f"sfd train-{kind}", folder, fields, self.data_identity, steps, _part_files(folder)
-        )
+        name, command, results = f"{kind} encoder", f"sfd train-{kind}", _part_files(folder)
+        return Stage(name, command, folder, fields, self.data_identity, settings.train, results)
 
     def _train_encoder(self, settings: EncoderSettings, stage: Stage) -> None:
         if settings.train is None:
@@ -191,8 +189,7 @@ class Pipeline:
 
         fields = pick(self.fixed, "seed", "data", "compressor")
         name = "SemVAE" if settings.name == "semvae" else "principal components"
-        steps = settings.train.steps if settings.train else None
-        return Stage(name, "sfd train-semvae", folder, fields, inputs, steps, _part_files(folder))
+        return Stage(name, "sfd train-semvae", folder, fields, inputs, settings.train, _part_files(folder))
 
     @property
     def _makes_compressor(self) -> bool:
@@ -283,8 +280,7 @@ class Pipeline:
 
         fields = pick(self.fixed, "seed", "streams", "schedule", "transformer", "loss", "train")
         results = (self.folder.model / RECORD,)
-        steps = self.recipe.train.steps
-        return Stage("transformer", "sfd train", self.folder.training, fields, inputs, steps, results)
+        return Stage("transformer", "sfd train", self.folder.training, fields, inputs, self.recipe.train, results)
 
     def train(self) -> None:
         """Train the transformer and write the model directory."""
@@ -371,9 +367,9 @@ class Pipeline:
     def _evaluator_stage(self) -> Stage:
         settings, folder = self.classifier_settings, self.folder.evaluator
         fields = pick(self.fixed, "data", "evaluation.classifier")
-        steps, results = settings.training.steps, (folder / "extractor" / CONFIG_FILE,)
+        results = (folder / "extractor" / CONFIG_FILE,)
         name, command = "evaluation classifier", "sfd train-evaluator"
-        return Stage(name, command, folder, fields, self.data_identity, steps, results)
+        return Stage(name, command, folder, fields, self.data_identity, settings.training, results)
 
     def train_evaluator(self) -> None:
         """Train the classifier that judges the samples, on images that nothing else in the run sees."""

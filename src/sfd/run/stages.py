@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from sfd.training.config import TrainSettings
+from sfd.training.trainer import check_resume
 from sfd.utils import distributed, files
 from sfd.utils.config import first_difference
 from sfd.utils.device import measured
@@ -64,14 +66,18 @@ class Stage:
     """The fixed fields of the recipe that it depends on, under their names there."""
     inputs: Callable[[], Mapping[str, Any]]
     """Gives the identities of the images and of the other stages' results that it reads, as JSON values."""
-    steps: int | None = None
-    """How long it trains; a finished stage resumes with more."""
+    train: TrainSettings | None = None
+    """How it is trained, if it is; with more steps a finished stage resumes."""
     results: tuple[Path, ...] = ()
     """What must exist for it to be finished."""
 
     @cached_property
     def _inputs(self) -> Mapping[str, Any]:
         return self.inputs()
+
+    @property
+    def _steps(self) -> int | None:
+        return self.train.steps if self.train is not None else None
 
     def check_recipe(self) -> None:
         """Refuse a recipe that differs from the recorded one, if the stage was started. Loads nothing."""
@@ -83,7 +89,7 @@ class Stage:
         return (
             record is not None
             and record["finished"] is not None
-            and record["steps"] == self.steps
+            and record["steps"] == self._steps
             and all(path.exists() for path in self.results)
         )
 
@@ -92,14 +98,15 @@ class Stage:
         if self.finished():
             return
         record = self._read() or {}
-        trained = bool(record.get("finished")) and record["steps"] != self.steps
-        reason = f": it was made with steps = {record['steps']}, not {self.steps}" if trained else ""
+        trained = bool(record.get("finished")) and record["steps"] != self._steps
+        reason = f": it was made with steps = {record['steps']}, not {self._steps}" if trained else ""
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
 
-    def begin(self, accepted: Callable[[], None]) -> bool:
+    def begin(self, device: torch.device, accepted: Callable[[], None]) -> bool:
         """Compare with the record, or write it if there is none.
 
         Args:
+            device: where the work is to be done.
             accepted: called before anything is written.
 
         Returns:
@@ -107,6 +114,8 @@ class Stage:
         """
         if self.finished():
             return False
+        if self.train is not None:
+            check_resume(self.folder, self.train, device)
         accepted()
         if self._read() is None:
             self._write(finished=None, seconds=0.0)
@@ -123,7 +132,7 @@ class Stage:
             accepted: called on rank 0 once the record agrees, before anything is written.
             together: all ranks do it; otherwise rank 0 does, and the others wait for it.
         """
-        if not distributed.decide(lambda: self.begin(accepted)):
+        if not distributed.decide(lambda: self.begin(device, accepted)):
             console.print(f"{self.name}: done before, in {self.folder}", style="dim", markup=False, soft_wrap=True)
             return
         if distributed.is_main_process() or not distributed.has_group():
@@ -166,14 +175,14 @@ class Stage:
         if not path.exists():
             return None
         record = files.read_json(path, "stage")
-        if record.keys() < {"finished", "seconds", "recipe", "inputs", "steps"}:
+        if not record.keys() >= {"finished", "seconds", "recipe", "inputs", "steps"}:
             raise SFDError(
                 f"{path} was written by another version of sfd; give another --out folder, or remove {self.folder}"
             )
         return record
 
     def _write(self, **progress: Any) -> None:
-        made_from = {"recipe": self.recipe, "inputs": self._inputs, "steps": self.steps}
+        made_from = {"recipe": self.recipe, "inputs": self._inputs, "steps": self._steps}
         files.write_json(self.folder / RECORD, {"stage": self.name, **progress, **made_from}, shared=True)
 
     def _compare(self, *parts: tuple[str, Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -57,6 +57,18 @@ def check(recipe: Recipe, *, dry: bool = False) -> DiTConfig:
     return config
 
 
+def check_out(recipe: Recipe, out: Path) -> None:
+    """Refuse a run's folder that is, holds or lies in a folder of the recipe's data: the two would mix."""
+    where = out.resolve()
+    for field, source in (("data.source", recipe.data.source), ("latents.published", recipe.latents.published)):
+        if source is None or source == "shapes" or not Path(source).is_dir():
+            continue
+        folder = Path(source).resolve()
+        if where == folder or where in folder.parents or folder in where.parents:
+            relation = "is" if where == folder else "contains" if where in folder.parents else "is inside"
+            raise SFDError(f"--out {out} {relation} {field}, the folder {source}; give a folder apart from the data")
+
+
 def check_machine(recipe: Recipe, device: torch.device) -> None:
     """Refuse a whole run of a recipe that this machine cannot do to its end.
 

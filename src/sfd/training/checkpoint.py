@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,14 @@ def newest(folder: Path, *, good: bool = False) -> Checkpoint | None:
         return None
     path = _path(folder, step)
     return Checkpoint(path, files.read_json(path / RECORD, "checkpoint"))
+
+
+def newest_record(folder: Path) -> dict[str, Any] | None:
+    """Read the record of the newest checkpoint whose record can be read; nothing else of it is verified."""
+    for path in _folders(folder):
+        with suppress(SFDError):
+            return files.read_json(path / RECORD, "checkpoint")
+    return None
 
 
 def _newest_step(folder: Path, good: bool) -> int | None:

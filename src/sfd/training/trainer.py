@@ -345,6 +345,14 @@ def _optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optim
     return optimizer
 
 
+def check_resume(folder: Path, settings: TrainSettings, device: torch.device) -> None:
+    """Refuse settings that `fit` would refuse in this folder, without reading any tensor."""
+    check(settings, device)
+    record = checkpoint.newest_record(folder / "checkpoints")
+    if record is not None:
+        _check_same_run(folder, settings, record)
+
+
 def _check_same_run(folder: Path, settings: TrainSettings, record: dict[str, Any]) -> None:
     """Refuse to continue a run with settings that would have given another result from the first step on.
 

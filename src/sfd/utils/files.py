@@ -11,8 +11,8 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,25 @@ def as_user_error(error: OSError, path: Path) -> SFDError:
 def _disk_full(path: Path) -> SFDError:
     folder = next((parent for parent in path.parents if not parent.name.endswith(PARTIAL)), path)
     return SFDError(f"no space left on the disk that holds {folder}; free some and run the same command again")
+
+
+def check_replaceable(path: Path, own: Callable[[Path], bool] | None, what: str) -> None:
+    """Refuse to overwrite what the user did not get from the same command.
+
+    Args:
+        path: what would be written.
+        own: tells whether an existing file is earlier output of the same command; None: nothing is replaced.
+        what: names that output ("a strip of images").
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        replaceable = own is not None and own(path)
+    except (SFDError, OSError, ValueError):
+        replaceable = False
+    if not replaceable:
+        why = f", and it is not {what} from this command" if own is not None else ""
+        raise SFDError(f"{path} exists{why}, so it is not overwritten; choose another name, or remove it first")
 
 
 def check_space(folder: Path, needed: int, otherwise: str) -> None:
@@ -254,10 +273,25 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def exclusive(folder: Path, *, wait: float = 0.0) -> AbstractContextManager[None]:
-    """Hold a folder for this process alone; it is made if it does not exist. `wait`: as in `file_lock`."""
+@contextmanager
+def exclusive(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold a folder for this process alone; it is made if it does not exist, and removed again if it stays empty.
+
+    Args:
+        folder: what to hold.
+        wait: as in `file_lock`.
+    """
     message = f"{folder} is in use by another run; wait for it to end or choose another folder"
-    return file_lock(folder / ".lock", message, wait=wait)
+    lock, made = folder / ".lock", [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with file_lock(lock, message, wait=wait):
+            yield
+    finally:
+        with suppress(OSError):
+            if made and list(folder.iterdir()) == [lock]:
+                lock.unlink()
+                for path in made:
+                    path.rmdir()
 
 
 @contextmanager
