@@ -198,8 +198,24 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(finished, tmp_pat
     assert sum("run the same command to go on" in message for message in messages) == 1
 
 
+def begun(finished, out):
+    """A run whose transformer was stopped before its first checkpoint."""
+    copied(finished, out)
+    record = files.read_json(finished.folder.training / "stage.json", "stage") | {"finished": None}
+    files.write_json(out / "training" / "stage.json", record)
+    return out
+
+
+def test_all_processes_refuse_another_recipe(finished, tmp_path):
+    out = begun(finished, tmp_path / "out")
+    processes = pair("train", write_recipe(tmp_path), "loss.cosine=0.5", "--out", out, "--device", "cpu")
+    messages = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], messages
+    assert sum("loss.cosine was 1.0 before and is 0.5 now" in message for message in messages) == 1
+
+
 def test_an_error_of_one_process_ends_all(finished, tmp_path):
-    out = copied(finished, tmp_path / "out")
+    out = begun(finished, tmp_path / "out")
     damaged = out / "training" / "checkpoints" / "step-000000002"  # which only the leading process finds out
     damaged.mkdir(parents=True)
     processes = pair("train", write_recipe(tmp_path), "--out", out, "--device", "cpu")
