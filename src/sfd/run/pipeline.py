@@ -252,9 +252,9 @@ class Pipeline:
         """The stage that makes the latents, or checks published ones."""
         folder, manifest = self.folder.latents, self.folder.latents / MANIFEST
         results = [manifest]
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {"published latents": self.recipe.latents.published is not None}
         if self.recipe.latents.published is None:
-            fields = pick(self.fixed, "data", "latents")
+            fields |= pick(self.fixed, "data", "latents")
             results += [folder / shard.file for shard in read_manifest(folder).shards] if manifest.exists() else []
         return Stage(
             "latents", "sfd prepare", folder, fields, lambda: self._latent_source.inputs(), results=tuple(results)
