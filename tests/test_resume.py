@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 # A field in none of these lists fails a test.
 FREE = {"name", "note", "published", "data.classes", "data.strict", "transformer.checkpointing"}
-FREE |= {"latents.batch_size", "latents.workers"}
+FREE |= {"latents.batch_size", "latents.workers", "sample.batch_size", "sample.compile"}
 FREE_IN_TRAINING = {"steps", "accumulate", "parallel", "compile", "workers", "checkpoint_every", "keep_checkpoints"}
 FREE_IN_TRAINING |= {"keep_every", "log_every", "preview_every", "max_skipped", "max_rollbacks"}
 for training in ("texture.train", "semantic.train", "compressor.train", "train", "evaluation.classifier.training"):
