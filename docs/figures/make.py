@@ -1,6 +1,6 @@
-"""Draws the figures of docs/*.md, from the project's own code and from docs/results/*.json.
+"""Draws the figures of docs/*.md, from the project's own code and from docs/results/benchmarks.json.
 
-    python docs/figures/make.py [schedules times knots offset solvers_trained training_curves]
+    python docs/figures/make.py [schedules times knots offset speed solvers solvers_trained training_curves]
 
 All of them take about half a minute. The phases of a sample are drawn by `sfd strip models/shapes`.
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,16 @@ from sfd.schedule import Schedule, build_schedule
 from sfd.utils.errors import unknown
 
 HERE = Path(__file__).parent
-SWEEP = HERE.parent / "results" / "offset-sweep.json"
-SOLVERS = HERE.parent / "results" / "solvers-trained.json"
-CURVES = HERE.parent / "results" / "training-curves.json"
+RESULTS = HERE.parent / "results" / "benchmarks.json"
+SMOOTHED = 50  # steps of the mean that loss curves show
 STREAMS = ("texture", "semantic")
 OFFSET = {"name": "offset", "delta": 0.3}
 PIXELS = {"dpi": 130, "facecolor": "white"}
+
+
+def results(section: str) -> list[dict[str, Any]]:
+    """The rows that `python -m benchmarks` published for a section, measured on a CPU."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))["cpu"][section]["rows"]
 
 
 def plain(axis: Axes, title: str, x: str, y: str = "") -> None:
@@ -153,7 +158,7 @@ def knots() -> Figure:
 
 def offset() -> Figure:
     """What the sweep over Δ measured, a line a seed; bars: two standard errors of a share of so many samples."""
-    rows = json.loads(SWEEP.read_text(encoding="utf-8"))["rows"]
+    rows = results("offset_sweep")
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     quantities = {"frechet_distance": "Fréchet distance (lower is better)", "class_accuracy": "share recognised"}
     for axis, (key, title) in zip(figure.subplots(1, 2), quantities.items(), strict=True):
@@ -172,41 +177,65 @@ def offset() -> Figure:
 
 def solvers_trained() -> Figure:
     """Error and Fréchet distance over evaluations, on models/shapes; dashed: the converged samples' distance."""
-    rows = json.loads(SOLVERS.read_text(encoding="utf-8"))
+    rows = results("solvers_quality")
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     error, distance = figure.subplots(1, 2)
     for index, method in enumerate(sorted({row["method"] for row in rows[1:]})):
         chosen = [row for row in rows if row["method"] == method]
         again, colour = divmod(index, len(COLOURS))
         for axis, key in ((error, "error"), (distance, "frechet_distance")):
-            x, y = [row["evaluations"] for row in chosen], [row[key] for row in chosen]
+            x, y = [row["nfe"] for row in chosen], [row[key] for row in chosen]
             axis.plot(x, np.array(y, float), marker="os"[again], color=COLOURS[colour], label=method)
     error.set_yscale("log")
     distance.axhline(rows[0]["frechet_distance"], color="#666666", linestyle="--", linewidth=1)
-    plain(error, "median relative error of the texture", "evaluations")
-    plain(distance, "Fréchet distance (dashed: converged)", "evaluations")
+    plain(error, "median relative error of the texture", "NFE")
+    plain(distance, "Fréchet distance (dashed: converged)", "NFE")
     distance.legend(frameon=False, fontsize=8)
     return figure
 
 
 def training_curves() -> Figure:
-    """Loss curves of each way to train, and how far they lie from plain float32's; both smoothed."""
-    kept = json.loads(CURVES.read_text(encoding="utf-8"))
+    """Loss curves of each way to train, and their relative difference from plain float32's; both smoothed."""
+    rows = results("curves")
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     curves, differences = figure.subplots(1, 2)
-    width = kept["smoothed"] // (kept["steps"][1] - kept["steps"][0])
-    steps = kept["steps"][width - 1 :]
-    means = {
-        way: np.convolve(np.array(loss, float), np.full(width, 1 / width), mode="valid")
-        for way, loss in kept["loss"].items()
-    }
-    for index, (way, mean) in enumerate(means.items()):
-        style = {"color": COLOURS[index], "linestyle": ("-", (0, (6, 3)), ":", "-")[index], "label": way}
-        curves.plot(steps, mean, **style)
-        differences.plot(steps, 100 * (mean / means["float32"] - 1), **style)
-    plain(curves, f"training loss, mean of {kept['smoothed']} steps", "step")
+    steps = rows[0]["steps"]
+    width = SMOOTHED // (steps[1] - steps[0])
+    reference = np.convolve(rows[0]["loss"], np.full(width, 1 / width), mode="valid")
+    for index, row in enumerate(rows):
+        mean = np.convolve(row["loss"], np.full(width, 1 / width), mode="valid")
+        style = {"color": COLOURS[index], "linestyle": ("-", (0, (6, 3)), ":", "-")[index], "label": row["way"]}
+        curves.plot(steps[width - 1 :], mean, **style)
+        differences.plot(steps[width - 1 :], 100 * (mean / reference - 1), **style)
+    plain(curves, f"training loss, mean of {SMOOTHED} steps", "step")
     plain(differences, "difference from float32 (%)", "step")
     curves.legend(frameon=False)
+    return figure
+
+
+def speed() -> Figure:
+    """Sampling and training speed of each way, in multiples of the plain float32 path."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axis, section in zip(figure.subplots(1, 2), ("sampling", "training"), strict=True):
+        rows = results(section)
+        axis.barh([f"{r['size']}, batch {r['batch']}, {r['way']}" for r in rows], [r["ratio"] for r in rows])
+        axis.axvline(1, color="k", linewidth=0.8)
+        axis.set_title(f"{section}: times the plain float32 path", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.invert_yaxis()
+    return figure
+
+
+def solvers() -> Figure:
+    """Error over NFE of each solver on the exact velocity field."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for index, row in enumerate(results("solvers_exact")):
+        style = "k--" if index == 0 else "-"
+        axis.loglog(row["nfe"], row["error"], style, marker="o", markersize=3, linewidth=1.2, label=row["method"])
+    plain(axis, "", "NFE", "relative error of the texture (median)")
+    axis.set(xlim=(5, 1000), ylim=(1e-7, 1))
+    axis.legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -215,6 +244,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "times": times,
     "knots": knots,
     "offset": offset,
+    "speed": speed,
+    "solvers": solvers,
     "solvers_trained": solvers_trained,
     "training_curves": training_curves,
 }

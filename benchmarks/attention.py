@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.speed.measuring import Row, Setting, best_times
+from benchmarks.measure import Row, Setting, best_times
 
-SHAPES = ((256, 4, 16, 32), (64, 6, 64, 64), (16, 6, 256, 64))  # batch, heads, tokens, channels of a head
+SHAPES = ((256, 4, 16, 32), (64, 6, 64, 64), (16, 6, 256, 64))  # batch, heads, tokens, channels per head
 
 
 def fused_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -23,19 +23,17 @@ def fused_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def products_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    batch = q.shape[:2]
-    q, k, v = (x.bfloat16().flatten(0, 1) for x in (q, k, v))
-    logits = torch.bmm(q, k.transpose(1, 2)).float() * q.shape[-1] ** -0.5
-    return torch.bmm(logits.softmax(dim=-1).bfloat16(), v).unflatten(0, batch)
+    logits = (q.bfloat16() @ k.bfloat16().mT).float() * q.shape[-1] ** -0.5
+    return logits.softmax(dim=-1).bfloat16() @ v.bfloat16()
 
 
 def attention(setting: Setting) -> list[Row]:
     """Milliseconds of the fused kernel, and of two products with a float32 softmax between them."""
     rows = []
     for shape in SHAPES:
-        q, k, v = (torch.randn(shape, device=setting.device, requires_grad=True) for _ in range(3))
-        for what, do in (("forward", _forward), ("forward and backward", _both)):
-            ways = {each.__name__: partial(do, each, q, k, v) for each in (fused_float32, fused_bf16, products_bf16)}
+        inputs = tuple(torch.randn(shape, device=setting.device, requires_grad=True) for _ in range(3))
+        for what, run in (("forward", _forward), ("forward and backward", _both)):
+            ways = {each.__name__: partial(run, each, *inputs) for each in (fused_float32, fused_bf16, products_bf16)}
             times = best_times(ways, 3 * setting.repeats, setting.device)
             row = {"tokens": shape[2], "heads": shape[1], "batch": shape[0], "what": what}
             rows.append(row | {name: 1e3 * seconds for name, seconds in times.items()})

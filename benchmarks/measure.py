@@ -1,4 +1,4 @@
-"""What every section measures with: networks, turns, memory, and the machine's own rates."""
+"""What every section measures with: networks, interleaved timing, working memory, and the machine's own rates."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sfd.schedules import build_schedule
 from torch import nn
 
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.dit import SIZES, DiTConfig, LightningDiT
+from sfd.models.inference import cannot_compile
+from sfd.schedule import build_schedule
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models" / "shapes"
 COMPOSITE = CompositeLatent(
     streams=(Stream(name="texture", channels=32, grid=16), Stream(name="semantic", channels=16, grid=16, weight=2.0))
 )
@@ -30,32 +32,38 @@ SCHEDULE = build_schedule({"name": "offset", "delta": 0.3}, COMPOSITE.names)
 CLASSES = 1000
 Row = dict[str, Any]
 Checkpointing = bool | Literal["selective"]
-PROCESS = Path("/proc/self")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command was asked for; every section is a function of it."""
+    """What the command line asks for; every section is a function of it."""
 
     device: torch.device
-    quick: bool
-    repeats: int  # turns, of which the best counts
-    out: Path  # a folder for what sections write
-    asked: tuple[tuple[str, int], ...] = ()
+    out: Path  # folder for what sections write
+    quick: bool = False
+    repeats: int = 6  # timed repetitions, of which the best counts
+    given: tuple[tuple[str, int], ...] = ()  # sizes and batches from the command line
+    overrides: tuple[str, ...] = ()  # FIELD=VALUE, for sections that take them
+    compile: bool = True
 
     @property
     def sizes(self) -> tuple[tuple[str, int], ...]:
-        """Networks' sizes and batches: those asked for, or the device's."""
-        if self.asked:
-            return self.asked
+        """Networks' sizes and batches."""
+        if self.given:
+            return self.given
         if self.device.type == "cuda":
             return ("B", 64), ("XL", 64), ("XXL", 64)
         return (("S", 4),) if self.quick else (("S", 8), ("B", 8))
 
+    @property
+    def compiles(self) -> bool:
+        """Whether compiled networks are measured too."""
+        return self.compile and cannot_compile(self.device) is None
+
     @cached_property
     def matrix_rates(self) -> dict[str, float]:
-        """Operations a second of bare matrix products, by precision."""
+        """FLOP/s of bare matrix products, by precision."""
         side = 8192 if self.device.type == "cuda" else 2048
         ways: dict[str, Callable[[], Any]] = {}
         for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
@@ -64,10 +72,10 @@ class Setting:
         return {name: 2 * side**3 / seconds for name, seconds in best_times(ways, 10, self.device).items()}
 
 
-def network(size: str, checkpointing: Checkpointing = False) -> LightningDiT:
-    """A network as published, none of its weights zero."""
+def config(size: str, checkpointing: Checkpointing = False, **fields: Any) -> DiTConfig:
+    """A published network's architecture."""
     depth, width, heads = SIZES[size]
-    config = DiTConfig(
+    return DiTConfig(
         depth=depth,
         width=width,
         heads=heads,
@@ -75,21 +83,31 @@ def network(size: str, checkpointing: Checkpointing = False) -> LightningDiT:
         num_classes=CLASSES,
         clocks=("semantic", "texture"),
         checkpointing=checkpointing,
+        **fields,
     )
-    made = LightningDiT(config)
-    for parameter in made.parameters():
+
+
+def network(size: str, checkpointing: Checkpointing = False, **fields: Any) -> LightningDiT:
+    """A network of a published size, with random weights of which none is zero."""
+    net = LightningDiT(config(size, checkpointing, **fields))
+    for parameter in net.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return made
+    return net
+
+
+def frozen(size: str, device: torch.device) -> LightningDiT:
+    """A network for sampling: in evaluation mode, without gradients."""
+    return network(size).eval().requires_grad_(False).to(device)
 
 
 def class_labels(count: int, device: torch.device) -> torch.Tensor:
-    """Give a label an image, (count,), each of the published 1 000 classes in turn."""
+    """Labels (count,), each of the 1 000 classes in turn."""
     return torch.arange(count, device=device) % CLASSES
 
 
-def best_times(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each way, the best of several turns; a first turn, not counted, compiles and warms up."""
+def best_times(ways: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each way, best of `repeats` interleaved turns (A B A B …); a first turn compiles and warms up."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
@@ -102,7 +120,7 @@ def best_times(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.d
 
 
 def wait(device: torch.device) -> None:
-    """Wait until a device has done what it was given; a CPU always has."""
+    """Synchronise with a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -110,24 +128,21 @@ def wait(device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> Row:
-    """What figures were measured on; for an NVIDIA GPU with the versions of CUDA and cuDNN that PyTorch brings."""
+    """What figures are measured on."""
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    row: Row = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        row |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     elif device.type == "mps":
-        name = f"{name}, Apple's MPS"
-    row = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    if device.type == "cuda":
-        row |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        row["device"] = f"{name}, Apple's MPS"
     return row | {"python": platform.python_version(), "date": datetime.date.today().isoformat()}
 
 
 def working_memory(way: Callable[[], Any], device: torch.device) -> int | None:
     """Peak memory of a call in bytes, less what was in use before it; None where the platform cannot tell.
 
-    On a GPU it is that of torch's allocator. On Linux with glibc it is the process's resident memory, while the library
-    is told to give back at once what is freed, as far as it is 256 KiB or more: what it keeps otherwise depends on all
-    that was called before.
+    On a GPU: that of PyTorch's allocator. On Linux with glibc: the process's resident memory, while the library returns
+    at once what is freed in blocks of at least 256 KiB; otherwise what it keeps depends on all earlier calls.
     """
     gc.collect()
     if device.type == "cuda":
@@ -141,7 +156,7 @@ def working_memory(way: Callable[[], Any], device: torch.device) -> int | None:
     try:
         library = ctypes.CDLL(None)
         library.malloc_trim(0)
-        (PROCESS / "clear_refs").write_text("5")  # the peak is from now on
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except (AttributeError, OSError):  # another C library than glibc, or a container that forbids it
         return None
     library.mallopt(M_MMAP_THRESHOLD, 256 << 10)
@@ -156,6 +171,5 @@ def working_memory(way: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _resident(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", (PROCESS / "status").read_text(encoding="utf-8"), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)[0])

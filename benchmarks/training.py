@@ -1,4 +1,4 @@
-"""Training: images a second of whole steps, and their share of what bare matrix products reach."""
+"""Training: images per second of whole steps, and their share of the rate of bare matrix products."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import copy
 
 import torch
 
-from benchmarks.speed.measuring import COMPOSITE, Row, Setting, best_times, class_labels, network
+from benchmarks.measure import COMPOSITE, Row, Setting, best_times, class_labels, network
 from sfd import flow
 from sfd.models.dit import LightningDiT, flops
-from sfd.models.inference import cannot_compile
 
 
-class Training:
-    """A training step on random latents, the plain way or the project's."""
+class TrainingStep:
+    """A training step on random latents: the plain way (`float32`) or the project's."""
 
-    def __init__(self, made: LightningDiT, batch: int, device: torch.device, way: str) -> None:
+    def __init__(self, net: LightningDiT, batch: int, device: torch.device, way: str) -> None:
         self.device, self.plain, self.bf16 = device, way == "float32", way.startswith("bf16")
-        self.network = copy.deepcopy(made).to(device).train()
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.network = copy.deepcopy(net).to(device).train()
+        self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.model = torch.compile(self.network, fullgraph=True) if way.endswith("compiled") else self.network
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=not self.plain, foreach=False)
         self.x, self.target = torch.randn(2, batch, COMPOSITE.size, device=device)
@@ -27,13 +26,12 @@ class Training:
         self.weights = COMPOSITE.per_entry(torch.tensor([s.weight for s in COMPOSITE.streams], device=device))
 
     def cut(self, batch: int) -> None:
-        """Take smaller batches from now on."""
+        """Use smaller batches from now on."""
         self.x, self.target, self.times, self.labels = (
             held[:batch] for held in (self.x, self.target, self.times, self.labels)
         )
 
     def __call__(self) -> None:
-        """Take a step."""
         with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
             velocity = self.model(self.x, self.times, self.labels).velocity
             loss = flow.velocity_loss(velocity, self.target, self.weights).mean()
@@ -43,7 +41,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            pair = list(self.average.parameters()), list(self.network.parameters())
+            pair = list(self.ema.parameters()), list(self.network.parameters())
             if self.plain:
                 for average, weight in zip(*pair, strict=True):
                     average.lerp_(weight, 1e-4)
@@ -51,23 +49,26 @@ class Training:
                 torch._foreach_lerp_(*pair, 1e-4)
 
 
+def ways(setting: Setting) -> list[str]:
+    """The ways to train that this machine can measure."""
+    return ["float32", "bf16"] + (["bf16 compiled"] if setting.compiles else [])
+
+
 def training(setting: Setting) -> list[Row]:
-    """Images a second of whole steps; the share of what a bare matrix product in the same precision reaches."""
-    device = setting.device
-    names = ["float32", "bf16"] + (["bf16 compiled"] if cannot_compile(device) is None else [])
-    rows = []
+    """Images per second of whole steps, and the share of the rate of a matrix product in the same precision."""
+    device, names, rows = setting.device, ways(setting), []
     for size, batch in setting.sizes:
-        made = network(size)
-        # A GPU is busy with nothing else, but three trainings of XXL at once are more than its memory holds.
-        together = [[name] for name in names] if device.type == "cuda" else [names]
+        net = network(size)
+        # On a GPU one after the other: three trainings of XXL are more than its memory holds.
+        groups = [[name] for name in names] if device.type == "cuda" else [names]
         times: dict[str, float] = {}
-        for group in together:
-            times |= best_times({name: Training(made, batch, device, name) for name in group}, setting.repeats, device)
+        for group in groups:
+            steps = {name: TrainingStep(net, batch, device, name) for name in group}
+            times |= best_times(steps, setting.repeats, device)
         torch._dynamo.reset()
         for name, seconds in times.items():
-            rate = 3 * flops(made.config) * batch / seconds
+            rate = 3 * flops(net.config) * batch / seconds
             row = {"size": size, "batch": batch, "way": name, "images_per_second": batch / seconds}
             row |= {"ratio": times["float32"] / seconds, "flops_per_second": rate}
-            row["share_of_matrix_rate"] = rate / setting.matrix_rates[name.split()[0]]
-            rows.append(row)
+            rows.append(row | {"share_of_matrix_rate": rate / setting.matrix_rates[name.split()[0]]})
     return rows

@@ -1,13 +1,13 @@
 """Time outside of the network: what a loop takes beyond losses, gradients and AdamW, or a sampler beyond velocities.
 
 The plain path is what one writes first: images looked up one by one and stacked, noise and times drawn when the step
-needs them, without worker processes, an average updated weight by weight, each loss read back at each step; sampling by
-dopri5 as published, with times as tensors. Networks, losses and optimizer are the same on both sides,
-float32 and not compiled.
+needs them, without worker threads, an EMA updated weight by weight, each loss read back at each step; sampling by
+dopri5 as published, with times as tensors. Networks, losses and optimizer are the same on both sides, float32 and not
+compiled.
 
-In sampling, a CPU's time outside is a whole sampling less the time of each evaluation in it. A GPU works while Python
-goes on, so that an evaluation in the middle has no time of its own: there it is a whole sampling less as many bare
-evaluations, queued one after the other; the device is waited for once, at the end of either.
+On a CPU the time outside of sampling is a whole sampling less the time of each evaluation in it. A GPU works while
+Python runs ahead, so an evaluation in the middle has no time of its own: there it is a whole sampling less as many bare
+evaluations, queued one after the other.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sfd.generation.generate import DEFAULT_STEPS, velocity_field
-from sfd.schedules import build_schedule
 from torch import Tensor
 from torchdiffeq import odeint
 
-from benchmarks.speed.demo import RECIPE, prepared
-from benchmarks.speed.measuring import COMPOSITE, SCHEDULE, Row, Setting, class_labels, network, wait
-from benchmarks.speed.sampling import EVALUATIONS
+from benchmarks.demo import RECIPE, prepared
+from benchmarks.measure import COMPOSITE, SCHEDULE, Row, Setting, class_labels, frozen, wait
+from benchmarks.sampling import NFE
 from sfd import flow
 from sfd.data.shards import FEATURES, LatentSet
 from sfd.guidance import VelocityField
@@ -35,69 +33,67 @@ from sfd.models.inference import Inference
 from sfd.run.latents import find_latents
 from sfd.run.pipeline import transformer_config
 from sfd.run.recipe import load_recipe
-from sfd.sampling import initial_noise, integrate
+from sfd.sampling import DEFAULT_STEPS, initial_noise, integrate
+from sfd.schedule import build_schedule
 from sfd.training import trainer
 from sfd.training.config import TrainSettings
 from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
 
 SIZE, BATCH, STEPS = "tiny", 256, 20  # of the training that is timed: the demo's, where the network takes least
 DELTA = 0.3
-KINDS = {"plain": "published", "project": "ours"}  # of `EVALUATIONS`
 
 
 class Bare:
-    """Steps on a batch that is there: losses, gradients, clipping and AdamW."""
+    """Steps on one batch: losses, gradients, clipping and AdamW."""
 
     def __init__(self, task: DiffusionTask, settings: TrainSettings, device: torch.device) -> None:
         self.task, self.network, self.device = task, task.model.to(device).train(), device
-        self.batch = {k: v.to(device) for k, v in task.batch(0, range(settings.batch_size)).items()}
+        self.held = {k: v.to(device) for k, v in task.batch(0, range(settings.batch_size)).items()}
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
-    def prepare(self, step: int) -> dict[str, Tensor]:
-        """Give a batch."""
-        return self.batch
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step."""
+        return self.held
 
-    def finish(self, step: int, losses: dict[str, Tensor]) -> None:
-        """Do what follows an update."""
+    def finish(self, losses: dict[str, Tensor]) -> None:
+        """What follows an update."""
 
     def __call__(self, steps: int) -> float:
-        """Take steps; give the seconds of one."""
+        """Take steps; give seconds per step."""
         start = time.perf_counter()
         for step in range(steps):
-            losses = self.task.loss(self.network, self.prepare(step))
+            losses = self.task.loss(self.network, self.batch(step))
             losses["loss"].backward()
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.finish(step, losses)
+            self.finish(losses)
         wait(self.device)
         return (time.perf_counter() - start) / steps
 
 
 class Plain(Bare):
-    """The same steps with everything around them done when it is needed, one thing after another."""
+    """The same steps with everything around them done when it is needed."""
 
     def __init__(self, task: DiffusionTask, settings: TrainSettings, device: torch.device) -> None:
         super().__init__(task, settings, device)
         self.size = settings.batch_size
-        self.average = {name: p.detach().clone() for name, p in self.network.named_parameters()}
+        self.ema = {name: p.detach().clone() for name, p in self.network.named_parameters()}
         self.log: list[dict[str, float]] = []
         self.order = torch.randperm(len(task.latents)).tolist()
 
     def item(self, index: int) -> dict[str, Tensor]:
         """Read one image's latents."""
         latents, composite = self.task.latents, self.task.composite
-        (numbers, flips) = torch.tensor([index]).numpy(), (torch.rand(1) < 0.5).numpy()
+        numbers, flips = np.array([index]), (torch.rand(1) < 0.5).numpy()
         read = {name: latents.read(name, numbers, flips) for name in composite.names}
         item = {"x1": composite.pack(composite.normalize(read))[0], "label": latents.labels[index]}
         if self.task.settings.repa:
             item["features"] = latents.read(FEATURES, numbers, flips)[0]
         return item
 
-    def prepare(self, step: int) -> dict[str, Tensor]:
-        """Give a batch."""
-        chosen = [self.order[(step * self.size + i) % len(self.order)] for i in range(self.size)]
-        items = [self.item(index) for index in chosen]
+    def batch(self, step: int) -> dict[str, Tensor]:
+        items = [self.item(self.order[(step * self.size + i) % len(self.order)]) for i in range(self.size)]
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         u = flow.sample_base_time(torch.randn(self.size), "logit_normal")[:, None]
         batch["x0"] = torch.randn_like(batch["x1"])
@@ -106,10 +102,9 @@ class Plain(Bare):
         return {name: value.to(self.device) for name, value in batch.items()}
 
     @torch.no_grad()
-    def finish(self, step: int, losses: dict[str, Tensor]) -> None:
-        """Do what follows an update."""
+    def finish(self, losses: dict[str, Tensor]) -> None:
         for name, parameter in self.network.named_parameters():
-            self.average[name].mul_(0.9999).add_(parameter, alpha=1e-4)
+            self.ema[name].mul_(0.9999).add_(parameter, alpha=1e-4)
         self.log.append({name: value.item() for name, value in losses.items() if value.ndim == 0})
 
 
@@ -123,19 +118,24 @@ class Project:
         self.run.batches.start(0, 0)
 
     def __call__(self, steps: int) -> float:
-        """Take steps; give the seconds of one."""
+        """Take steps; give seconds per step."""
         start = time.perf_counter()
         for _ in range(steps):
             self.run.advance()
         wait(self.device)
         return (time.perf_counter() - start) / steps
 
+    def close(self) -> None:
+        """Stop its threads."""
+        self.run.batches.close()
+        self.run.log.close()
+
 
 def training_overhead(latents: LatentSet, rounds: int, folder: Path, device: torch.device) -> list[Row]:
     """Milliseconds of a training step outside of network and optimizer, plain and the project's.
 
-    Each round takes a few steps of each way, one after the other, so that a machine that slows down does so for all;
-    the medians over rounds count, of a step and of what it takes beyond the bare one of its round.
+    Each round takes a few steps of each way; medians over rounds count, of a step and of what it takes beyond the bare
+    one of its round, so that a machine that slows down does so for all.
     """
     recipe = load_recipe(RECIPE, [f"transformer.size={SIZE}"])
     config = transformer_config(recipe, latents)
@@ -143,27 +143,24 @@ def training_overhead(latents: LatentSet, rounds: int, folder: Path, device: tor
     task = DiffusionTask(LightningDiT(config), latents, schedule, LossSettings(), seed=0, batch_size=BATCH)
     settings = TrainSettings(steps=10**6, batch_size=BATCH, learning_rate=1e-5, ema=0.9999)
     ours = Project(task, settings, folder, device)
-    ways: dict[str, Callable[[int], float]]
-    ways = {"bare": Bare(task, settings, device), "plain": Plain(task, settings, device), "project": ours}
-    for way in ways.values():
+    ways: list[Callable[[int], float]] = [Bare(task, settings, device), Plain(task, settings, device), ours]
+    for way in ways:
         way(2)
-    table = np.array([[way(STEPS) for way in ways.values()] for _ in range(rounds)])  # (rounds, ways)
-    ours.run.batches.close()
-    ours.run.log.close()
-    steps, outside = np.median(table, axis=0), np.median(table - table[:, :1], axis=0)
+    seconds = np.array([[way(STEPS) for way in ways] for _ in range(rounds)])  # (rounds, ways)
+    ours.close()
+    steps, outside = np.median(seconds, axis=0), np.median(seconds - seconds[:, :1], axis=0)
     what = f"training {SIZE}, batch {BATCH}"
-    return [_row(what, name, steps[k], outside[k], outside[1]) for k, name in enumerate(ways) if k]
+    return [_row(what, name, steps[k], outside[k], outside[1]) for k, name in ((1, "plain"), (2, "project"))]
 
 
-class Watched:
-    """A velocity function that counts its calls and knows how long they took, as far as Python waited for them."""
+class TimedVelocity:
+    """A velocity function that counts its calls and their seconds, as far as Python waits for them."""
 
     def __init__(self, velocity: VelocityField) -> None:
         self.velocity, self.seconds, self.calls = velocity, 0.0, 0
         self.last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, times: Tensor) -> Tensor:
-        """Evaluate."""
         self.last, start = (x, times), time.perf_counter()
         out = self.velocity(x, times)
         self.seconds += time.perf_counter() - start
@@ -171,7 +168,7 @@ class Watched:
         return out
 
     def bare(self, device: torch.device) -> float:
-        """Evaluate as often again at the last arguments, one after the other; give the seconds."""
+        """Seconds of as many calls at the last arguments, one after the other."""
         assert self.last is not None
         wait(device)
         start = time.perf_counter()
@@ -192,53 +189,46 @@ def published_sampling(velocity: VelocityField, noise: Tensor, rtol: float = 1e-
         parts = COMPOSITE.unpack(velocity(x, times)).values()
         return torch.cat([rate[:, None] * part.flatten(1) for rate, part in zip(rates, parts, strict=True)], 1)
 
-    ends = torch.tensor([0.0, 1.0]).to(noise)
-    return odeint(derivative, noise, ends, rtol=rtol, atol=atol, method="dopri5")[-1]
+    return odeint(derivative, noise, torch.tensor([0.0, 1.0]).to(noise), rtol=rtol, atol=atol, method="dopri5")[-1]
 
 
 def sampling_overhead(size: str, batch: int, repeats: int, device: torch.device) -> list[Row]:
     """Milliseconds outside of the network: dopri5 as published, and the default of `sfd sample`.
 
-    Those of a whole sampling are of as many evaluations as each takes on the trained demo model (`EVALUATIONS`).
+    Those of a whole sampling are of as many evaluations as each takes on models/shapes (`NFE`).
     """
-    net = Inference(network(size).eval().requires_grad_(False).to(device))
+    net = Inference(frozen(size, device))
     noise, labels = initial_noise(range(batch), COMPOSITE).to(device), class_labels(batch, device)
-    ways: dict[str, Callable[[Watched], object]] = {
+    ways: dict[str, Callable[[TimedVelocity], object]] = {
         "plain": lambda field: published_sampling(field, noise),
         "project": lambda field: integrate(field, noise, SCHEDULE, COMPOSITE, steps=DEFAULT_STEPS),
     }
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            turns[name].append(timed_sampling(way, Watched(velocity_field(net, labels)), device))
-    times = {name: best(each, device) for name, each in turns.items()}
-    what, plain = f"sampling {size}, batch {batch}", times["plain"][1]
-    samplings = {name: times[name][1] * EVALUATIONS[kind] for name, kind in KINDS.items()}
+            turns[name].append(timed_sampling(way, TimedVelocity(net.velocity(labels)), device))
+    best = {name: min(each, key=lambda turn: turn[1]) for name, each in turns.items()}
+    what, plain = f"sampling {size}, batch {batch}", best["plain"][1]
+    samplings = {"plain": plain * NFE["published"], "project": best["project"][1] * NFE["ours"]}
     return [
-        _row(what, name, *times[name], plain)
-        | {"a_sampling_milliseconds": 1e3 * samplings[name]}
+        _row(what, name, *best[name], plain)
+        | {"sampling_milliseconds": 1e3 * samplings[name]}
         | {"of_the_plain_sampling": samplings[name] / samplings["plain"]}
         for name in ways
     ]
 
 
-def timed_sampling(way: Callable[[Watched], object], field: Watched, device: torch.device) -> tuple[float, float]:
-    """Sample; give the seconds of the whole, and of the network's evaluations in it, both by evaluation."""
+def timed_sampling(
+    way: Callable[[TimedVelocity], object], field: TimedVelocity, device: torch.device
+) -> tuple[float, float]:
+    """Sample; give seconds per evaluation of the whole, and of what is outside of the network."""
     wait(device)
     start = time.perf_counter()
     way(field)
     wait(device)
     whole = time.perf_counter() - start
     evaluated = field.seconds if device.type == "cpu" else field.bare(device)
-    return whole / field.calls, evaluated / field.calls
-
-
-def best(turns: list[tuple[float, float]], device: torch.device) -> tuple[float, float]:
-    """Give the best of several turns, by evaluation: seconds of the whole, and those outside of the network."""
-    if device.type == "cpu":  # both are of one run
-        return min(((whole, whole - evaluated) for whole, evaluated in turns), key=lambda each: each[1])
-    whole, evaluated = (min(column) for column in zip(*turns, strict=True))
-    return whole, whole - evaluated
+    return whole / field.calls, (whole - evaluated) / field.calls
 
 
 def _row(what: str, way: str, whole: float, outside: float, plain: float) -> Row:

@@ -1,0 +1,144 @@
+"""The benchmarks run, and the pages of docs/ show what they measured."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import measure, overhead, report, scaling, solvers
+from benchmarks.__main__ import SECTIONS, chosen, sizes
+from benchmarks.measure import Setting
+from benchmarks.offset_sweep import offset_sweep
+from benchmarks.quality import compared
+from benchmarks.training import TrainingStep
+from sfd.evaluation.metrics import frechet_distance, gaussian
+from sfd.sampling import initial_noise
+from sfd.utils.errors import SFDError
+from tiny import write_recipe
+
+CPU = torch.device("cpu")
+PAGES = sorted(report.DOCS.rglob("*.md"))
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    """A network that takes no time."""
+    monkeypatch.setitem(measure.SIZES, "small", measure.SIZES["tiny"]._replace(depth=2, width=32, heads=2))
+    return Setting(CPU, tmp_path, quick=True, repeats=1, given=(("small", 2),), compile=False)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_show_the_results(page):
+    text = page.read_text(encoding="utf-8")
+    assert report.fill(text, report.read()) == text
+    assert set(re.findall(r"<!-- (?!end of )(\w+) -->", text)) <= {*SECTIONS, "machine", "cuda", "table"}
+
+
+def test_every_section_has_a_place_and_every_result_a_section():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert all(text.count(f"<!-- {name} -->") == 1 for name, section in SECTIONS.items() if not section.cuda)
+    assert {name for kept in report.read().values() for name in kept} <= set(SECTIONS)
+
+
+@pytest.mark.parametrize("name", ["sampling", "training", "memory", "checkpointing", "errors", "scaling_weak"])
+def test_a_section_gives_rows_that_print(setting, name):
+    lines = report.table(SECTIONS[name].rows(setting)).splitlines()
+    assert len(lines) > 3 and len({line.count("|") for line in lines}) == 1
+
+
+def test_a_section_that_fails_loses_nothing_of_the_others(setting, monkeypatch, capsys):
+    monkeypatch.setitem(SECTIONS, "bad", command.Section(lambda setting: 1 / 0))
+    monkeypatch.setitem(SECTIONS, "good", command.Section(lambda setting: [{"error": 1.0}]))
+    assert command.measure(["bad", "good"], setting, publish=False) == ["bad"]
+    printed = capsys.readouterr()
+    assert "ZeroDivisionError" in printed.err and "| 1 |" in printed.out
+
+
+def test_publishing_replaces_a_section_and_keeps_the_others(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ("a", "b", "cuda", "machine")))
+    for name, value, device in (("a", 1.0, "cpu"), ("b", 2.0, "cpu"), ("a", 3.0, "cpu"), ("a", 4.0, "cuda")):
+        report.publish(name, [{"error": value}], device, {"device": "x"}, tmp_path)
+    shown = re.sub(r"\s", "", page.read_text())
+    assert "|3|<!--endofa-->" in shown and "|2|<!--endofb-->" in shown and "|4|<!--endofcuda-->" in shown
+    assert "|1|" not in shown and shown.count("|x|") == 3
+    with pytest.raises(SFDError, match="c on cpu"):
+        report.publish("c", [], "cpu", None, tmp_path)
+
+
+def test_names_choose_sections_and_what_does_not_exist_is_refused(setting):
+    assert set(chosen(["scaling", "errors"], setting)) == {n for n in SECTIONS if n.startswith(("scaling", "errors"))}
+    assert "guided" not in chosen([], setting) and "offset_sweep" not in chosen([], setting)
+    with pytest.raises(SFDError, match="guided"):
+        chosen(["guided"], setting)
+    assert sizes("S:8,B:16") == (("S", 8), ("B", 16))
+    with pytest.raises(SFDError, match="S:8,B:8"):
+        sizes("Z:4")
+
+
+def test_the_project_s_step_does_what_the_plain_one_does(setting):
+    net, steps = measure.network("small"), []
+    for way in ("float32", "bf16"):
+        torch.manual_seed(0)
+        steps.append(TrainingStep(net, 2, CPU, way))
+        steps[-1].bf16 = False
+        steps[-1]()
+    for plain, ours in zip(*(step.ema.parameters() for step in steps), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_working_memory_is_the_peak_of_a_call():
+    used = measure.working_memory(lambda: torch.ones(48 << 18).add_(1).sum(), CPU)
+    assert used is None or used == pytest.approx(48 << 20, rel=0.1)
+
+
+def test_the_plain_sampler_solves_the_same_equation():
+    noise = initial_noise(range(2), measure.COMPOSITE).double()
+    velocity = lambda x, times: (1 - x) * (1 + measure.COMPOSITE.per_entry(times))  # noqa: E731
+    exact = 1 + (noise - 1) * math.exp(-1.5)  # each stream's time runs from 0 to 1, whatever its clock
+    found = overhead.published_sampling(velocity, noise, rtol=1e-6)
+    torch.testing.assert_close(found, exact, rtol=0, atol=3e-3)  # it steps across the knots
+
+
+def test_distributions_are_compared_with_the_exact_one(setting, monkeypatch):
+    monkeypatch.setattr(solvers, "AT_ONCE", 100)
+    rows = solvers.stochastic(setting, count=200, steps=(4,))
+    drawn = gaussian(solvers.mixture().sample(20_000, seed=1).numpy())
+    truth = frechet_distance(solvers.moments(solvers.mixture()), drawn)
+    assert truth < min(row["frechet_distance"] for row in rows) / 10  # many samples are near the truth
+    assert rows[-1]["log_density"] < rows[0]["log_density"] - 1  # steps as long as these miss the modes
+
+
+def test_nfe_at_an_error_is_interpolated_where_the_curve_stays_below():
+    curve = [(10, 1e-1), (20, 1e-3), (30, 1e-2), (40, 1e-4)]
+    assert solvers.nfe_at(curve, 1e-3) == round(math.sqrt(30 * 40))
+    assert solvers.nfe_at(curve, 1e-5) is None and solvers.nfe_at(curve, 1.0) == 10
+
+
+def test_a_curve_that_is_higher_by_a_share_differs_by_that_share():
+    plain = [3 - k / 20 for k in range(40)]
+    row = compared([1.02 * loss for loss in plain], plain)
+    assert row["its_relative_difference"] == pytest.approx(0.02) == row["largest_relative_difference"]
+
+
+def test_collectives_of_data_parallel_training():
+    """A ring all-reduce moves 2·(n − 1)/n of 4 bytes per parameter; one GPU none."""
+    given = scaling.Assumptions(link_share=1.0)
+    expected = 2 * 7 / 8 * 4 * scaling.parameter_count(scaling.network("XL")) / given.nvlink
+    assert scaling.communication("XL", given, "DDP", 8) == pytest.approx(expected)
+    assert scaling.communication("XL", given, "DDP", 1) == 0
+    assert scaling.assumptions(("mfu=0.2", "node=4")) == scaling.replace(scaling.Assumptions(), mfu=0.2, node=4)
+
+
+def test_every_offset_is_trained_once_and_evaluated(finished, tmp_path, setting):
+    (tmp_path / "offset-sweep").mkdir()
+    (tmp_path / "offset-sweep" / "parts").symlink_to(Path(finished.folder.root).resolve())
+    recipe, runs = write_recipe(tmp_path), ((0.0, 3), (0.5, 3))
+    rows = offset_sweep(setting, recipe, runs)
+    assert [(row["delta"], row["seed"], row["n_samples"]) for row in rows] == [(0.0, 3, 20), (0.5, 3, 20)]
+    assert offset_sweep(setting, recipe, runs) == rows
