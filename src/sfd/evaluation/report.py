@@ -120,8 +120,7 @@ def _cards(metrics: Sequence[Metrics]) -> list[dict[str, Any]]:
                 values.append((row.name, number(getattr(row, metric), 2), f"{low:.2f} to {high:.2f}"))
             else:
                 values.append((row.name, percent(getattr(row, metric)), f"{100 * low:.1f} to {100 * high:.1f} %"))
-        doubts = dict.fromkeys(text for row in rows for text in row.caveats.get(metric, ()))
-        cards.append({"label": label, "values": values, "doubts": list(doubts)})
+        cards.append({"label": label, "values": values, "doubtful": any(metric in row.caveats for row in rows)})
     return cards
 
 

@@ -191,7 +191,7 @@ def _strip(pipeline: Pipeline) -> Trajectory | None:
 
 
 def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
-    accuracy = metrics[0].class_accuracy if metrics else None
+    accuracy = metrics[0].class_accuracy if metrics and "class_accuracy" not in metrics[0].caveats else None
     judged = "" if accuracy is None else f" An independent classifier recognises {accuracy:.1%} of its samples."
     if not metrics:
         judged = " This run has no judge of its own: measure its samples with sfd evaluate SAMPLES --reference …"
