@@ -22,11 +22,11 @@ from sfd.run.latents import find_latents
 from sfd.run.pipeline import transformer_config
 from sfd.run.recipe import load_recipe
 from sfd.schedule import build_schedule
-from sfd.training.batches import Batches
 from sfd.training.config import TrainSettings
+from sfd.training.data import Prefetcher
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.tasks.texture import TextureObjective, TextureTask
-from sfd.training.trainer import Task
+from sfd.training.trainer import TrainingTask
 from sfd.utils import rng
 
 JPEGS, FILE_SIZE, IMAGE_SIZE = 256, (320, 288), 256
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     """What is trained, and what its batches are read from."""
 
     what: str
-    task: Task
+    task: TrainingTask
     batch: int
     images: int  # in the data set
     files: tuple[Path, ...]  # (): from memory
@@ -115,15 +115,15 @@ def _rate(case: Case, threads: int, device: torch.device) -> float:
     """Images per second over all batches of the data set."""
     steps = max(case.images // case.batch, 1)
     settings = TrainSettings(steps=steps, batch_size=case.batch, learning_rate=1e-5)
-    with closing(Batches(case.task.batch, settings, threads=threads, pinned=device.type == "cuda")) as batches:
+    with closing(Prefetcher(case.task.batch, settings, threads=threads, pinned=device.type == "cuda")) as batches:
         start = time.perf_counter()
-        batches.start(0, 0)
+        batches.start(0)
         for _ in range(steps):
             batches.next()
         return steps * case.batch / (time.perf_counter() - start)
 
 
-def _step(task: Task, batch: int, device: torch.device) -> Callable[[], None]:
+def _step(task: TrainingTask, batch: int, device: torch.device) -> Callable[[], None]:
     """A training step in bf16 on one batch, over and over."""
     network = task.model.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)

@@ -113,22 +113,22 @@ class Project:
 
     def __init__(self, task: DiffusionTask, settings: TrainSettings, folder: Path, device: torch.device) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self.run, self.device = trainer.Run(task, settings, folder, device), device
-        self.run.log.start(0, {})
-        self.run.batches.start(0, 0)
+        self.run, self.device = trainer.Trainer(task, settings, folder, device), device
+        self.run.log.start(0, [])
+        self.run.data.start(0)
 
     def __call__(self, steps: int) -> float:
         """Take steps; give seconds per step."""
         start = time.perf_counter()
         for _ in range(steps):
-            self.run.advance()
+            self.run.train_step()
+            self.run.log_step()
         wait(self.device)
         return (time.perf_counter() - start) / steps
 
     def close(self) -> None:
         """Stop its threads."""
-        self.run.batches.close()
-        self.run.log.close()
+        self.run.data.close()
 
 
 def training_overhead(latents: LatentSet, rounds: int, folder: Path, device: torch.device) -> list[Row]:

@@ -55,14 +55,14 @@ def back_between(place: Place) -> str:
     """Train with a clock that is a day ahead, kill that, and go on with the right one."""
     out = place.before("train")
     command = place.start(place.run("train"), jump(DAY))
-    if command.until(lambda: list(out.glob("training/checkpoints/step-00000000[369]"))):
+    if command.until(lambda: list(out.glob("training/checkpoints/step-00000000[369]*"))):
         command.send(signal.SIGKILL)
     command.wait().ended(-signal.SIGKILL)
     for path in out.rglob("*"):
         os.utime(path, (time.time() + DAY,) * 2)
     ended = place.do(place.run("train")).succeeded()
     place.check("train")
-    return next(line for line in ended.output.splitlines() if "going on" in line)
+    return next(line for line in ended.output.splitlines() if "resuming" in line)
 
 
 def back_within(place: Place) -> str:

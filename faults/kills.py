@@ -50,7 +50,7 @@ def killed(stage: str) -> Callable[[Place], str]:
         for made in list(WORK) if stage == "run" else [stage]:
             if made != "run":
                 place.check(made)
-        return next((line for line in ended.output.splitlines() if "going on" in line), "")
+        return next((line for line in ended.output.splitlines() if "resuming" in line), "")
 
     return attempt
 
@@ -72,7 +72,7 @@ def killed_while_saving(place: Place) -> str:
     command.wait().ended(-signal.SIGKILL, 0)
     ended = place.do(work).succeeded()
     place.check("train")
-    return next((line for line in ended.output.splitlines() if "going on" in line), "")
+    return next((line for line in ended.output.splitlines() if "resuming" in line), "")
 
 
 def killed_sampling(place: Place) -> str:

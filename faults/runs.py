@@ -32,7 +32,7 @@ TIMING = {
     *("finished", "seconds", "peak_memory_bytes", "peak_device_memory_bytes", "checksum"),
 }
 # What says when something happened, or how long it took, and so differs from run to run.
-PASSED_OVER = ("tensorboard", "report.html", "recipe.yaml", "previews")
+PASSED_OVER = ("report.html", "recipe.yaml", "previews")
 # What each stage makes in a run's folder, in the order of the stages.
 MADE = {
     "train-texture": ("texture",),

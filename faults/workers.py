@@ -45,7 +45,7 @@ def loses(number: int) -> Callable[[Place], str]:
         with output.open("wb") as handle:
             process = subprocess.Popen(command, stdout=handle, stderr=handle, env=_environment(place.folder))
         try:
-            _wait(lambda: list(out.glob("training/checkpoints/step-00000000[69]")), process, start, output)
+            _wait(lambda: list(out.glob("training/checkpoints/step-00000000[69]*")), process, start, output)
             chosen = str(place.number % 2)
             workers = psutil.Process(process.pid).children(recursive=True)
             next(worker for worker in workers if _rank(worker) == chosen).send_signal(number)
@@ -57,10 +57,10 @@ def loses(number: int) -> Callable[[Place], str]:
             process.kill()
             process.wait()
         text = output.read_text(errors="replace")
-        if process.returncode or "going on after step" not in text:
+        if process.returncode or "resuming after step" not in text:
             raise Failure(f"the launcher ended with {process.returncode}: {text[-1500:]}")
         _check_equal(place)
-        return f"“transformer: going on after step …”, {time.monotonic() - hit:.0f} s from the loss to the run's end"
+        return f"“transformer: resuming after step …”, {time.monotonic() - hit:.0f} s from the loss to the run's end"
 
     return attempt
 

@@ -291,7 +291,7 @@ def test_too_few_images_for_the_evaluator_are_found_at_once(recipe, tmp_path):
 def test_a_run_whose_time_is_over_leaves_with_its_own_code(recipe, tmp_path):
     command = ["train-texture", recipe, "--out", tmp_path / "o", "--device", "cpu"]
     stopped = sfd(*command, "texture.train.steps=1000000", "--max-hours", 2 / 3600)
-    assert stopped.exit_code == 75 and "the time is over; run the same command to go on" in stopped.output
+    assert stopped.exit_code == 75 and "the time is over; run the same command to resume" in stopped.output
     assert (tmp_path / "o" / "texture" / "checkpoints").is_dir()
 
 
@@ -350,7 +350,7 @@ def test_ctrl_c_while_sampling_leaves_whole_images(finished, tmp_path):
         time.sleep(0.01)
     process.send_signal(2)
     _, message = process.communicate()
-    assert process.returncode == 130 and "run the same command to go on" in message
+    assert process.returncode == 130 and "run the same command to resume" in message
     for path in (tmp_path / "o").glob("*.png"):
         Image.open(path).load()
     assert not list((tmp_path / "o").glob(".*.partial"))
@@ -360,9 +360,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
     command = [sys.executable, "-m", "sfd", "train-texture", str(recipe), "texture.train.steps=150"]
     command += ["--out", str(tmp_path / "o"), "--device", "cpu"]
     process = interruptible(command)
-    while not (tmp_path / "o" / "texture" / "tensorboard").exists() and process.poll() is None:
+    while not (tmp_path / "o" / "texture" / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(2)
     _, message = process.communicate()
-    assert process.returncode == 130 and "run the same command to go on" in message
+    assert process.returncode == 130 and "run the same command to resume" in message
     assert subprocess.run(command, stderr=subprocess.DEVNULL, check=True).returncode == 0

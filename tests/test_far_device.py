@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from far_device import FAR, Unknown, Waits, far, watched
+from helpers.latents import make_latents, make_model, make_task
 from helpers.random_model import COMPOSITE, random_model
+from helpers.sync_guard import FAR, Float64, ImplicitSync, far, forbid_syncs
 from sfd.data.shapes import ShapesSource
 from sfd.data.statistics import ChannelStatistics
 from sfd.generation.config import SamplingConfig
 from sfd.models import layers
-from sfd.models.dit import SIZES
 from sfd.models.inference import Inference
 from sfd.sampling import initial_noise, integrate
-from sfd.training import trainer
 from sfd.training.config import TrainSettings
-from sfd.training.trainer import fit
-from sfd.utils import distributed
-from sfd.utils.device import choose_device
-from sfd.utils.errors import SFDError
-from test_diffusion import make_latents, make_model, make_task
-from test_training import Meddling, changed
+from sfd.training.trainer import Trainer
 
 __all__ = ["far"]
 
@@ -44,26 +36,19 @@ def latents(tmp_path_factory):
     return make_latents(ShapesSource(24, 0, 16), tmp_path_factory.mktemp("latents"))
 
 
-def steps(latents, folder: Path, checkpointing: bool | str = False, **settings) -> trainer.Run:
-    """Two training steps on the far device."""
+@pytest.mark.parametrize(
+    ("checkpointing", "losses"), [(False, {}), (False, {"resting": False}), (True, {}), ("selective", {})]
+)
+def test_a_training_step_does_not_wait_for_the_device(latents, tmp_path, far, checkpointing, losses):
     model = make_model(latents)
     model.config = model.config.model_copy(update={"checkpointing": checkpointing})
-    task = make_task(latents, model=model, batch_size=TRAINING.batch_size, **settings)
-    run = trainer.Run(task, TRAINING, folder, FAR)
-    run.batches.start(0, 0)
-    try:
-        run.advance()  # puts the weights of the loss on the device, once
-        with watched():
-            run.advance()
-    finally:
-        run.batches.close()
-    return run
-
-
-@pytest.mark.parametrize("settings", [{}, {"resting": False}, {"checkpointing": True}, {"checkpointing": "selective"}])
-def test_a_training_step_does_not_wait_for_the_device(latents, tmp_path, far, settings):
-    run = steps(latents, tmp_path, **settings)
-    assert run.step == 2 and all(p.device == FAR for p in run.network.parameters())
+    task = make_task(latents, model=model, batch_size=TRAINING.batch_size, **losses)
+    training = Trainer(task, TRAINING, tmp_path, FAR)
+    with training.running():
+        training.train_step()  # puts the weights of the loss on the device, once
+        with forbid_syncs():
+            training.train_step()
+    assert training.step == 2 and all(p.device == FAR for p in training.network.parameters())
 
 
 def sampled(settings: SamplingConfig) -> Tensor:
@@ -71,7 +56,7 @@ def sampled(settings: SamplingConfig) -> Tensor:
     velocity = model.velocity_field(torch.tensor([0, 2]).to(FAR), settings)
     noise = initial_noise([3, 4], COMPOSITE).to(FAR)
     how = {"solver": settings.solver, "steps": settings.steps, "seeds": [3, 4]}
-    with watched():
+    with forbid_syncs():
         return integrate(velocity, noise, model.schedule, COMPOSITE, **how).x
 
 
@@ -89,7 +74,7 @@ def test_decoding_copies_once(far, monkeypatch):
         return torch.zeros(images.shape, dtype=images.dtype)
 
     monkeypatch.setattr(Tensor, "cpu", cpu)
-    with watched():
+    with forbid_syncs():
         images = model.decode(packed)
     assert copies == [images.shape]
 
@@ -113,7 +98,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_every_fault_is_noticed(far, fault):
     values = torch.zeros(2, 3, device=FAR)
-    with watched(), pytest.raises((Waits, Unknown, RuntimeError)):
+    with forbid_syncs(), pytest.raises((ImplicitSync, Float64, RuntimeError)):
         fault(values)
 
 
@@ -146,10 +131,6 @@ def test_autocast_gives_attention_values_in_bf16(monkeypatch):
     assert seen == [(torch.float32, torch.bfloat16)]
 
 
-def test_published_heads_fit_the_fused_kernels():
-    assert all((size.width // size.heads) % 8 == 0 for size in SIZES.values()), "flash attention asks for it"
-
-
 def test_building_a_network_starts_no_gpu(monkeypatch):
     for name in ("device_count", "get_rng_state", "manual_seed_all"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: pytest.fail("a GPU was asked"))
@@ -169,36 +150,3 @@ def test_norms_leave_the_device_before_they_become_float64(monkeypatch):
     monkeypatch.setattr(Tensor, "cpu", cpu)
     ChannelStatistics(3).add(torch.zeros(2, 3, 4, 4, device=FAR))
     assert left == [torch.float32]
-
-
-@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "vulkan"])
-def test_a_device_that_is_not_there_is_refused_in_a_line(name):
-    with pytest.raises(SFDError, match=f"there is no device '{name}' here") as refusal:
-        choose_device(name)
-    assert len(str(refusal.value)) < 300
-
-
-def test_float32_is_not_rounded_in_convolutions(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    choose_device("cpu")
-    assert not torch.backends.cudnn.allow_tf32
-
-
-def test_training_beyond_a_gpu_s_memory_says_what_helps(tmp_path):
-    def fill():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
-
-    with pytest.raises(SFDError, match=r"does not hold a step with 4 images at a time \(CUDA out of memory\)") as error:
-        fit(Meddling(1, fill), changed(accumulate=2), tmp_path, device=torch.device("cpu"))
-    assert "larger `train.accumulate` than 2" in str(error.value)
-    fit(Meddling(1, lambda: None), changed(accumulate=4), tmp_path, device=torch.device("cpu"))  # goes on from there
-
-
-def test_several_gpus_need_to_know_whose_they_are(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(SFDError, match="LOCAL_RANK is not set"):
-        distributed.init("auto")

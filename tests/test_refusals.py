@@ -17,8 +17,6 @@ from sfd.generation.config import SamplingConfig
 from sfd.run import estimate
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
-from sfd.utils.device import choose_device, slow_bf16
-from sfd.utils.errors import SFDError
 from tiny import write_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -108,48 +106,9 @@ def test_a_run_notes_slow_bf16_where_it_samples(finished, tmp_path, slow_cpu):
     assert "sampling: this CPU has no bf16 instructions" in result.output
 
 
-def test_bf16_is_untried_on_apple():
-    assert "untried on Apple's GPUs" in str(slow_bf16(torch.device("mps")))
-
-
 @pytest.mark.parametrize(("given", "kept"), [("on", True), ("off", False), ("auto", False), ("true", True)])
 def test_earlier_values_of_compile_are_understood(given, kept, tmp_path):
     assert load_recipe(write_recipe(tmp_path), [f"sample.compile={given}"]).sample.compile is kept
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("cpu:3", "the CPU is a single device, and has no number"),
-        ("cpu:256", "the CPU is a single device"),
-        ("tpu", "that is no device's name"),
-        ("cuda:-1", "that is no device's name"),
-        ("cuda", "this PyTorch is built without CUDA|PyTorch sees no GPU"),
-        ("mps", "PyTorch sees no GPU of Apple's"),
-        ("vulkan", "PyTorch cannot compute on it"),
-        ("privateuseone", "PyTorch cannot compute on it"),
-    ],
-)
-def test_a_device_that_is_not_there_is_refused_in_short_words(name, words, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(SFDError, match=rf"no device '{name}' here \(({words}).*\); use auto or cpu$") as refusal:
-        choose_device(name)
-    assert len(str(refusal.value)) < 120
-
-
-def test_only_devices_that_are_there_are_suggested(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(SFDError, match=r"numbered from 0, and PyTorch sees 2\); use auto, cpu or cuda$"):
-        choose_device("cuda:2")
-    assert choose_device("auto") == torch.device("cuda")
-
-
-@pytest.mark.parametrize("name", ["cpu", "cpu:0"])
-def test_the_cpu_is_the_cpu(name):
-    assert choose_device(name).type == "cpu"
 
 
 def script(path: str, monkeypatch, *arguments):

@@ -14,13 +14,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from helpers.launch import pair
 from helpers.random_model import CLASSES, random_model
 from sfd.cli import main as cli
 from sfd.evaluation.samples import load_samples
 from sfd.generation.config import SamplingConfig
 from sfd.generation.folder import image_path, read_images, write_samples
 from sfd.utils.errors import SFDError
-from test_processes import pair
 from tiny import write_recipe
 
 COUNT = 1000

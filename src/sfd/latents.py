@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
 from sfd.utils.config import Settings
+from sfd.utils.device import to_device
 from sfd.utils.errors import SFDError
-from sfd.utils.transfer import sent
 
 TEXTURE, SEMANTIC = "texture", "semantic"
 """Names of the method's two streams; pixels are decoded from the texture stream alone."""
@@ -69,7 +69,7 @@ class Stream(Settings):
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (channels, 1, 1) each, in the dtype and on the device of `like`."""
         values = torch.tensor([self.mean or [0.0], self.std or [1.0]], dtype=like.dtype)
-        mean, std = sent(values[:, :, None, None], like.device)
+        mean, std = to_device(values[:, :, None, None], like.device)
         return mean, std
 
 

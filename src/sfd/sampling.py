@@ -23,8 +23,8 @@ from sfd.schedule import Schedule, StreamTimes
 from sfd.solvers import SOLVERS, Solver
 from sfd.utils import rng
 from sfd.utils.config import options_record, parse
+from sfd.utils.device import to_device
 from sfd.utils.errors import SFDError, unknown
-from sfd.utils.transfer import sent
 
 DEFAULT_STEPS = 25
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0  # beyond, steps all but coincide at one end of time
@@ -154,7 +154,7 @@ class ActiveODE:
         for x, xi, t, t_back in zip(self._split(state), self._active(drawn), now, back, strict=True):
             kept = t_back / t if t > 0 else 1.0  # a stream that is still pure noise stays as it is
             spread = math.sqrt(max(0.0, (1 - t_back) ** 2 - (kept * (1 - t)) ** 2))
-            parts.append(kept * x + spread * sent(xi.to(x.dtype), x.device))
+            parts.append(kept * x + spread * to_device(xi.to(x.dtype), x.device))
         return torch.cat(parts, dim=1)
 
     def reporter(self, callback: Callable[[Progress], None] | None) -> Callable[[float, Tensor], None] | None:

@@ -22,8 +22,8 @@ from sfd.run.recipe import read_yaml
 from sfd.utils import distributed, files
 from sfd.utils.config import parse
 from sfd.utils.device import choose_device
+from sfd.utils.distributed import local_device
 from sfd.utils.errors import SFDError
-from sfd.utils.shares import own_device
 
 MAX_GRID_IMAGES = 400
 STRIP_GUIDANCE = 2.0
@@ -43,7 +43,7 @@ def sample_images(
     """Sample each class with each seed, or the classes in turn, into a folder; see `sfd sample --help`."""
     settings = sample_settings(**options)
     chosen_seeds = parse_seeds(seeds)
-    where = choose_device(own_device(device))
+    where = choose_device(local_device(device))
     loaded = load_model(model_folder(model), where)
     weaker = load_model(model_folder(weak), where) if weak else None
     labels = asked_labels(loaded, classes)

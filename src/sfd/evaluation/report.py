@@ -23,7 +23,7 @@ MAX_ROWS = 24  # classes shown of a gallery
 MAX_COLUMNS = 10  # images shown of a class
 MAX_SIDE = 128  # pixels of an image in the report; larger ones are scaled down
 # Log entries that get no curve; those with a slash are parts of others.
-UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped", "rollbacks", "ema_distance"}
+UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped", "ema_distance"}
 UNDRAWN |= {"images_per_second", "checkpoint_pause", "waiting"}
 ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA"}
 CARDS = {

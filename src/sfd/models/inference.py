@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sfd.models.dit import LightningDiT, Output
+from sfd.utils.device import to_device
 from sfd.utils.errors import SFDError
-from sfd.utils.transfer import sent
 
 Precision = Literal["float32", "bf16"]
 
@@ -47,7 +47,7 @@ class Inference:
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             with torch.no_grad():
-                return self._forward(x, sent(t.to(x.dtype), x.device).expand(len(x), -1), labels).velocity
+                return self._forward(x, to_device(t.to(x.dtype), x.device).expand(len(x), -1), labels).velocity
 
         return velocity
 
@@ -56,7 +56,7 @@ class Inference:
         both = torch.cat([labels, guiding])
 
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            times = sent(t.to(x.dtype), x.device).expand(len(x), -1)
+            times = to_device(t.to(x.dtype), x.device).expand(len(x), -1)
             with torch.no_grad():
                 v_c, v_g = self._forward(x.repeat(2, 1), times.repeat(2, 1), both).velocity.chunk(2)
             return v_c, v_g

@@ -22,8 +22,8 @@ from sfd.models.pca import PCA
 from sfd.models.semvae import SemVAE
 from sfd.run.recipe import CompressorSettings, EncoderSettings, Recipe
 from sfd.schedule import Schedule, build_schedule
-from sfd.training import parallel
 from sfd.training.config import TrainSettings
+from sfd.training.trainer import check_settings
 from sfd.utils.config import explain
 from sfd.utils.errors import SFDError
 
@@ -76,7 +76,7 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
         SFDError: a training that its processes or its device cannot do, or networks to be compiled where none can be.
     """
     for settings in trainings(recipe):
-        parallel.check(settings, device)
+        check_settings(settings, device)
     if recipe.sample.compile:
         require_compiler(device)
 

@@ -14,11 +14,11 @@ class TrainSettings(Settings):
     """How a task is optimised: AdamW with warm-up, clipping and an exponential moving average (EMA) of the weights.
 
     The `Free` fields do not change the arithmetic of a run without failures, except for the order of sums
-    (`accumulate`, `parallel`, `compile`). `steps` is free because a run may be extended; `fit` checks when.
+    (`accumulate`, `compile`). `steps` is free because a run may be extended; `fit` checks when.
     """
 
     steps: Free[int] = Field(gt=0)
-    batch_size: int = Field(gt=0, description="over all processes and accumulation steps together")
+    batch_size: int = Field(gt=0, description="global: over all ranks and micro-batches")
     learning_rate: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
@@ -29,24 +29,19 @@ class TrainSettings(Settings):
     ema_warmup: bool = Field(False, description="let early averages forget faster: decay min(ema, (1+step)/(10+step))")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     precision: Literal["float32", "bf16"] = "float32"
-    accumulate: Free[int] = Field(1, gt=0, description="backward passes a step")
-    parallel: Free[Literal["auto", "ddp", "fsdp"]] = Field(
-        "auto", description="several processes each hold the whole network (ddp) or a share of it (fsdp); auto: ddp"
-    )
+    accumulate: Free[int] = Field(1, gt=0, description="micro-batches per rank and step")
     compile: Free[bool] = Field(False, description="compile the network, which takes minutes before the first step")
     workers: Free[int | None] = Field(
         None, gt=0, description="threads that prepare batches; null: one where the CPU trains, else up to 8"
     )
     checkpoint_every: Free[int] = Field(1000, gt=0)
-    keep_checkpoints: Free[int] = Field(2, gt=0, description="the newest so many stay")
-    keep_every: Free[int | None] = Field(
-        None, gt=0, description="those at multiples of so many steps stay too; null: none"
-    )
+    keep_checkpoints: Free[int] = Field(2, gt=0, description="number of newest checkpoints to keep")
+    keep_every: Free[int | None] = Field(None, gt=0, description="also keep the multiples of this step")
     log_every: Free[int] = Field(20, gt=0)
     preview_every: Free[int] = Field(0, ge=0, description="steps between sample grids; 0: none")
-    max_skipped: Free[int] = Field(10, gt=0, description="so many steps in a row without a finite gradient: a rollback")
-    max_rollbacks: Free[int] = Field(
-        3, ge=0, description="returns to the last good checkpoint before training gives up"
+    max_skipped: Free[int] = Field(10, gt=0, description="stop after this many steps in a row without finite gradient")
+    data_offset: Free[int] = Field(
+        0, ge=0, description="from now on use the data order and noise of step + data_offset, to get past a failure"
     )
 
     @model_validator(mode="after")
@@ -62,13 +57,13 @@ class TrainSettings(Settings):
             )
         return self
 
-    def regular(self, step: int) -> bool:
-        """Tell whether a checkpoint is due at a step, however the run went."""
+    def checkpoint_due(self, step: int) -> bool:
+        """Tell whether a step ends with a checkpoint."""
         return step % self.checkpoint_every == 0 or bool(self.keep_every and step % self.keep_every == 0)
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Give the learning rate of a step: linear warm-up, then constant or a cosine to a tenth."""
+    """Compute the learning rate of a step: linear warm-up, then constant or a cosine to a tenth."""
     rate = settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup, 1))
     if settings.decay == "constant" or step < settings.decay_from:
         return rate
@@ -76,8 +71,6 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def average_weight(settings: TrainSettings, step: int) -> float:
-    """Give the share of the present weights in the moving average after a step; 1 where there is no average."""
-    if settings.ema is None:
-        return 1.0
-    return 1 - min(settings.ema, (1 + step) / (10 + step) if settings.ema_warmup else 1.0)
+def ema_decay(settings: TrainSettings, step: int) -> float:
+    """Compute the decay β of the moving average after a step: ema ← β·ema + (1 − β)·weights."""
+    return min(settings.ema or 0.0, (1 + step) / (10 + step) if settings.ema_warmup else 1.0)

@@ -1,37 +1,38 @@
-"""The one training loop: every part of the method that learns is a `Task` for `fit`."""
+"""The training loop: every part of the method that learns is a `TrainingTask` for `fit`."""
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sfd.models.inference import require_compiler
 from sfd.training import checkpoint
-from sfd.training.batches import Batches, drawn_step, parts, workers
-from sfd.training.config import TrainSettings, average_weight, learning_rate
-from sfd.training.guards import LOOK_EVERY, Guard, backward, examination
+from sfd.training.config import TrainSettings, ema_decay, learning_rate
+from sfd.training.data import Prefetcher, micro_batches, num_workers
 from sfd.training.log import TrainingLog
-from sfd.training.parallel import Parallel, check, local, whole
 from sfd.utils import distributed, files
 from sfd.utils.config import first_difference
-from sfd.utils.device import slow_bf16
+from sfd.utils.device import choose_device, full_float32, slow_bf16, to_device
 from sfd.utils.errors import Interrupted, SFDError
-from sfd.utils.progress import bar, console
-from sfd.utils.signals import requests
-from sfd.utils.transfer import sent
+from sfd.utils.progress import bar, say
+from sfd.utils.signals import stop_requests
 
-REPORT = "failure-report.json"
-# Device types whose fused AdamW takes no notice of `found_inf` (https://github.com/pytorch/pytorch/pull/186360).
-BLIND = {"mps"}
+# Device types whose fused AdamW ignores `found_inf` (https://github.com/pytorch/pytorch/pull/186360).
+IGNORES_FOUND_INF = {"mps"}
+CHECK_EVERY = 10  # steps between looks at the count of skipped steps, each of which waits for the device
 
 
-class Task(Protocol):
-    """What is trained. `batch` and `loss` are pure, so that a run can stop anywhere and go on exactly."""
+class TrainingTask(Protocol):
+    """What is trained. `batch` and `loss` are pure, so that a run can stop anywhere and resume exactly."""
 
     name: str
 
@@ -41,296 +42,251 @@ class Task(Protocol):
         ...
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Give some slots of a step's global batch, as CPU tensors. Runs ahead of the step, in several threads at once.
-
-        `indices`, if there, says which images they are. After a rollback steps are asked for that lie far ahead.
-        """
+        """Give some samples of a step's global batch, as CPU tensors; called ahead of time, by several threads."""
         ...
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute scalars: "loss" is minimised, the others are logged, as may be pairs (sum, count)."""
+        """Compute scalars: "loss" is minimised; the others are logged, and may be pairs (sum, count)."""
         ...
 
 
 @runtime_checkable
 class Previewing(Protocol):
-    """A task that can show how far it is."""
+    """A task that can show samples while it is trained."""
 
     def preview(self, step: int, model: nn.Module, folder: Path) -> None:
-        """Write pictures of the present state under `folder`."""
+        """Write images under `folder`."""
         ...
 
 
-def fit(task: Task, settings: TrainSettings, folder: str | Path, *, device: str | torch.device) -> nn.Module:
-    """Train a task, or go on where an earlier call with the same folder stopped.
+def fit(
+    task: TrainingTask, settings: TrainSettings, folder: str | Path, *, device: str | torch.device = "auto"
+) -> nn.Module:
+    """Train a task, or resume where an earlier call with the same folder stopped.
 
-    Checkpoints go to `folder/checkpoints`, the log to `folder/log.jsonl` and `folder/tensorboard`. On a CPU with the
-    same number of threads and processes, an interrupted and an uninterrupted run end with the same bytes. Where there
-    are several processes (`sfd.utils.distributed`), all call this; each takes its part of every batch.
+    On a CPU with the same number of threads and ranks, an interrupted and an uninterrupted run end with the same bytes.
+    With several ranks (`sfd.utils.distributed.init`), all call this; each takes its part of every batch. A signal to
+    stop, on any rank, ends all after the same step, with a checkpoint: `Interrupted` is raised.
+
+    Args:
+        task: what to train.
+        settings: how.
+        folder: gets `checkpoints`, `log.jsonl` and `previews`.
+        device: this rank's device.
 
     Returns:
         The trained model in evaluation mode, with the averaged weights if `settings.ema` is set.
-
-    Raises:
-        SFDError: the folder holds checkpoints of another configuration or of a later step, training diverged, or the
-            disk is full, or the device's memory does not hold a step.
-        Interrupted: a signal to stop came, or the time of `--max-hours` was over; the state is saved.
     """
-    folder, device = Path(folder), torch.device(device)
-    if distributed.world_size() > 1 and distributed.company() is None:
-        raise SFDError("a launcher started several processes; call sfd.utils.distributed.init(device) before fit")
+    device = choose_device(device)
+    check_settings(settings, device)
     if settings.precision == "bf16" and (slowness := slow_bf16(device)):
-        console.print(f"{task.name}: {slowness}", style="yellow", markup=False, soft_wrap=True)
-    with _explaining_memory(task, settings, device):
-        return _trained(task, settings, folder, device)
+        say(f"{task.name}: {slowness}")
+    with full_float32(), _out_of_memory_advice(task, settings, device):
+        trainer = Trainer(task, settings, Path(folder), device)
+        trainer.resume()
+        with trainer.running(), bar(task.name, settings.steps, trainer.step) as progress, stop_requests() as received:
+            stop = 0
+            while trainer.step < settings.steps and not stop:
+                trainer.train_step()
+                progress.reach(trainer.step, trainer.log_step())
+                trainer.preview()
+                # A signal that comes from here on is seen after the next step, or at the end.
+                stop = distributed.all_reduce_max(received[0] if received else 0)
+                trainer.save_if_due(stopping=bool(stop))
+            trainer.finish()
+        stop = distributed.all_reduce_max(received[0] if received else 0)
+    if stop:
+        raise Interrupted(stop)
+    return trainer.result()
 
 
-def _trained(task: Task, settings: TrainSettings, folder: Path, device: torch.device) -> nn.Module:
-    run = Run(task, settings, folder, device)
-    if 0 < run.step < settings.steps:
-        console.print(f"{task.name}: going on after step {run.step}", markup=False, soft_wrap=True)
-    reason = 0
-    with run.closing(), bar(task.name, settings.steps, run.step) as shown, requests() as received:
-        run.begin()
-        while run.step < settings.steps and not reason:
-            note = run.advance()
-            shown.reach(run.step, note)
-            if settings.preview_every and run.step % settings.preview_every == 0 and isinstance(task, Previewing):
-                run.preview(task)
-            # A signal that comes from here on waits for the next step, or for the end.
-            reason = distributed.all_reduce_max(received[0] if received else 0)
-            if settings.regular(run.step) or run.step == settings.steps or reason:
-                run.save()
-        run.finish()
-    reason = distributed.all_reduce_max(received[0] if received else 0)
-    if reason:
-        raise Interrupted(reason)
-    return run.result()
+class Trainer:
+    """The state of a run: weights, moving average (EMA), optimizer, and number of steps taken."""
 
-
-@contextmanager
-def _explaining_memory(task: Task, settings: TrainSettings, device: torch.device) -> Iterator[None]:
-    """Say what to do where a step does not fit a GPU; a launcher that started it again would change nothing."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        size = settings.batch_size // parts(settings)
-        raise SFDError(
-            f"{task.name}: the memory of {device} does not hold a step with {size} images at a time "
-            f"({str(error).split('. ')[0]}); divide the batch further with a larger `train.accumulate` than "
-            f"{settings.accumulate}, or keep less of it with `transformer.checkpointing` (selective or true)"
-        ) from None
-
-
-class Run:
-    """The state of one call of `fit`."""
-
-    def __init__(self, task: Task, settings: TrainSettings, folder: Path, device: torch.device) -> None:
-        check(settings, device)
+    def __init__(self, task: TrainingTask, settings: TrainSettings, folder: Path, device: torch.device) -> None:
         self.task, self.settings, self.folder, self.device = task, settings, folder, device
-        self.parallel = Parallel(task.model, settings.parallel, device, compiled=settings.compile)
-        self.network = self.parallel.network
-        self.average = self.parallel.average() if settings.ema is not None else None
+        self.network = task.model.to(device).train()
+        self.model = _distributed(self.network, settings, device)
+        self.ema = copy.deepcopy(self.network).eval().requires_grad_(False) if settings.ema is not None else None
         self.optimizer = _optimizer(self.network, settings)
-        self.guard, self.log = Guard(device), TrainingLog(folder, settings.batch_size)
-        pinned = device.type == "cuda"
-        self.batches = Batches(task.batch, settings, threads=workers(settings, device), pinned=pinned)
-        self.writer = checkpoint.Writer(folder / "checkpoints", settings, sharded=self.parallel.sharded)
-        self.step, self.attempt, self.pause = 0, 0, 0.0
-        self._saved: int | None = None  # the step of the checkpoint that this state was saved to or came from
-        self._log_state: dict[str, Any] = {}
-        self._resume()
+        threads = num_workers(settings, device)
+        self.data = Prefetcher(task.batch, settings, threads=threads, pinned=device.type == "cuda")
+        self.log = TrainingLog(folder, settings.batch_size)
+        self.writer = checkpoint.CheckpointWriter(folder / "checkpoints", settings)
+        self.step = 0
+        self._saved: int | None = None  # step of the newest checkpoint of this state
+        self._checkpoint_pause = 0.0
+        # Steps without a finite gradient: at present and at most in a row, and in all; on the device.
+        self._streak, self._longest, self._skipped = (torch.zeros((), device=device) for _ in range(3))
 
-    def begin(self) -> None:
-        """Open the log and start on the batches; a new run shows at once that its checkpoints can be written."""
-        self.log.start(self.step, self._log_state)
-        self.save()
-        self.batches.start(self.step, self.attempt)
+    def train_step(self) -> None:
+        """Take one step: AdamW on the mean loss over the global batch, which all ranks and micro-batches share.
 
-    def advance(self) -> str:
-        """Take one step; give the note for the progress bar."""
+        A step whose gradient is not finite is skipped, without synchronising with the device.
+        """
         settings = self.settings
-        self.writer.check()
-        rate = learning_rate(settings, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for part in range(settings.accumulate):
-            losses = self._backward(self.batches.next(), part == settings.accumulate - 1)
-            self.log.collect(losses, 1 / parts(settings))
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip or math.inf))
+            group["lr"] = learning_rate(settings, self.step)
+        for micro in range(settings.accumulate):
+            batch = {name: to_device(value, self.device) for name, value in self.data.next().items()}
+            with self._gradient_sync(last=micro == settings.accumulate - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                    losses = self.task.loss(self.model, batch)
+                loss = losses["loss"]
+                # The gradient of loss / accumulate; all of it is NaN where the loss is not finite.
+                loss.backward(torch.where(torch.isfinite(loss), 1 / settings.accumulate, math.nan).to(loss.dtype))
+            self.log.collect(losses, 1 / micro_batches(settings))
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip or math.inf)
         self.log.collect({"gradient_norm": norm}, 1 / distributed.world_size())
-        self._update(self.guard.observe(norm))
+        self._update_weights(skip=self._count_skipped(norm))
+        if self.ema is not None:
+            update = get_ema_multi_avg_fn(ema_decay(settings, self.step))
+            update(list(self.ema.parameters()), list(self.network.parameters()), None)
         self.step += 1
-        last = self.step == settings.steps
-        if (self.step % LOOK_EVERY == 0 or last) and self._failed():
-            self._roll_back()
-            return "rolled back"
-        note = self.log.step()
-        return self._write_line(rate) if self.step % settings.log_every == 0 or last else note
 
-    def _backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        """Add a part's gradient; give its losses."""
-        batch = {k: sent(v, self.device) for k, v in batch.items()}
-        with self.parallel.accumulating(last):
-            with torch.autocast(self.device.type, torch.bfloat16, self.settings.precision == "bf16"):
-                losses = self.task.loss(self.parallel.model, batch)
-            backward(losses["loss"], 1 / self.settings.accumulate)
-        return losses
+    def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients in the last micro-batch of a step only."""
+        if last or not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return cast(AbstractContextManager[None], self.model.no_sync())
 
-    def _update(self, skip: Tensor) -> None:
-        """Move the weights, unless `skip` is 1; the average moves towards where they are."""
-        blind = self.device.type in BLIND
-        self.optimizer.found_inf = None if blind else skip  # type: ignore[attr-defined]
-        if not (blind and bool(skip)):
+    def _update_weights(self, skip: Tensor) -> None:
+        """Let the optimizer take its step, unless `skip` is 1."""
+        if self.device.type in IGNORES_FOUND_INF:
+            if not bool(skip):
+                self.optimizer.step()
+        else:
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            with torch.no_grad():
-                weights, average = local(self.network.parameters()), local(self.average.parameters())
-                torch._foreach_lerp_(average, weights, average_weight(self.settings, self.step))
 
-    def _write_line(self, rate: float) -> str:
-        extra = {"learning_rate": rate, "skipped": int(self.guard.total), "rollbacks": self.attempt}
-        extra["waiting"] = self.batches.waiting()
-        if self.average is not None:
-            with torch.no_grad():
-                weights, average = local(self.network.parameters()), local(self.average.parameters())
-                distance = self.parallel.norm(a - w for a, w in zip(average, weights, strict=True))
-                extra["ema_distance"] = float(distance / self.parallel.norm(weights))
-        if self.pause:
-            extra["checkpoint_pause"], self.pause = self.pause, 0.0
+    def _count_skipped(self, gradient_norm: Tensor) -> Tensor:
+        """Give 1.0 if the step must be skipped, else 0.0, on the device."""
+        skip = (~torch.isfinite(gradient_norm)).float()
+        self._streak = (self._streak + 1) * skip
+        self._longest = torch.maximum(self._longest, self._streak)
+        self._skipped = self._skipped + skip
+        return skip
+
+    def log_step(self) -> str:
+        """Write a line to the log where one is due, and refuse to continue after too many skipped steps."""
+        self.writer.check()
+        self.log.count_step()
+        last = self.step == self.settings.steps
+        if self.step % CHECK_EVERY == 0 or last:
+            self._check_skipped()
+        if self.step % self.settings.log_every and not last:
+            return self.log.note
+        extra = {"learning_rate": self.optimizer.param_groups[0]["lr"], "skipped": int(self._skipped)}
+        extra["waiting"] = self.data.waiting()
+        if self.ema is not None:
+            extra["ema_distance"] = float(_relative_distance(self.ema, self.network))
+        if self._checkpoint_pause:
+            extra["checkpoint_pause"], self._checkpoint_pause = self._checkpoint_pause, 0.0
         return self.log.write(self.step, extra)
 
-    def _failed(self) -> bool:
-        return self.guard.state()["most"] >= min(self.settings.max_skipped, self.settings.steps)
-
-    def _roll_back(self) -> None:
-        """Go back to the last good checkpoint, with another order of the data from there.
-
-        A run that is killed before its next checkpoint fails once more in the same way and comes back here.
-
-        Raises:
-            SFDError: it was done often enough; a report is written.
-        """
-        self.writer.wait()
-        failed = self.step
-        good = checkpoint.newest(self.folder / "checkpoints", good=True)
-        if self.attempt >= self.settings.max_rollbacks or good is None:
-            raise self._give_up()
-        self.attempt += 1
-        self._restore(good)
-        self.guard.forgive()
-        if distributed.is_main_process():
-            checkpoint.remove_after(self.folder / "checkpoints", self.step)
-        distributed.broadcast(None)
-        self.log.start(self.step, self._log_state)
-        self.batches.start(self.step, self.attempt)
-        console.print(
-            f"{self.task.name}: the gradient was not finite {self.settings.max_skipped} times in a row, up to step "
-            f"{failed}; back to step {self.step}, with other batches (rollback {self.attempt} of at most "
-            f"{self.settings.max_rollbacks})",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
+    def _check_skipped(self) -> None:
+        if self._longest < min(self.settings.max_skipped, self.settings.steps):
+            return
+        precision = ", with precision: float32" if self.settings.precision != "float32" else ""
+        raise SFDError(
+            f"{self.task.name}: the gradient was not finite {int(self._longest)} steps in a row, up to step "
+            f"{self.step}; resume from the last checkpoint with other batches (train.data_offset="
+            f"{self.settings.data_offset + 1_000_000}), or start anew in another folder with a lower "
+            f"learning_rate{precision}"
         )
 
-    def _give_up(self) -> SFDError:
-        """Write the report of the last step, taken again: a step that failed changed no weight."""
-        drawn, path = drawn_step(self.step - 1, self.attempt), self.folder / REPORT
-        self.batches.start(self.step - 1, self.attempt)
-        losses: dict[str, Tensor] = {}
-        for part in range(self.settings.accumulate):
-            for name, value in self._backward(self.batches.next(), part == self.settings.accumulate - 1).items():
-                share = value.detach() / (parts(self.settings) if value.ndim == 0 else 1)
-                losses[name] = losses[name] + share if name in losses else share
-        if distributed.world_size() > 1:
-            for value in losses.values():
-                torch.distributed.all_reduce(value)
-        report = {"step": self.step, "rollbacks": self.attempt, **self.guard.state()}
-        report |= examination(self.network, losses)
+    def preview(self) -> None:
+        """Let the task show what the model has learnt, where that is due."""
+        every = self.settings.preview_every
+        if not every or self.step % every or not isinstance(self.task, Previewing):
+            return
         if distributed.is_main_process():
-            indices = self.task.batch(drawn, range(self.settings.batch_size)).get("indices")
-            files.write_json(path, {**report, "images": None if indices is None else indices.tolist()})
-        alternative = " or precision: float32" if self.settings.precision != "float32" else ""
-        return SFDError(
-            f"{self.task.name}: the gradient was not finite {report['most']} steps in a row, up to step {self.step}, "
-            f"and {self.attempt} rollbacks did not help; {path} says what the last step was like; start anew in "
-            f"another folder, with a lower learning_rate{alternative}"
-        )
-
-    def preview(self, task: Previewing) -> None:
-        """Write pictures of what has been learnt so far."""
-        shown = self.result()
-        if distributed.is_main_process():
-            task.preview(self.step, shown, self.folder / "previews")
-        self.network.train()
-
-    def result(self) -> nn.Module:
-        """Give the network, with the averaged weights where there are any; whole, where it is shared out."""
-        return self.parallel.gathered(self.average if self.average is not None else self.network)
-
-    def finish(self) -> None:
-        """Wait until everything is on the disk, in all processes."""
-        self.writer.wait()
-        self.batches.close()
-        distributed.broadcast(None)
+            self.task.preview(self.step, self.result(), self.folder / "previews")
+            self.network.train()
 
     @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Close everything at the end, whatever that is; a failure to do so never hides why the block failed."""
+    def running(self) -> Iterator[None]:
+        """Prepare batches and write checkpoints within the block."""
+        self.data.start(self.step)
         try:
             yield
-        except BaseException as error:
-            self.batches.close()
-            if isinstance(error, Exception):
-                self.writer.settle()
-            with suppress(SFDError):
-                self.log.close()
-            raise
-        self.log.close()
+        finally:
+            self.data.close()
+            self.writer.close()
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk, on all ranks."""
+        self.writer.wait()
+        distributed.barrier()
+
+    def result(self) -> nn.Module:
+        """Give the averaged network, or the network itself without an average, in evaluation mode."""
+        return (self.ema if self.ema is not None else self.network).eval()
 
     def state(self) -> dict[str, Tensor]:
         """Name every live tensor that a checkpoint holds."""
-        state = {f"model.{k}": v for k, v in self.network.state_dict().items()}
-        if self.average is not None:
-            state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        state = {f"model.{name}": t for name, t in self.network.state_dict().items()}
+        if self.ema is not None:
+            state |= {f"ema.{name}": t for name, t in self.ema.state_dict().items()}
         for index, values in enumerate(self.optimizer.state.values()):
-            state |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+            state |= {f"optimizer.{index}.{name}": t for name, t in values.items()}
         return state
 
-    def save(self) -> None:
-        """Begin to write a checkpoint, unless there is one of this step."""
-        if self._saved == self.step:
+    def save_if_due(self, *, stopping: bool) -> None:
+        """Begin to write a checkpoint at its step, at the end, and before stopping.
+
+        None is written while steps are being skipped, so that the newest is one from before that.
+        """
+        must = stopping or self.step == self.settings.steps
+        if self._saved == self.step or not (must or self.settings.checkpoint_due(self.step)):
             return
-        guard = self.guard.state()
+        if self._streak and not must:
+            return
         record = {
             "task": self.task.name,
             "settings": self.settings.model_dump(mode="json"),
-            "attempt": self.attempt,
-            "guard": guard,
-            "good": guard["in_a_row"] == 0 and self.settings.regular(self.step),
+            "skipped": {"streak": int(self._streak), "total": int(self._skipped)},
             "log": self.log.state(),
         }
-        self.log.settle()
-        if distributed.is_main_process() or self.parallel.sharded:
-            self.pause = self.writer.save(self.step, self.state(), record)
+        self.log.flush()
+        if distributed.is_main_process():
+            self._checkpoint_pause = self.writer.save(self.step, self.state(), record)
         self._saved = self.step
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Take up the newest checkpoint, or start anew where there is none."""
+        folder = self.folder / "checkpoints"
         if distributed.is_main_process():
-            files.remove_partials(self.folder / "checkpoints")
-        saved = checkpoint.newest(self.folder / "checkpoints")
-        if saved is None:
-            return
-        _check_same_run(self.folder, self.settings, saved.record)
-        self.attempt = int(saved.record["attempt"])
-        self._restore(saved)
+            files.remove_partials(folder)
+        saved = checkpoint.newest(folder)
+        log: list[Any] = []
+        if saved is not None:
+            _check_same_run(self.folder, self.settings, saved.record)
+            saved.fill(self.state())
+            self.step = self._saved = saved.step
+            skipped, log = saved.record["skipped"], saved.record["log"]
+            self._streak, self._skipped = self._streak + skipped["streak"], self._skipped + skipped["total"]
+            self._longest = self._streak
+            if self.step < self.settings.steps:
+                say(f"{self.task.name}: resuming after step {self.step}")
+        if distributed.is_main_process() and self.step < self.settings.steps:
+            self.writer.check_space(self.state())
+        self.log.start(self.step, log)
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        saved.fill(self.state())
-        self.guard.restore(saved.record["guard"])
-        self.step = self._saved = saved.step
-        self._log_state = saved.record["log"]
+
+def _distributed(network: nn.Module, settings: TrainSettings, device: torch.device) -> nn.Module:
+    """Compile the network where configured, and let its copies on all ranks exchange gradients (DDP)."""
+    model: nn.Module = cast(nn.Module, torch.compile(network)) if settings.compile else network
+    if not distributed.has_group():
+        return model
+    with warnings.catch_warnings():
+        # No buffer changes in training, so none is sent; the argument that says so is about to be renamed.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        devices = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def _optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -345,9 +301,47 @@ def _optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optim
     return optimizer
 
 
+@torch.no_grad()
+def _relative_distance(ema: nn.Module, network: nn.Module) -> Tensor:
+    """Compute |ema − weights| / |weights|."""
+    weights, averages = list(network.parameters()), list(ema.parameters())
+    difference = nn.utils.get_total_norm([a - w for a, w in zip(averages, weights, strict=True)])
+    return difference / nn.utils.get_total_norm(weights)
+
+
+def check_settings(settings: TrainSettings, device: torch.device) -> None:
+    """Refuse what this number of ranks, or this machine, cannot do."""
+    if distributed.world_size() > 1 and not distributed.has_group():
+        raise SFDError(
+            f"RANK and WORLD_SIZE describe {distributed.world_size()} ranks, but there is no process group for them to "
+            "train together; start them with torchrun (in Python: sfd.utils.distributed.init), or unset WORLD_SIZE"
+        )
+    if settings.batch_size % micro_batches(settings):
+        raise SFDError(
+            f"batch_size {settings.batch_size} does not divide into {distributed.world_size()} ranks × "
+            f"{settings.accumulate} micro-batches; make it a multiple of {micro_batches(settings)}"
+        )
+    if settings.compile:
+        require_compiler(device)
+
+
+@contextmanager
+def _out_of_memory_advice(task: TrainingTask, settings: TrainSettings, device: torch.device) -> Iterator[None]:
+    """Say what to do where a step does not fit a GPU; a launcher that restarted it would change nothing."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = settings.batch_size // micro_batches(settings)
+        raise SFDError(
+            f"{task.name}: the memory of {device} does not hold a step with micro-batches of {size} images "
+            f"({str(error).split('. ')[0]}); make them smaller with a larger `train.accumulate` than "
+            f"{settings.accumulate}, or keep fewer activations with `transformer.checkpointing` (selective or true)"
+        ) from None
+
+
 def check_resume(folder: Path, settings: TrainSettings, device: torch.device) -> None:
     """Refuse settings that `fit` would refuse in this folder, without reading any tensor."""
-    check(settings, device)
+    check_settings(settings, device)
     record = checkpoint.newest_record(folder / "checkpoints")
     if record is not None:
         _check_same_run(folder, settings, record)

@@ -1,32 +1,77 @@
-"""How long a piece of work takes and how much memory it needs, measured while it runs."""
+"""Devices: choosing one, copying to it, and what it cannot do well; how long a block of work takes on it."""
 
 from __future__ import annotations
 
-import threading
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import psutil
 import torch
+from torch import Tensor
 
 from sfd.utils.errors import SFDError
 
-SECONDS_BETWEEN_LOOKS = 0.2
+# Device types to which copies may be asynchronous. Not Apple's: it may read memory that is in other use by then
+# (https://github.com/pytorch/pytorch/issues/139550).
+NON_BLOCKING = {"cuda"}
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """Find a device by name ("auto", "cpu", "cuda", "cuda:1", "mps") and compute on it once; "auto" prefers a GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # a GPU may be listed that this build of PyTorch has no code for
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+        raise SFDError(f"the device {str(name)!r} cannot be used ({reason}); use auto, cpu, cuda or mps") from None
+    return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; to a GPU without synchronising (pinned memory, non-blocking)."""
+    if device.type in NON_BLOCKING and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute convolutions in float32 inside the block; on GPUs PyTorch rounds their factors to TF32 by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def slow_bf16(device: torch.device) -> str | None:
+    """Say why bf16 is slower than float32 on a device, or untested there; None where it is neither."""
+    if device.type == "cpu":
+        known = torch.cpu.get_capabilities()
+        if not any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return "this CPU has no bf16 instructions, so bf16 takes longer here than float32"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bf16 units, so bf16 takes longer here than float32"
+    if device.type == "mps":
+        return "bf16 is untried on Apple's GPUs; float32 is the safe choice here"
+    return None
 
 
 @dataclass
 class Usage:
-    """Filled in when the block of `measured` ends."""
+    """Time and memory of a block; filled in when the block of `measured` ends."""
 
-    started: float
-    """On the monotonic clock."""
+    started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
-    """The largest resident memory of the process that was seen."""
+    """Largest resident memory of the process, from its start to the end of the block."""
     peak_device_memory_bytes: int = 0
-    """The largest memory that PyTorch held on a CUDA device; 0 elsewhere."""
+    """Largest memory that PyTorch allocated on a CUDA device within the block; 0 elsewhere."""
 
     def so_far(self) -> float:
         """Seconds since the block began."""
@@ -43,91 +88,21 @@ class Usage:
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[Usage]:
-    """Measure the block, looking at the process's memory a few times a second."""
-    usage, done = Usage(time.monotonic()), threading.Event()
-    process = psutil.Process()
-
-    def watch() -> None:
-        while True:
-            usage.peak_memory_bytes = max(usage.peak_memory_bytes, process.memory_info().rss)
-            if done.wait(SECONDS_BETWEEN_LOOKS):
-                return
-
+    """Measure time and memory of the block."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    usage = Usage()
     try:
         yield usage
     finally:
-        usage.seconds = usage.so_far()
-        done.set()
-        watcher.join()
+        usage.seconds, usage.peak_memory_bytes = usage.so_far(), _peak_memory()
         if device.type == "cuda":
             usage.peak_device_memory_bytes = torch.cuda.max_memory_allocated(device)
 
 
-def slow_bf16(device: torch.device) -> str | None:
-    """Say why bf16 is slower than float32 on a device, or not known to be any good there; None: it is neither."""
-    if device.type == "cpu":
-        known = torch.cpu.get_capabilities()
-        if not any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
-            return "this CPU has no bf16 instructions, so bf16 takes longer here than float32"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has no bf16 units, so bf16 takes longer here than float32"
-    if device.type == "mps":
-        return "bf16 is untried on Apple's GPUs; float32 is the safe choice here"
-    return None
+def _peak_memory() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
 
-
-def choose_device(name: str) -> torch.device:
-    """Find the device of a name: "auto" is CUDA, else Apple's MPS, else the CPU.
-
-    From then on float32 is float32: of its own accord PyTorch rounds the factors of convolutions on GPUs to TF32.
-
-    Raises:
-        SFDError: the device is not there.
-    """
-    torch.backends.cudnn.allow_tf32 = False
-    present = _present()
-    if name == "auto":
-        return torch.device(present[-1])
-    reason = _absent(name)
-    if reason is None:
-        device = torch.device(name)
-        try:
-            torch.zeros(1, device=device).item()  # computes there: a GPU may be seen that this PyTorch has no code for
-            if device.type == "cuda" and device.index is not None:
-                # So that everything that asks for "the" GPU gets this one, accelerate among it.
-                torch.cuda.set_device(device)
-            return device
-        except (RuntimeError, AssertionError, ImportError) as error:
-            # What it says of other kinds names its own parts, and nothing that a user could change.
-            said = f": {str(error).splitlines()[0].split('. ')[0]}" if device.type == "cuda" else ""
-            reason = f"PyTorch cannot compute on it{said}"
-    raise SFDError(
-        f"there is no device {name!r} here ({reason}); use {', '.join(['auto', *present[:-1]])} or {present[-1]}"
-    )
-
-
-def _present() -> list[str]:
-    """Name the kinds of device that are there, the one that is wanted most last."""
-    apple, nvidia = torch.backends.mps.is_available(), torch.cuda.is_available()
-    return ["cpu", *["mps"] * apple, *["cuda"] * nvidia]
-
-
-def _absent(name: str) -> str | None:
-    """Say why this machine has no device of a name; None: it may have one."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        return "that is no device's name"
-    if device.type == "cpu" and name not in ("cpu", "cpu:0"):
-        return "the CPU is a single device, and has no number"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "PyTorch sees no GPU" if torch.backends.cuda.is_built() else "this PyTorch is built without CUDA"
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return f"GPUs are numbered from 0, and PyTorch sees {torch.cuda.device_count()}"
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        return "PyTorch sees no GPU of Apple's"
-    return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

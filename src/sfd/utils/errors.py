@@ -21,16 +21,17 @@ class SFDError(Exception):
 TIME_IS_OVER = 75  # EX_TEMPFAIL in sysexits.h: try again later
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Work was asked to stop, saved its state and left. `code` is the process's exit code.
 
     That is 128 + signal, so 130 for Ctrl-C and 143 for SIGTERM; but 75 where the time was over, which SIGUSR1 says.
+    Like KeyboardInterrupt it is no `Exception`, so that nobody takes it for an error of what it interrupted.
     """
 
     def __init__(self, signal_number: int) -> None:
         over = signal_number == getattr(signal, "SIGUSR1", None)
         reason = "the time is over" if over else f"stopped by {signal.Signals(signal_number).name}"
-        super().__init__(f"{reason}; run the same command to go on")
+        super().__init__(f"{reason}; run the same command to resume")
         self.code = TIME_IS_OVER if over else 128 + signal_number
 
 

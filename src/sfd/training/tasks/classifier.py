@@ -17,7 +17,7 @@ from sfd.data.split import split
 from sfd.models.classifier import CHUNK, NETWORK, ROTATIONS, Classifier, ClassifierConfig
 from sfd.models.convnet import ConvNetConfig
 from sfd.training.config import TrainSettings
-from sfd.training.order import EpochOrder
+from sfd.training.data import EpochOrder
 from sfd.training.trainer import fit
 from sfd.utils import rng
 from sfd.utils.config import Settings

@@ -14,7 +14,7 @@ from sfd import flow
 from sfd.data.shards import FEATURES, LatentSet
 from sfd.models.dit import LightningDiT, Output
 from sfd.schedule import Schedule
-from sfd.training.order import EpochOrder
+from sfd.training.data import EpochOrder
 from sfd.utils import rng
 from sfd.utils.config import Settings
 from sfd.utils.errors import SFDError

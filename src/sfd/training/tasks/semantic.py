@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sfd.data.images import ImageSource
 from sfd.encoders.convnet import ConvNetEncoder
-from sfd.training.images import ImageBatches
+from sfd.training.data import ImageBatches
 from sfd.training.tasks.augment import DRAWS, recolour
 from sfd.utils import rng
 from sfd.utils.config import Settings

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sfd.data.images import ImageSource
 from sfd.encoders import SemanticEncoder
 from sfd.models.semvae import SemVAE, SemVAEObjective, reconstruction_losses
-from sfd.training.images import ImageBatches
+from sfd.training.data import ImageBatches
 from sfd.utils.errors import SFDError
 
 

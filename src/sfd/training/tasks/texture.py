@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sfd.data.images import ImageSource, to_tensor
 from sfd.encoders.autoencoder_kl import TextureAutoencoder
-from sfd.training.images import ImageBatches
+from sfd.training.data import ImageBatches
 from sfd.utils import rng
 from sfd.utils.config import Settings
 

@@ -1,4 +1,4 @@
-"""One of several processes that train together; started by a launcher from test_processes.py.
+"""One of several ranks that train together; started by torchrun.
 
     worker.py FOLDER
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from helpers.latents import make_model, make_task
 from sfd.data.shards import LatentSet
 from sfd.models.dit import LightningDiT
 from sfd.training.config import TrainSettings
@@ -24,7 +25,6 @@ from sfd.training.trainer import fit
 from sfd.utils import distributed, files
 from sfd.utils.config import parse
 from sfd.utils.errors import Interrupted
-from test_diffusion import make_model, make_task
 
 CPU = torch.device("cpu")
 

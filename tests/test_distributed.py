@@ -1,0 +1,173 @@
+"""Several ranks train what one does; they stop, fail and resume together."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from helpers import worker
+from helpers.latents import make_latents
+from helpers.launch import TESTS, environment, pair, torchrun
+from helpers.training import read_log, timeless_log
+from sfd.data.shapes import ShapesSource
+from sfd.utils import files
+from tiny import write_recipe
+
+PAGE = TESTS.parent / "docs" / "training-at-scale.md"
+STEPS = {"steps": 30, "batch_size": 8, "learning_rate": 1e-3, "ema": 0.9, "log_every": 10, "checkpoint_every": 20}
+FEW = STEPS | {"steps": 16, "log_every": 4}
+LATE = FEW | {"log_every": 16}  # a line that averages over all steps
+
+
+def distance(a, b):
+    """The largest relative difference of a tensor."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-9)) for name in b)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Runs of one rank and of two, and one that changes between them."""
+    folder = tmp_path_factory.mktemp("jobs")
+    make_latents(ShapesSource(24, 0, 16), folder / "latents")
+    results = {name: worker.train(folder, name, s).state_dict() for name, s in (("one", STEPS), ("few", FEW))}
+    results["micro-batches"] = worker.train(folder, "micro-batches", STEPS | {"accumulate": 2}).state_dict()
+    assert worker.train(folder, "changing", FEW, (3, 0)) is None
+    together = [
+        ("two", STEPS, None),
+        ("changing", FEW | {"accumulate": 2}, (9, 0)),
+        ("uninterrupted", LATE, None),
+        ("interrupted", LATE, (5, 1)),
+        ("interrupted", LATE, None),
+    ]
+    (folder / "jobs.json").write_text(json.dumps(together))
+    ended = torchrun(TESTS / "helpers" / "worker.py", folder)
+    assert ended.returncode == 0, ended.stderr
+    results["changing"] = worker.train(folder, "changing", FEW).state_dict()
+    for name in ("two", "uninterrupted", "interrupted"):
+        first, second = (files.read_tensors(folder / f"{name}-{rank}.safetensors") for rank in range(2))
+        assert distance(first, second) == 0
+        results[name] = first
+    return folder, results
+
+
+@pytest.mark.parametrize(("name", "reference"), [("micro-batches", "one"), ("two", "one"), ("changing", "few")])
+def test_however_a_batch_is_divided_training_and_log_are_the_same(jobs, name, reference):
+    assert distance(jobs[1][name], jobs[1][reference]) < 1e-5
+    for a, b in zip(timeless_log(jobs[0] / name), timeless_log(jobs[0] / reference), strict=True):
+        assert a == {key: pytest.approx(b[key], rel=1e-4, abs=1e-6) for key in b}
+
+
+def test_an_interruption_changes_no_bit_of_weights_and_log(jobs):
+    folder, results = jobs
+    assert distance(results["interrupted"], results["uninterrupted"]) == 0
+    assert timeless_log(folder / "interrupted") == timeless_log(folder / "uninterrupted")
+
+
+def without_training(finished, folder):
+    shutil.copytree(finished.folder.root, folder, ignore=shutil.ignore_patterns("training", "model", "samples"))
+    return folder
+
+
+def wait_for(condition, processes):
+    while not condition() and all(process.poll() is None for process in processes):
+        time.sleep(0.02)
+    assert condition(), [process.communicate() for process in processes]
+
+
+SCRIPTS = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(SCRIPTS)))
+def test_the_documented_scripts_are_valid(number):
+    subprocess.run(["bash", "-n"], input=SCRIPTS[number], text=True, check=True)
+
+
+WAITING = """
+import time
+from datetime import timedelta
+from sfd.utils import distributed
+distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=1)
+distributed.init("cpu")
+time.sleep(3 * distributed.rank())
+distributed.barrier()
+assert distributed.broadcast({"rank": distributed.rank()}) == {"rank": 0}
+assert distributed.all_reduce_max(distributed.rank()) == 1
+distributed.shutdown()
+"""
+
+
+def test_ranks_wait_for_one_another_longer_than_a_collective_may_take(tmp_path):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    ended = torchrun(script)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_killed_rank_is_started_again_and_the_run_is_the_same(finished, tmp_path):
+    out = without_training(finished, tmp_path / "out")
+    script = tmp_path / "train.sbatch"
+    script.write_text(SCRIPTS[0])
+    job = environment(RECIPE=str(write_recipe(tmp_path)), RUN=str(out), GPUS="2", HOURS="0.5")
+    job["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), job["PATH"]])  # noqa: PTH120
+    command = ["bash", script, "--device", "cpu"]
+    process = subprocess.Popen(command, env=job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: list((out / "training" / "checkpoints").glob("step-00000000[24]*")), [process])
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks[0].send_signal(signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    weights = [files.read_tensors(run / "model" / "model.safetensors") for run in (out, finished.folder.root)]
+    assert distance(*weights) < 1e-4
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(finished, tmp_path):
+    out = without_training(finished, tmp_path / "out")
+    command = ("train", write_recipe(tmp_path), "--out", out, "--device", "cpu", "train.steps=1000000")
+    processes = pair(*command)
+    wait_for(lambda: (out / "training" / "log.jsonl").exists() and read_log(out / "training"), processes)
+    processes[1].send_signal(signal.SIGUSR1)
+    messages = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], messages
+    assert sum("run the same command to resume" in message for message in messages) == 1
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_rank_ends_the_other(finished, tmp_path, failing):
+    out = without_training(finished, tmp_path / "out")
+    processes = pair("train", write_recipe(tmp_path), "--out", out, "--device", "cpu", "train.steps=1000000")
+    wait_for(lambda: (out / "training" / "log.jsonl").exists() and read_log(out / "training"), processes)
+    processes[failing].send_signal(signal.SIGKILL)
+    message = processes[1 - failing].communicate(timeout=60)[1]
+    assert processes[1 - failing].returncode == 1 and "a rank of this run failed" in message
+    processes[failing].communicate()
+
+
+def begun(finished, out):
+    """A run whose transformer was stopped before its first checkpoint."""
+    without_training(finished, out)
+    record = files.read_json(finished.folder.training / "stage.json", "stage") | {"finished": None}
+    files.write_json(out / "training" / "stage.json", record)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("damage", "override", "message"),
+    [(False, "loss.cosine=0.5", "loss.cosine was 1.0 before"), (True, "seed=0", "no intact checkpoint")],
+)
+def test_what_rank_0_refuses_ends_all(finished, tmp_path, damage, override, message):
+    out = begun(finished, tmp_path / "out")
+    if damage:
+        (out / "training" / "checkpoints").mkdir(parents=True)
+        (out / "training" / "checkpoints" / "step-000000002.safetensors").write_bytes(b"damaged")
+    processes = pair("train", write_recipe(tmp_path), override, "--out", out, "--device", "cpu")
+    messages = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], messages
+    assert message in messages[0] and "Traceback" not in "".join(messages)
