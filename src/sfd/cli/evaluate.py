@@ -8,7 +8,7 @@ import click
 
 from sfd.evaluation.evaluate import Metrics, compare, read_metrics
 from sfd.evaluation.extractors import inception
-from sfd.evaluation.extractors._base import pretrained
+from sfd.evaluation.extractors._base import Extractor, pretrained
 from sfd.evaluation.features import extract
 from sfd.evaluation.npz import RECORD, Npz
 from sfd.evaluation.reference import Reference, open_reference
@@ -50,6 +50,7 @@ def evaluate_samples(
         files.check_replaceable(out, lambda path: bool(read_metrics(path)), "a file of metrics")
     loaded = load_samples(samples, image_size)
     chosen = choose_device(local_device(device))
+    judge: Extractor
     if run is not None:
         if not (run / "recipe.yaml").exists():
             raise SFDError(f"{run} is no run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")

@@ -94,6 +94,7 @@ def compare(
     classes = tuple(reference.extractor.classes)
     truth = None if labels is None or not classes else _checked(labels, len(seen.features), classes)
     found = dict(_measured(seen, truth, reference))
+    values: dict[str, Any] = {metric: found[metric].value if metric in found else None for metric in METRICS}
     by_class = {}
     if "class_accuracy" in found and truth is not None and seen.probabilities is not None:
         right = seen.probabilities.argmax(axis=1) == truth
@@ -103,7 +104,7 @@ def compare(
         real=real,
         n_samples=len(seen.features),
         balanced=balanced(truth, len(classes)),
-        **{metric: found[metric].value if metric in found else None for metric in METRICS},
+        **values,
         accuracy_by_class=by_class,
         intervals={metric: (estimate.low, estimate.high) for metric, estimate in found.items()},
         caveats={metric: why for metric in found if (why := _caveats(metric, seen, reference))},

@@ -49,11 +49,7 @@ def resized(images: np.ndarray) -> Tensor:
 
 
 def pretrained(weights: str | None, device: torch.device) -> DINOv2:
-    """Load the network from a folder in the transformers format, or by its name on the hub; None: the published one.
-
-    Raises:
-        SFDError: it cannot be had, is damaged, or is no DINOv2.
-    """
+    """Load the network from a folder in the transformers format, or by its name on the hub; None: the published one."""
     source = weights or WEIGHTS
     encoder = vit.pretrained(source, {"tile": SIZE, "grid": SIZE // 14})
     if encoder.config.model_type != NAME:

@@ -61,11 +61,7 @@ class Inception:
 
 
 def pretrained(weights: str | None, device: torch.device) -> Inception:
-    """Build the network with weights from a file; None: the published ones, fetched once.
-
-    Raises:
-        SFDError: torch-fidelity is not installed, or the file is missing, damaged or of another network.
-    """
+    """Build the network with weights from a file; None: the published ones, fetched once."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # torchvision beside another build of PyTorch fails with the latter
