@@ -77,7 +77,7 @@ def killed_while_saving(place: Place) -> str:
 
 def killed_sampling(place: Place) -> str:
     """Kill `sfd sample` after a random number of images."""
-    work = ["sample", place.reference, "--seeds", "0-5", "--steps", 4, "--batch-size", 4, "--device", "cpu", "--out"]
+    work = ["sample", place.reference, "--seeds", "0-5", "--steps", 4, "batch_size=4", "--device", "cpu", "--out"]
     command = place.start([*work, place.out])
     wanted = place.random.randrange(0, 60)
     command.until(lambda: len(list(place.out.glob("0*.png"))) >= wanted)

@@ -123,15 +123,15 @@ def test_no_model(tmp_path):
         (["--seeds=-1"], "no seed"),
         (["--seeds", "5-3"], "no seed"),
         (["--solver", "hoin"], "no solver 'hoin'"),
-        (["--solver", "dopri5", "--option", "rtl=1e-3"], "did you mean 'rtol'"),
-        (["--guidance", "strong"], "no number"),
-        (["--guidance", "semantics=2"], "did you mean 'semantic'"),
+        (["--solver", "dopri5", "options.rtl=1e-3"], "did you mean 'rtol'"),
+        (["--guidance", "strong"], "strong"),
+        (["guidance={semantics: 2}"], "did you mean 'semantic'"),
         (["--guidance=-1"], "at least 0"),
-        (["--guidance", "2", "--interval", "0.9-0.1"], "interval"),
-        (["--shift", "0"], "shift"),
+        (["--guidance", "2", "interval=[0.9, 0.1]"], "interval"),
+        (["shift=0"], "shift"),
         (["--weak", "nowhere"], "nowhere"),
-        (["--option", "rtol=[1"], "name=value"),
-        (["--batch-size", "0"], "batch-size"),
+        (["options=[1"], "not valid YAML"),
+        (["batch_size=0"], "batch_size"),
     ],
 )
 def test_sampling_that_makes_no_sense(finished, tmp_path, options, word):
@@ -343,7 +343,7 @@ def test_shapes_can_be_written_as_a_folder(tmp_path):
 
 
 def test_ctrl_c_while_sampling_leaves_whole_images(finished, tmp_path):
-    arguments = ["sample", str(finished.folder.root), "--seeds", "0-999", "--batch-size", "2", "--steps", "3"]
+    arguments = ["sample", str(finished.folder.root), "--seeds", "0-999", "batch_size=2", "--steps", "3"]
     command = [sys.executable, "-m", "sfd", *arguments, "--out", str(tmp_path / "o"), "--device", "cpu"]
     process = interruptible(command)
     while not (tmp_path / "o" / "000003.png").exists() and process.poll() is None:

@@ -116,5 +116,5 @@ def test_sampling_in_bf16_without_instructions_warns(model, tmp_path, monkeypatc
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     model.save(tmp_path / "model")
     command = ["sample", str(tmp_path / "model"), "--out", str(tmp_path / "s"), "--seeds", "0", "--steps", "3"]
-    result = CliRunner().invoke(cli.main, [*command, "--precision", "bf16", "--device", "cpu"])
+    result = CliRunner().invoke(cli.main, [*command, "precision=bf16", "--device", "cpu"])
     assert result.exit_code == 0 and "no bf16 instructions" in result.output

@@ -52,7 +52,7 @@ def slow_cpu(monkeypatch):
 
 def test_compiling_samples_without_a_compiler_writes_nothing(model_folder, tmp_path, without_compiler):
     sampling = ("--seeds", "0", "--steps", "3", "--device", "cpu", "--out", tmp_path / "o")
-    refused("sample", model_folder, *sampling, "--compile", words="there is no C++ compiler")
+    refused("sample", model_folder, *sampling, "compile=true", words="there is no C++ compiler")
     assert not (tmp_path / "o").exists()
     assert CliRunner().invoke(main, ["sample", str(model_folder), *map(str, sampling)]).exit_code == 0
 
@@ -68,10 +68,10 @@ def test_a_run_that_cannot_be_compiled_trains_nothing(field, tmp_path, without_c
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--guidance", "2", "--interval", ""], "is no range"),
-        (["--guidance", "semantic=2,semantic=3"], "--guidance gives 'semantic' twice, as 2 and as 3"),
+        (["interval=[0.2]"], "field 'interval"),
+        (["budget=equal"], "budget"),
         (["--device", "cpu:3"], "the CPU is a single device"),
-        (["--shift", "1e17"], "less than or equal to 100"),
+        (["shift=1e17"], "less than or equal to 100"),
     ],
 )
 def test_wrong_options_of_sampling_write_nothing(model_folder, tmp_path, options, words):

@@ -82,7 +82,7 @@ def test_killed_and_resumed_by_other_ranks_the_bytes_are_the_same(model, whole, 
 
 
 def test_another_batch_size_differs_by_rounding_alone(model, whole, tmp_path):
-    sampled(model, tmp_path, "--batch-size", "7")
+    sampled(model, tmp_path, "batch_size=7")
     images, others = (read_images(folder, range(COUNT)).astype(int) for folder in (tmp_path, whole))
     assert abs(images - others).max() <= 1
 
@@ -170,3 +170,18 @@ def test_ranks_of_a_run_share_its_samples(finished, tmp_path):
 def test_images_are_read_by_number(tmp_path):
     few(tmp_path)
     assert np.array_equal(read_images(tmp_path, [7, 2]), read_images(tmp_path, range(10))[[7, 2]])
+
+
+def test_a_models_own_settings_are_the_commands_defaults(tmp_path):
+    model = random_model(0)
+    model.sampling = SamplingConfig(solver="dopri5", options={"rtol": 1e-2}, guidance=2.0)
+    model.save(tmp_path / "model")
+    for name, given, changed in [
+        ("own", [], {}),
+        ("one", ["--guidance", "1.5", "options.atol=1e-3"], {"guidance": 1.5, "options": {"rtol": 1e-2, "atol": 1e-3}}),
+        ("another solver", ["--solver", "heun"], {"solver": "heun", "options": {}}),
+    ]:
+        command = ["sample", tmp_path / "model", "--seeds", "0", "--device", "cpu", "--out", tmp_path / name, *given]
+        assert CliRunner().invoke(cli.main, list(map(str, command))).exit_code == 0
+        expected = model.sampling.model_copy(update=changed).model_dump(mode="json")
+        assert load_samples(tmp_path / name).record["sampling"] == expected

@@ -181,25 +181,21 @@ def report(**arguments: Any) -> None:
 
 @main.command()
 @click.argument("model", type=FOLDER)
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=FOLDER, default=Path("samples"), show_default=True, help="folder for PNGs and grid.png")
 @click.option("--classes", default="all", show_default=True, help="names or numbers, comma-separated; 'all'")
 @click.option("--seeds", default="0-7", show_default=True, help="such as 0-63 or 1,5,9; each class gets each seed")
 @click.option("--in-turn", is_flag=True, help="give seed i to class i, around and around, so that no noise repeats")
-@click.option("--steps", type=int, help="solver steps; leave out for an adaptive solver  [default: 25]")
-@click.option("--solver", default="multistep", show_default=True, help="euler, heun, dopri5, multistep, sde")
-@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="of the solver, such as rtol=1e-4")
-@click.option("--shift", type=float, default=1.0, show_default=True, help="time shift of the steps, 0.01 to 100")
-@click.option(
-    "--guidance", default="1", show_default=True, help="scale: 1.5, or one a stream: semantic=1.9,texture=1.3"
-)
-@click.option("--interval", help="stream times within which to guide: 0.1-0.9, or semantic=0-0.8,texture=0.2-1")
-@click.option("--weak", type=FOLDER, help="a weaker model's directory for AutoGuidance; else the null class is used")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="images per batch")
-@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
-@click.option("--compile", is_flag=True, help="compile the network, which takes a minute or two")
+@click.option("--steps", type=int, help="solver steps; an adaptive solver chooses its own")
+@click.option("--solver", help="euler, heun, multistep, sde, dopri5")
+@click.option("--guidance", type=float, help="scale for all streams; 1: none")
+@click.option("--weak", type=FOLDER, help="a less trained model for AutoGuidance; else the null class guides")
 @device_option
 def sample(**arguments: Any) -> None:
-    """Sample images from a MODEL directory (or a run's folder). Image k depends on seed k alone.
+    """Sample images from a MODEL directory, a run's folder or a shipped model. Image k depends on seed k alone.
+
+    Settings are those of the recipe's `sample:` that the model was trained by; FIELD=VALUE changes one, such as
+    interval='[0.2, 0.8]', options.rtol=1e-4, guidance='{semantic: 1.9, texture: 1.3}', batch_size=128, precision=bf16.
 
     The same command resumes an interrupted one. Processes that a launcher or an array job starts (RANK and WORLD_SIZE
     in the environment) split the images among themselves; the last one to end draws the grid.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from PIL import Image
 
 from sfd.data.classes import parse_classes
@@ -18,7 +17,7 @@ from sfd.generation.directory import model_folder
 from sfd.generation.folder import write_grid, write_samples
 from sfd.generation.model import Model, load_model
 from sfd.generation.trajectory import follow_sample, schedule_curves
-from sfd.run.recipe import read_yaml
+from sfd.run.recipe import apply_override
 from sfd.utils import distributed, files
 from sfd.utils.config import parse
 from sfd.utils.device import choose_device
@@ -38,14 +37,15 @@ def sample_images(
     in_turn: bool,
     weak: Path | None,
     device: str,
+    overrides: Sequence[str],
     **options: Any,
 ) -> None:
     """Sample each class with each seed, or the classes in turn, into a folder; see `sfd sample --help`."""
-    settings = sample_settings(**options)
     chosen_seeds = parse_seeds(seeds)
     where = choose_device(local_device(device))
     loaded = load_model(model_folder(model), where)
     weaker = load_model(model_folder(weak), where) if weak else None
+    settings = sample_settings(loaded, overrides, **options)
     labels = asked_labels(loaded, classes)
     if in_turn:
         pairs = [(labels[i % len(labels)], seed) for i, seed in enumerate(chosen_seeds)]
@@ -88,24 +88,20 @@ def asked_labels(model: Model, classes: str) -> list[int]:
     return parse_classes(classes, model.classes) if model.classes else model.class_indices(classes)
 
 
-def sample_settings(**options: Any) -> SamplingConfig:
-    """Build the settings from the command line's words."""
-    interval = options.pop("interval")
-    values = {
-        **options,
-        "options": _by_name(map(_assignment, options.pop("options")), "--option"),
-        "guidance": _by_stream(options["guidance"], _number, "--guidance"),
-        "interval": None if interval is None else _by_stream(interval, _range, "--interval"),
-    }
+def sample_settings(model: Model, overrides: Sequence[str], **options: Any) -> SamplingConfig:
+    """The model's own settings, changed by options and by FIELD=VALUE."""
+    values = model.sampling.model_dump(mode="json")
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("solver", values["solver"]) != values["solver"]:
+        values["options"] = {}  # those of another solver
+    values |= given
+    for override in overrides:
+        apply_override(values, override)
     return parse(SamplingConfig, values, "sfd sample")
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Read "0-63" or "1,5,9" or a mixture.
-
-    Raises:
-        SFDError: anything else, a negative seed among it.
-    """
+    """Read "0-63" or "1,5,9" or a mixture."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -113,57 +109,6 @@ def parse_seeds(text: str) -> list[int]:
             raise SFDError(f"--seeds {text!r}: {part!r} is no seed; give numbers of at least 0, such as 0-63 or 1,5,9")
         seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return seeds
-
-
-def _by_stream(text: str, read: Callable[[str], Any], option: str) -> Any:
-    if "=" not in text:
-        return read(text)
-    return {name: read(value) for name, value in _by_name(map(_pair, text.split(",")), option).items()}
-
-
-def _by_name(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
-    """Collect what an option names.
-
-    Raises:
-        SFDError: it gives a name twice.
-    """
-    named: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in named:
-            raise SFDError(f"{option} gives {name!r} twice, as {named[name]} and as {value}; give it once")
-        named[name] = value
-    return named
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SFDError(f"{text!r} should be stream=value, such as semantic=1.5")
-    return name.strip(), value.strip()
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    try:
-        if not equals:
-            raise ValueError
-        return name.strip(), read_yaml(value)
-    except (yaml.YAMLError, ValueError):
-        raise SFDError(f"--option {text!r} should be name=value, such as rtol=1e-4") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise SFDError(f"{text!r} is no number; give one such as 1.5") from None
-
-
-def _range(text: str) -> tuple[float, float]:
-    match = re.fullmatch(r"\s*([\d.]+)\s*-\s*([\d.]+)\s*", text)
-    if not match:
-        raise SFDError(f"--interval: {text!r} is no range; give one such as 0.1-0.9")
-    return _number(match[1]), _number(match[2])
 
 
 def export_model(model: Path, out: Path, dtype: str) -> None:

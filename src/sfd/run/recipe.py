@@ -274,7 +274,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     values = _merge(_defaults(), _read(find_recipe(path), MAX_EXTENDS))
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     if isinstance(values.get("streams"), dict):
         # An inherited stream is taken out by `semantic: null`.
         values["streams"] = {name: stream for name, stream in values["streams"].items() if stream is not None}
@@ -377,7 +377,8 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the field that `dotted.field=value` names, the value as YAML."""
     field, equals, text = override.partition("=")
     if not equals or not field:
         raise SFDError(f"{override!r} is no override; write field=value, such as train.steps=500")
