@@ -1,0 +1,67 @@
+"""Start a transformer from another one's weights, for fine-tuning on other classes, streams or sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.utils.errors import SFDError
+
+LABELS = "class_embedding.weight"
+
+
+@torch.no_grad()
+def warm_start(
+    network: LightningDiT, source: LightningDiT, classes: Sequence[str], source_classes: Sequence[str]
+) -> list[str]:
+    """Copy every tensor of `source` that fits, streams matched by name.
+
+    Of the class embedding, the null class and classes of equal names are copied; other classes start fresh.
+
+    Args:
+        network: is changed in place.
+        source: on the same device.
+        classes: names of the network's classes, in the order of their labels.
+        source_classes: those of `source`.
+
+    Returns:
+        what starts fresh: names of tensors and, as "class NAME", of classes.
+    """
+    given, fresh = source.state_dict(), []
+    for name, tensor in network.state_dict().items():
+        before = given.get(_source_name(name, network.config, source.config) or "")
+        if name == LABELS and before is not None and before.shape[1] == tensor.shape[1]:
+            tensor[-1] = before[-1]
+            for label, kind in enumerate(classes):
+                if kind in source_classes:
+                    tensor[label] = before[list(source_classes).index(kind)]
+                else:
+                    fresh.append(f"class {kind}")
+        elif before is not None and before.shape == tensor.shape:
+            tensor.copy_(before)
+        else:
+            fresh.append(name)
+    if not any(name.startswith("blocks.") and name not in fresh for name in network.state_dict()):
+        raise SFDError(
+            f"nothing of these weights fits: they are of a network of width {source.config.width} and "
+            f"{source.config.heads} heads, but the recipe's has {network.config.width} and {network.config.heads}"
+        )
+    return fresh
+
+
+def _source_name(name: str, config: DiTConfig, source: DiTConfig) -> str | None:
+    """Name a tensor's counterpart: lists of modules by stream may be in another order, or lack the stream."""
+    kind, _, rest = name.partition(".")
+    index, _, rest = rest.partition(".")
+    streams = {
+        "embeddings": (config.composite.names, source.composite.names),
+        "heads": (config.composite.names, source.composite.names),
+        "time_embedders": (config.clocks or ("",), source.clocks or ("",)),
+    }
+    if kind not in streams:
+        return name
+    ours, theirs = streams[kind]
+    stream = ours[int(index)]
+    return f"{kind}.{theirs.index(stream)}.{rest}" if stream in theirs else None
