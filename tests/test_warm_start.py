@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from sfd.generation.model import load_model
+from sfd.latents import CompositeLatent
 from sfd.models.dit import LightningDiT
-from sfd.models.warm_start import warm_start
+from sfd.models.warm_start import inherited, warm_start
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import load_recipe
 from sfd.utils.errors import SFDError
 from test_transformer import EQUAL, awake, configuration, inputs
+from tiny import write_recipe
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 CLOCKS = ("semantic", "texture")
@@ -53,3 +60,34 @@ def test_what_the_source_has_not_starts_fresh():
 def test_a_network_of_another_width_is_refused():
     with pytest.raises(SFDError, match="width 48"):
         warm_start(LightningDiT(configuration(width=96)), awake(configuration()), CLASSES, CLASSES)
+
+
+def test_statistics_come_from_the_source_and_tokenizers_must_agree():
+    def composite(tokenizer: str, mean: float) -> CompositeLatent:
+        values = {"mean": (mean,) * 4, "std": (1.0,) * 4, "tokenizer": tokenizer}
+        return CompositeLatent(streams=(EQUAL[0].model_copy(update=values),))
+
+    assert inherited(composite("a", 2.0), composite("a", 1.0)) == composite("a", 1.0)
+    with pytest.raises(SFDError, match=r"tokenizer b.*those of a.*texture\.folder"):
+        inherited(composite("b", 2.0), composite("a", 1.0))
+
+
+def test_a_run_starts_from_another_runs_model(finished, tmp_path):
+    """Fine-tuning on other images by the encoders of the first run."""
+    before = finished.folder
+    overrides = [f"train.init={before.root}", "data.seed=7", "evaluation.classifier=null", "train.learning_rate=1.0e-9"]
+    for part in ("texture", "semantic"):
+        name = finished.recipe.texture.name if part == "texture" else finished.recipe.semantic.name
+        overrides.append(f"{part}={json.dumps({'name': name, 'folder': str(before.root / part)})}")
+    overrides += ["compressor.train=null", f"compressor.folder={before.compressor}"]
+    run = Pipeline(load_recipe(write_recipe(tmp_path), overrides), tmp_path / "out", torch.device("cpu"))
+    run.all()
+    old, new = load_model(before.model, torch.device("cpu")), load_model(run.folder.model, torch.device("cpu"))
+    assert new.composite == old.composite  # the statistics are the model's, not those of the new images
+    ours, theirs = new.transformer.state_dict(), old.transformer.state_dict()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_only_the_transformer_starts_from_weights(tmp_path):
+    with pytest.raises(SFDError, match=r"texture\.folder"):
+        load_recipe(write_recipe(tmp_path), ["texture.train.init=models/shapes"])

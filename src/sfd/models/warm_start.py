@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sfd.latents import CompositeLatent
 from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.utils.errors import SFDError
 
@@ -49,6 +50,23 @@ def warm_start(
             f"{source.config.heads} heads, but the recipe's has {network.config.width} and {network.config.heads}"
         )
     return fresh
+
+
+def inherited(composite: CompositeLatent, source: CompositeLatent) -> CompositeLatent:
+    """Give streams the statistics that `source` was trained with; latents must be made by the same tokenizers."""
+    streams = []
+    for stream in composite.streams:
+        before = source[stream.name] if stream.name in source.names else None
+        if before is None or (before.channels, before.grid) != (stream.channels, stream.grid):
+            streams.append(stream)
+            continue
+        if "" not in (before.tokenizer, stream.tokenizer) and before.tokenizer != stream.tokenizer:
+            raise SFDError(
+                f"the {stream.name} latents were made by tokenizer {stream.tokenizer}, but the model to start from "
+                f"knows those of {before.tokenizer}; set texture.folder, semantic.folder, compressor.folder"
+            )
+        streams.append(stream.model_copy(update={"mean": before.mean, "std": before.std}))
+    return CompositeLatent(streams=tuple(streams))
 
 
 def _source_name(name: str, config: DiTConfig, source: DiTConfig) -> str | None:

@@ -29,7 +29,7 @@ from sfd.data.split import split
 from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
 from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data, load_classifier
 from sfd.generation.config import SamplingConfig
-from sfd.generation.directory import RECORD, model_folder
+from sfd.generation.directory import RECORD, model_config, model_folder, read_record
 from sfd.generation.model import Model, load_model
 from sfd.latents import CompositeLatent
 from sfd.models.component import CONFIG_FILE, WEIGHTS_FILE, Component
@@ -37,6 +37,7 @@ from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.dit import DiTConfig, LightningDiT, parameter_count
 from sfd.models.pca import fit_pca
 from sfd.models.semvae import SemVAE
+from sfd.models.warm_start import inherited, warm_start
 from sfd.run import stages
 from sfd.run.latents import open_latents, write_real_preview
 from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
@@ -276,7 +277,10 @@ class Pipeline:
     def _transformer_stage(self) -> Stage:
         def inputs() -> dict[str, Any]:
             self.latents_stage.require()
-            return {"latents": files.checksum(self.folder.latents / MANIFEST)}
+            found = {"latents": files.checksum(self.folder.latents / MANIFEST)}
+            if self.recipe.train.init is not None:
+                found["init"] = read_record(model_folder(self.recipe.train.init)).identity
+            return found
 
         fields = pick(self.fixed, "seed", "streams", "schedule", "transformer", "loss", "train")
         results = (self.folder.model / RECORD,)
@@ -296,6 +300,10 @@ class Pipeline:
         config = transformer_config(recipe, latents)
         schedule = build_schedule(recipe.schedule, config.composite.names)
         network = LightningDiT(config, seed=recipe.seed)
+        if recipe.train.init is not None:
+            source = load_model(model_folder(Path(recipe.train.init)), torch.device("cpu"))
+            fresh = warm_start(network, source.transformer, latents.manifest.classes, source.classes)
+            console.print(f"starts from {recipe.train.init}; fresh: {', '.join(fresh) or 'nothing'}", markup=False)
         task = DiffusionTask(
             network,
             latents,
@@ -399,6 +407,8 @@ def transformer_config(recipe: Recipe, latents: LatentSet) -> DiTConfig:
     patch_sizes = {name: s.patch_size for name, s in recipe.streams.items()}
     composite = latents.composite(patch_sizes, weights)
     composite = CompositeLatent(streams=tuple(composite[name] for name in recipe.streams))
+    if recipe.train.init is not None:
+        composite = inherited(composite, model_config(recipe.train.init).composite)
     check_classes(recipe.data, len(latents.manifest.classes), str(latents.folder))
     features = latents.manifest.features
     return architecture(recipe, composite, len(latents.manifest.classes), features["channels"] if features else None)

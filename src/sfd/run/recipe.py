@@ -213,6 +213,10 @@ class Recipe(Settings):
                 raise unknown("stream", name, ("texture", "semantic"))
         if "texture" not in self.streams:
             raise SFDError("streams must hold 'texture': it is what pixels are decoded from")
+        parts = {"texture": self.texture.train, "semantic": self.semantic.train, "compressor": self.compressor.train}
+        for name, training in parts.items():
+            if training is not None and training.init is not None:
+                raise SFDError(f"{name}.train.init: only the transformer starts from weights; give {name}.folder")
         if not 0 <= self.train.betas[0] < 1 or not 0 <= self.train.betas[1] < 1:
             raise SFDError(f"train.betas must lie in [0, 1), got {self.train.betas}")
         schedule = build_schedule(self.schedule, tuple(self.streams))

@@ -20,6 +20,9 @@ class TrainSettings(Settings):
     steps: Free[int] = Field(gt=0)
     batch_size: int = Field(gt=0, description="global: over all ranks and micro-batches")
     learning_rate: float = Field(gt=0)
+    init: str | None = Field(
+        None, description="of the transformer: a model's directory or a run's folder to start from; null: fresh weights"
+    )
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
