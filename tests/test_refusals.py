@@ -70,7 +70,6 @@ def test_a_run_that_cannot_be_compiled_trains_nothing(field, tmp_path, without_c
     [
         (["interval=[0.2]"], "field 'interval"),
         (["budget=equal"], "budget"),
-        (["--device", "cpu:3"], "the CPU is a single device"),
         (["shift=1e17"], "less than or equal to 100"),
     ],
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def write_samples(
     todo = [b for b in distributed.rank_slice(batches) if not missing.isdisjoint(b)]
     if todo and config.precision == "bf16" and (slowness := slow_bf16(model.device)):
         console.print(f"sampling: {slowness}", style="yellow", markup=False, soft_wrap=True)
-    start, made, writing = time.monotonic(), 0, []
+    start, made = time.monotonic(), 0
+    writing: list[Future[None]] = []
     with bar("sampling", sum(map(len, todo))) as shown, ThreadPoolExecutor(WRITERS) as pool:
         for batch in todo:
             chosen = [labels[i] for i in batch], [seeds[i] for i in batch]
