@@ -20,7 +20,7 @@ from sfd.data.shapes import ShapesSource
 from sfd.utils import files
 from tiny import write_recipe
 
-PAGE = TESTS.parent / "docs" / "training-at-scale.md"
+PAGE = TESTS.parent / "docs" / "scale.md"
 STEPS = {"steps": 30, "batch_size": 8, "learning_rate": 1e-3, "ema": 0.9, "log_every": 10, "checkpoint_every": 20}
 FEW = STEPS | {"steps": 16, "log_every": 4}
 LATE = FEW | {"log_every": 16}  # a line that averages over all steps
