@@ -11,8 +11,9 @@ from random import Random
 from faults.commands import Failure
 from faults.runs import Place
 from faults.scenarios import Scenario
+from sfd.utils import files
 
-KINDS = ("cut short", "one bit turned over", "missing")
+KINDS = ("cut short", "missing", "one bit turned over")
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,30 @@ class Artefact:
     cure: str = ""  # what is removed when the stage refuses, as its message says
     again: tuple[str, ...] = ()  # the stages that then make it again
     interrupted: bool = False  # the stage had nearly ended before
+    hashed: bool = False  # has a SHA-256 that is compared, so that one bit is noticed
+
+    def kind(self, number: int) -> str:
+        """The kind of damage of an attempt."""
+        kinds = KINDS if self.hashed else KINDS[:2]
+        return kinds[number % len(kinds)]
 
 
 ARTEFACTS = (
-    Artefact("checkpoint", "training/checkpoints/step-*.safetensors", "train", interrupted=True),
+    Artefact("checkpoint", "training/checkpoints/step-*.safetensors", "train", interrupted=True, hashed=True),
     Artefact("shard of latents", "latents/shard-*.safetensors", "train", "latents/shard-*.safetensors", ("prepare",)),
-    Artefact("shard's receipt", "latents/shard-*.json", "prepare", "latents/shard-*.json", interrupted=True),
+    Artefact("shard of an unfinished set", "latents/shard-*.safetensors", "prepare", interrupted=True),
     Artefact("manifest of latents", "latents/manifest.json", "train", "latents/manifest.json", ("prepare",)),
-    Artefact("stage's record", "latents/stage.json", "train", "latents/stage.json", ("prepare",)),
+    Artefact("stage's record", "latents/stage.json", "train", "latents", ("prepare",)),
     Artefact(
-        "trained encoder", "texture/model.safetensors", "prepare", "texture/model.safetensors", ("train-texture",)
+        "trained encoder",
+        "texture/model.safetensors",
+        "prepare",
+        "texture/model.safetensors",
+        ("train-texture",),
+        hashed=True,
     ),
     Artefact("encoder's configuration", "texture/config.json", "prepare", "texture/config.json", ("train-texture",)),
-    Artefact("model's weights", "model/model.safetensors", "report", "model", ("train",)),
+    Artefact("model's weights", "model/model.safetensors", "report", "model", ("train",), hashed=True),
     Artefact("model's record", "model/model.json", "report", "model", ("train",)),
     Artefact("record of samples", "samples/guided/samples.json", "report", "samples", interrupted=True),
 )
@@ -62,7 +74,7 @@ def damaged(artefact: Artefact) -> Callable[[Place], str]:
         if artefact.interrupted:
             _nearly_done(artefact.stage, place)
         path = sorted(out.glob(artefact.path))[-1]
-        harm(path, KINDS[place.number % len(KINDS)], place.random)
+        harm(path, artefact.kind(place.number), place.random)
         work = place.run(artefact.stage)
         ended = place.do(work).ended(0, 2)
         message = next((line for line in ended.output.splitlines() if "passed over" in line), "")
@@ -77,22 +89,23 @@ def damaged(artefact: Artefact) -> Callable[[Place], str]:
                 place.do(place.run(stage)).succeeded()
         for stage in (*artefact.again, artefact.stage):
             place.check(stage)
-        return f"{KINDS[place.number % len(KINDS)]}: {message or 'made again'}"
+        return f"{artefact.kind(place.number)}: {message or 'made again'}"
 
     return attempt
 
 
 def _nearly_done(stage: str, place: Place) -> None:
     """Make the run look as if it had been killed before the stage's end."""
-    for name in {"train": ("training",), "prepare": ("latents",), "report": ("samples",)}[stage]:
-        shutil.copytree(place.reference / name, place.out / name)
-    for last in ("training/stage.json", "latents/stage.json", "latents/manifest.json", "samples/guided/stage.json"):
-        if last.split("/")[0] in {"train": "training", "prepare": "latents", "report": "samples"}[stage]:
-            (place.out / last).unlink()
+    name = {"train": "training", "prepare": "latents", "report": "samples"}[stage]
+    shutil.copytree(place.reference / name, place.out / name)
+    if stage == "prepare":
+        (place.out / "latents" / "manifest.json").unlink()
+    record = place.out / (f"{name}/guided/stage.json" if stage == "report" else f"{name}/stage.json")
+    files.write_json(record, files.read_json(record, "stage") | {"finished": None})
 
 
 def _remove(out: Path, pattern: str) -> None:
-    for path in out.glob(pattern):
+    for path in out.glob(pattern) if pattern else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -126,7 +139,12 @@ def images(place: Place) -> str:
 
 SCENARIOS = [
     *(
-        Scenario(f"a damaged {a.name}: cut short, a bit turned over, missing", damaged(a), 6, quick=i in (0, 3))
+        Scenario(
+            f"a damaged {a.name}: cut short, missing{', a bit turned over' * a.hashed}",
+            damaged(a),
+            6,
+            quick=i in (0, 2),
+        )
         for i, a in enumerate(ARTEFACTS)
     ),
     Scenario("all checkpoints damaged", no_checkpoint_left),

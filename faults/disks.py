@@ -15,7 +15,11 @@ from faults.runs import Place, contents
 from faults.scenarios import Scenario
 
 NOBODY = 65534
-FIRST = {"train": "training/log.jsonl", "prepare": "latents/shard-00000.json", "report": "samples/guided/samples.json"}
+FIRST = {
+    "train": "training/log.jsonl",
+    "prepare": "latents/shard-00000.safetensors",
+    "report": "samples/guided/samples.json",
+}
 
 
 @contextmanager

@@ -58,12 +58,6 @@ def laughs(place: Place) -> str:
     return "\n".join(lines)
 
 
-def pipe(place: Place) -> str:
-    """Extend a pipe that nobody writes to."""
-    os.mkfifo(place.folder / "pipe.yaml")
-    return "extends: pipe.yaml"
-
-
 def model(change: Callable[[Path], None]) -> Callable[[Place], list[object]]:
     """Sample from a model directory that was changed."""
 
@@ -118,12 +112,6 @@ def schedule(folder: Path) -> None:
     values.pop("checksum", None)
     values["schedule"] = {"name": "../../os"}
     (folder / "model.json").write_text(json.dumps(values))
-
-
-def endless(folder: Path) -> None:
-    """Put a device where model.json was."""
-    (folder / "model.json").unlink()
-    (folder / "model.json").symlink_to("/dev/zero")
 
 
 class Code:
@@ -224,8 +212,6 @@ def climbing(folder: Path) -> None:
 
 MAKERS: dict[str, tuple[Callable[[Place], list[object]], bool]] = {
     "a recipe that extends `/etc/passwd`": (recipe("extends: /etc/passwd"), False),
-    "a recipe that extends `/dev/zero`": (recipe("extends: /dev/zero"), True),
-    "a recipe that extends a pipe": (recipe(pipe), True),
     "a recipe that extends itself": (recipe("extends: hostile.yaml"), False),
     "a recipe nested 100 000 deep": (recipe("a: " + "[" * 100_000), True),
     "a recipe of aliases of aliases (“billion laughs”)": (recipe(laughs), True),
@@ -240,7 +226,6 @@ MAKERS: dict[str, tuple[Callable[[Place], list[object]], bool]] = {
     "weights that declare 2⁵⁰ numbers": (model(header), True),
     "weights that declare a header of 2⁶⁰ bytes": (model(long_header), False),
     "a model record nested 100 000 deep": (model(nested), True),
-    "a model record that is a device": (model(endless), False),
     "a schedule whose name is a path": (model(schedule), False),
     "a checkpoint that is a pickle with code": (pickled, True),
     "a manifest that names a shard outside": (shard_elsewhere, False),

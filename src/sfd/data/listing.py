@@ -45,6 +45,8 @@ _SPLIT = re.compile(
 _LABELS = "dataset.json"
 UNREADABLE = "cannot be read"
 _LINKS = {errno.ENOENT: "a link to nothing", errno.ELOOP: "a link in a circle"}
+# Links to folders on the way to a file: folders that link to one another have countless ways.
+_MAX_LINKS = 2
 # Larger files are not read: several at once could fill the memory.
 _MAX_BYTES = 2**28
 
@@ -239,29 +241,31 @@ class _Folder:
         except OSError as error:
             raise SFDError(f"{path} cannot be listed ({error.strerror}); give a readable one") from None
 
-    def _scan(self, folder: str, prefix: str, above: tuple[str, ...]) -> None:
+    def _scan(self, folder: str, prefix: str, above: tuple[str, ...], links: int = 0) -> None:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _is_system(entry.name):
                     continue
                 try:
-                    self._add(entry, prefix + entry.name, above)
+                    self._add(entry, prefix + entry.name, above, links + entry.is_symlink())
                 except OSError as error:
                     link = _LINKS.get(error.errno or 0) if entry.is_symlink() else None
                     self.skipped.append((prefix + entry.name, link or f"{UNREADABLE} ({error.strerror})"))
 
-    def _add(self, entry: os.DirEntry[str], name: str, above: tuple[str, ...]) -> None:
+    def _add(self, entry: os.DirEntry[str], name: str, above: tuple[str, ...], links: int) -> None:
         if entry.is_dir():
             real = os.path.realpath(entry.path)
-            if real in above:
-                self.skipped.append((name, "a link in a circle"))
+            if real in above or links > _MAX_LINKS:
+                self.skipped.append((name, "a link in a circle" if real in above else "a link behind others"))
                 return
             self.folders.add(name)
-            self._scan(entry.path, f"{name}/", (*above, real))
+            self._scan(entry.path, f"{name}/", (*above, real), links)
             return
         status = entry.stat()
         if stat.S_ISREG(status.st_mode):
             self.sizes[name], self._changed[name] = status.st_size, status.st_mtime_ns
+        else:
+            self.skipped.append((name, "no regular file"))
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
