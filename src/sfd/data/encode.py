@@ -31,8 +31,9 @@ from sfd.latents import SEMANTIC, TEXTURE
 from sfd.models.compressor import Compressor
 from sfd.utils import distributed, files
 from sfd.utils.config import Free, Settings, parse
+from sfd.utils.device import full_float32
 from sfd.utils.errors import SFDError
-from sfd.utils.progress import bar, console
+from sfd.utils.progress import bar, say
 
 RECORD = "sfd"  # name of the entry in a shard's header
 
@@ -90,7 +91,7 @@ class LatentWriter:
         missing = self.missing()
         images = sum(len(self._indices(number)) for number in missing)
         needed = images * sum(value.nbytes for value in self._encode_shard(np.array([0])).values()) if images else 0
-        console.print(f"{images:,} images to encode, {needed / 2**20:,.1f} MiB on disk", markup=False, soft_wrap=True)
+        say(f"{images:,} images to encode, {needed / 2**20:,.1f} MiB on disk")
         files.check_space(self.folder, needed, "leave the features out (latents.features=false, loss.repa=0)")
         own = [number for number in distributed.rank_slice(range(self._count)) if number in missing]
         with bar("encoding latents", sum(len(self._indices(number)) for number in own)) as shown:
@@ -101,7 +102,7 @@ class LatentWriter:
             return
         left = len(self.missing())
         if left:
-            console.print(f"{left} of {self._count} shards are left to the other ranks", markup=False, soft_wrap=True)
+            say(f"{left} of {self._count} shards are left to the other ranks")
         else:
             files.write_json(self.folder / shards.MANIFEST, self._manifest().model_dump(mode="json"), shared=True)
 
@@ -139,6 +140,7 @@ class LatentWriter:
         return header
 
     @torch.no_grad()
+    @full_float32()
     def _encode_shard(
         self, indices: np.ndarray, advance: Callable[[int], None] = lambda count: None
     ) -> dict[str, Tensor]:

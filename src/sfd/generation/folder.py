@@ -24,7 +24,7 @@ from sfd.latents import TEXTURE
 from sfd.utils import distributed, files
 from sfd.utils.device import slow_bf16
 from sfd.utils.errors import SFDError
-from sfd.utils.progress import bar, console
+from sfd.utils.progress import bar, say
 
 RECORD, GRID = "samples.json", "grid.png"
 WRITERS = 4  # threads that compress and write images while the next batch is computed
@@ -72,7 +72,7 @@ def write_samples(
     batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
     todo = [b for b in distributed.rank_slice(batches) if not missing.isdisjoint(b)]
     if todo and config.precision == "bf16" and (slowness := slow_bf16(model.device)):
-        console.print(f"sampling: {slowness}", style="yellow", markup=False, soft_wrap=True)
+        say(f"sampling: {slowness}")
     start, made = time.monotonic(), 0
     writing: list[Future[None]] = []
     with bar("sampling", sum(map(len, todo))) as shown, ThreadPoolExecutor(WRITERS) as pool:

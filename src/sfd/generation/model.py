@@ -26,7 +26,7 @@ from sfd.sampling import Progress, initial_noise, integrate
 from sfd.schedule import Schedule, build_schedule
 from sfd.utils import files
 from sfd.utils.config import first_difference, parse
-from sfd.utils.device import choose_device
+from sfd.utils.device import choose_device, full_float32
 from sfd.utils.errors import SFDError, unknown
 
 DECODED_AT_ONCE = 32  # images: pixels take far more memory than latents
@@ -224,6 +224,7 @@ class Model:
         return guide(cond, unguided, config.guidance, self.composite, config.interval, batched=pair)
 
     @torch.no_grad()
+    @full_float32()
     def decode(self, packed: Tensor, precision: Precision = "float32") -> np.ndarray:
         """Decode the texture stream of packed, normalised latents (B, N) to uint8 images (B, S, S, 3)."""
         latents = self.composite.denormalize(self.composite.unpack(packed))[TEXTURE].to(self.device)

@@ -5,13 +5,13 @@ A recipe without an evaluator gets samples and a report that says how to measure
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from sfd.evaluation.evaluate import Metrics, evaluate, evaluate_real, read_metrics
@@ -218,7 +218,7 @@ def _facts(pipeline: Pipeline) -> dict[str, str]:
         "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
         "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
         "Sampling": pipeline.sample_settings(model).summary(),
-        "Machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} processors, {pipeline.device}",
+        "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {pipeline.device}",
         "Software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
     }
 

@@ -15,6 +15,7 @@ from sfd.latents import TEXTURE
 from sfd.run.recipe import Recipe, load_recipe
 from sfd.run.stages import RunFolder
 from sfd.utils import files
+from sfd.utils.device import full_float32
 
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 32, 8
 
@@ -32,6 +33,7 @@ def find_latents(folder: Path) -> LatentSet:
 
 
 @torch.no_grad()
+@full_float32()
 def write_real_preview(path: Path, latents: LatentSet, texture: TextureEncoder, device: torch.device) -> None:
     """Decode some latents of real images into a grid: noise means that another encoder made them."""
     chosen = np.unique(np.linspace(0, len(latents) - 1, PREVIEW_IMAGES).astype(np.int64))

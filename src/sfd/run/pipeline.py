@@ -52,8 +52,9 @@ from sfd.training.tasks.semvae import SemVAETask
 from sfd.training.trainer import fit
 from sfd.utils import distributed, files, registry, rng
 from sfd.utils.config import parse
+from sfd.utils.device import full_float32
 from sfd.utils.errors import SFDError
-from sfd.utils.progress import console
+from sfd.utils.progress import say
 
 PREVIEW_IMAGES = 32
 ENCODERS = "sfd.encoders"
@@ -219,6 +220,7 @@ class Pipeline:
         if distributed.is_main_process():
             trained.save(self.folder.compressor)
 
+    @full_float32()
     def _fit_pca(self) -> None:
         settings, source = self.recipe.compressor, self.images[0]
         chosen = rng.generator(self.recipe.seed, "pca").permutation(len(source))[: settings.fit_images]
@@ -296,14 +298,14 @@ class Pipeline:
             preview = self.folder.training / "previews" / "real.png"
             write_real_preview(preview, latents, self.texture, self.device)
             if recipe.latents.published is not None:
-                console.print(f"check that these are images, not noise: {preview}", markup=False, soft_wrap=True)
+                say(f"check that these are images, not noise: {preview}")
         config = transformer_config(recipe, latents)
         schedule = build_schedule(recipe.schedule, config.composite.names)
         network = LightningDiT(config, seed=recipe.seed)
         if recipe.train.init is not None:
             source = load_model(model_folder(Path(recipe.train.init)), torch.device("cpu"))
             fresh = warm_start(network, source.transformer, latents.manifest.classes, source.classes)
-            console.print(f"starts from {recipe.train.init}; fresh: {', '.join(fresh) or 'nothing'}", markup=False)
+            say(f"starts from {recipe.train.init}; fresh: {', '.join(fresh) or 'nothing'}")
         task = DiffusionTask(
             network,
             latents,

@@ -21,7 +21,7 @@ from sfd.utils import distributed, files
 from sfd.utils.config import first_difference
 from sfd.utils.device import measured
 from sfd.utils.errors import SFDError
-from sfd.utils.progress import console
+from sfd.utils.progress import say
 
 RECORD = "stage.json"
 
@@ -133,7 +133,7 @@ class Stage:
             together: all ranks do it; otherwise rank 0 does, and the others wait for it.
         """
         if not distributed.decide(lambda: self.begin(device, accepted)):
-            console.print(f"{self.name}: done before, in {self.folder}", style="dim", markup=False, soft_wrap=True)
+            say(f"{self.name}: done before, in {self.folder}")
             return
         if distributed.is_main_process() or not distributed.has_group():
             with self._measured(device):
@@ -145,7 +145,7 @@ class Stage:
     @contextmanager
     def _measured(self, device: torch.device) -> Iterator[None]:
         """Record the time and the memory of the work, and that the stage is finished if its results exist."""
-        console.print(f"{self.name} → {self.folder}", style="bold", markup=False, soft_wrap=True)
+        say(f"{self.name} → {self.folder}")
         with measured(device) as usage:
             try:
                 yield

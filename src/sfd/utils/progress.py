@@ -72,13 +72,3 @@ def bar(description: str, total: int, done: int = 0) -> Iterator[Progress]:
         yield progress
     finally:
         progress.close()
-
-
-class _Console:
-    """Former way of saying something."""
-
-    def print(self, message: str, **style: object) -> None:
-        say(message)
-
-
-console = _Console()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -52,8 +51,3 @@ def pretrained(name: str, weights: str | None, device: torch.device) -> Extracto
         raise unknown("published extractor", name, PUBLISHED)
     built: Extractor = importlib.import_module(f"sfd.evaluation.extractors.{name}").pretrained(weights, device)
     return built
-
-
-def full_float32() -> AbstractContextManager[None]:
-    """Compute convolutions in float32 throughout: on GPUs, PyTorch would by default round their factors to 10 bits."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

@@ -13,6 +13,7 @@ from sfd.evaluation.extractors._base import Extraction
 from sfd.models import classifier, component
 from sfd.models.classifier import ROTATIONS, Classifier
 from sfd.training.tasks.classifier import ClassifierSettings
+from sfd.utils.device import full_float32
 from sfd.utils.errors import SFDError
 
 
@@ -32,6 +33,7 @@ class ClassifierExtractor:
         """Hash of configuration and weights."""
         return f"{self.name}-{self.network.identity}"
 
+    @full_float32()
     def extract(self, images: np.ndarray) -> Extraction:
         """Compute features and class probabilities of uint8 images (B, S, S, 3)."""
         if images.shape[1] != self.image_size:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from sfd.encoders import vit
-from sfd.evaluation.extractors._base import Extraction, full_float32
+from sfd.evaluation.extractors._base import Extraction
+from sfd.utils.device import full_float32
 from sfd.utils.errors import SFDError
 
 NAME = "dinov2"

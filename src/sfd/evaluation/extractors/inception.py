@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfd.evaluation.extractors._base import Extraction, full_float32
+from sfd.evaluation.extractors._base import Extraction
 from sfd.utils import files
+from sfd.utils.device import full_float32
 from sfd.utils.errors import SFDError
 
 NAME = "inception"
