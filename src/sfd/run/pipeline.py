@@ -160,7 +160,7 @@ class Pipeline:
         def work() -> None:
             with rng.seeded(self.recipe.seed, stage.name):
                 encoder = module.build(parse(module.Config, settings.config))
-            kind = TASKS[settings.name]
+            kind: Any = TASKS[settings.name]
             objective = parse(kind.Objective, settings.objective)
             task = kind(encoder, self.images[0], objective, seed=self.recipe.seed, batch_size=train.batch_size)
             trained = task.finish(fit(task, train, stage.folder, device=self.device))

@@ -108,7 +108,7 @@ def _digest(record: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -177,7 +177,8 @@ class CheckpointWriter:
         files.write_tensors(path, state, {"record": text, "sha256": _digest(text, state)})
         keep, every = self.settings.keep_checkpoints, self.settings.keep_every
         # Any that are newer are damaged, or of a run that was resumed from before them.
-        newer, paths = [], []
+        newer: list[Path] = []
+        paths: list[Path] = []
         for other in _paths(self.folder):
             (newer if _step(other) > step else paths).append(other)
         old = [other for other in paths[keep:] if not every or _step(other) % every]
