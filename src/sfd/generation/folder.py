@@ -118,7 +118,7 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
     if not path.exists():
         if any(folder.glob("*.png")):
             raise SFDError(f"{folder} holds images, but no {RECORD} that says what they are; give an empty folder")
-        files.write_json(path, record)
+        files.write_json(path, record, shared=True)
         return
     before = _flat(files.read_json(path, "folder of samples"))
     for name, now in _flat(files.jsonable(record)).items():
