@@ -24,6 +24,7 @@ from sfd.utils import distributed, files
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import say
 
+ENTRY = "checkpoint"  # the one entry of the metadata
 PATTERN = f"step-{9 * '[0-9]'}.safetensors"  # copies under other names are left alone
 
 
@@ -98,9 +99,9 @@ def _metadata(path: Path) -> dict[str, str]:
             metadata = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise SFDError(f"{path} cannot be read ({error})") from None
-    if not {"record", "sha256"} <= metadata.keys():
-        raise SFDError(f"{path} is no checkpoint: its metadata lack record and sha256")
-    return metadata
+    if ENTRY not in metadata:
+        raise SFDError(f"{path} is no checkpoint: its metadata lack {ENTRY!r}")
+    return dict(json.loads(metadata[ENTRY]))
 
 
 def _digest(record: str, tensors: Mapping[str, Tensor]) -> str:
@@ -174,7 +175,9 @@ class CheckpointWriter:
     def _write(self, step: int, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         text = json.dumps(record)
         path = self.folder / f"step-{step:09d}.safetensors"
-        files.write_tensors(path, state, {"record": text, "sha256": _digest(text, state)})
+        # One entry: safetensors writes several in any order, and equal states should give equal bytes.
+        entry = json.dumps({"record": text, "sha256": _digest(text, state)})
+        files.write_tensors(path, state, {ENTRY: entry})
         keep, every = self.settings.keep_checkpoints, self.settings.keep_every
         # Any that are newer are damaged, or of a run that was resumed from before them.
         newer: list[Path] = []
