@@ -1,6 +1,6 @@
 """Draws the figures of docs/*.md, from the project's own code and from docs/results/benchmarks.json.
 
-    python docs/figures/make.py [schedules times knots offset speed solvers solvers_trained training_curves]
+    python docs/figures/make.py [overview schedules times knots offset speed solvers solvers_trained training_curves]
 
 All of them take about half a minute. The phases of a sample are drawn by `sfd strip models/shapes`.
 """
@@ -19,7 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sfd import flow
-from sfd.evaluation.figures import COLOURS
+from sfd.evaluation.figures import COLOURS, semantic_colours
+from sfd.generation.model import load_model
+from sfd.generation.trajectory import follow_sample
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.toy import GaussianMixture
 from sfd.sampling import initial_noise, integrate
@@ -32,6 +34,7 @@ SMOOTHED = 50  # steps of the mean that loss curves show
 STREAMS = ("texture", "semantic")
 OFFSET = {"name": "offset", "delta": 0.3}
 PIXELS = {"dpi": 130, "facecolor": "white"}
+SHOWN = (("star", 3), ("heart", 1), ("ring", 4))  # class and seed of the samples in the overview
 
 
 def results(section: str) -> list[dict[str, Any]]:
@@ -47,6 +50,42 @@ def plain(axis: Axes, title: str, x: str, y: str = "") -> None:
     axis.grid(color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def overview() -> Figure:
+    """The two clocks, and below them samples of models/shapes at the same base times."""
+    model = load_model(HERE.parent.parent / "models" / "shapes", torch.device("cpu"))
+    config = model.config(guidance=2.0)
+    samples = [follow_sample(model, config, seed, model.class_indices(name)[0]) for name, seed in SHOWN]
+    base = samples[0].base
+    figure = Figure(figsize=(len(base) * 0.82 + 0.9, 6.4))
+    sizes = (1.1, *(0.5, 1.0) * len(samples))
+    grid = figure.add_gridspec(len(sizes), len(base), height_ratios=sizes, hspace=0.08, wspace=0.05)
+    figure.subplots_adjust(left=0.08, right=0.995, top=0.95, bottom=0.01)
+    clocks = figure.add_subplot(grid[0, :])
+    step = 1 / len(base)
+    u = torch.linspace(0, 1, 201, dtype=torch.float64)
+    draw_streams(clocks, u, model.schedule.at(u).time, label=True)
+    for knot in model.schedule.knots:
+        clocks.axvline(knot, color="#808080", linewidth=1, linestyle=":")
+    clocks.set_xlim(step / 2, 1 + step / 2)  # each column of images is centred on its base time
+    clocks.set_xticks(base, [f"u = {b:.2f}" for b in base], fontsize=7)
+    clocks.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+    clocks.set_yticks([0, 1], ["noise", "data"], fontsize=8)
+    clocks.spines[["right", "bottom"]].set_visible(False)
+    clocks.legend(frameon=False, loc="lower right", fontsize=8)
+    for row, sample in enumerate(samples):
+        for below, pictures, name in (
+            (0, semantic_colours(sample.semantic), "semantic"),
+            (1, sample.decoded, "texture"),
+        ):
+            for column, image in enumerate(pictures):
+                axis = figure.add_subplot(grid[1 + 2 * row + below, column])
+                axis.imshow(image, interpolation="nearest")
+                axis.set_axis_off()
+                if column == 0:
+                    axis.text(-0.2, 0.5, name, ha="right", va="center", fontsize=8, transform=axis.transAxes)
+    return figure
 
 
 def schedules() -> Figure:
@@ -240,6 +279,7 @@ def solvers() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "overview": overview,
     "schedules": schedules,
     "times": times,
     "knots": knots,

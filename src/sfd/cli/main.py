@@ -154,7 +154,9 @@ def prepare(**arguments: Any) -> None:
 @recipe_command
 def train(**arguments: Any) -> None:
     """Train the transformer on prepared latents."""
-    _stage(lambda pipeline: pipeline.train(), **arguments)
+    from sfd.run.pipeline import Pipeline
+
+    _stage(Pipeline.train, **arguments)
 
 
 @main.command("train-evaluator")

@@ -290,7 +290,7 @@ class Pipeline:
 
     def train(self) -> None:
         """Train the transformer and write the model directory."""
-        self.carry_out(self._transformer_stage(), self._train, together=True)
+        self._transformer_stage().run(self._train, self.device, self.save_recipe, together=True)
 
     def _train(self) -> None:
         recipe, latents = self.recipe, self.latents
