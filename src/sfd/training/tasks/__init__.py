@@ -1,6 +1,8 @@
 """What each part is trained on. `TASKS` holds those of the encoders that can be trained here, by encoder name."""
 
+from typing import Any
+
 from sfd.training.tasks.semantic import SemanticTask
 from sfd.training.tasks.texture import TextureTask
 
-TASKS: dict[str, type[TextureTask] | type[SemanticTask]] = {"autoencoder_kl": TextureTask, "convnet": SemanticTask}
+TASKS: dict[str, Any] = {"autoencoder_kl": TextureTask, "convnet": SemanticTask}
