@@ -93,7 +93,7 @@ def _columns(curve: list[tuple[int, float]]) -> Row:
 
 def nfe_at(curve: Sequence[tuple[int, float]], error: float) -> int | None:
     """Interpolate, on logarithms, the NFE from which the error stays at or below `error`; None if it does not."""
-    points = sorted(curve)
+    points = sorted(dict(sorted(curve, reverse=True)).items())  # the smallest error of an NFE
     if points[-1][1] > error:
         return None
     for (n0, e0), (n1, e1) in reversed(list(pairwise(points))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -28,8 +27,6 @@ class Ended:
 
     code: int  # negative: the signal that ended it
     output: str
-    seconds: float
-    peak_bytes: int
 
     @property
     def message(self) -> str:
@@ -76,11 +73,11 @@ class Command:
     def running(self) -> bool:
         """Whether it has not ended yet."""
         if self._ended is None:
-            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 code = os.waitstatus_to_exitcode(status)
                 text = self._output.read_text(encoding="utf-8", errors="replace")
-                self._ended = Ended(code, text, time.monotonic() - self._start, usage.ru_maxrss * 1024)
+                self._ended = Ended(code, text)
         return self._ended is None
 
     def until(self, condition: Callable[[], object], pause: float = 0.001) -> bool:
@@ -129,8 +126,3 @@ def _child(arguments: list[str], output: Path, conditions: Sequence[Condition]) 
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
-
-
-def plain(message: str, folder: Path) -> str:
-    """Take this try's folder out of a message."""
-    return re.sub(re.escape(str(folder)) + "/?", "", message)

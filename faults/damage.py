@@ -13,7 +13,7 @@ from faults.runs import Place
 from faults.scenarios import Scenario
 from sfd.utils import files
 
-KINDS = ("cut short", "missing", "one bit turned over")
+KINDS = ("cut short", "missing", "one bit flipped")
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,23 @@ class Artefact:
     cure: str = ""  # what is removed when the stage refuses, as its message says
     again: tuple[str, ...] = ()  # the stages that then make it again
     interrupted: bool = False  # the stage had nearly ended before
-    hashed: bool = False  # has a SHA-256 that is compared, so that one bit is noticed
+    hashed: bool = False  # has a SHA-256 that is compared, so that a single bit is noticed
 
     def kind(self, number: int) -> str:
-        """The kind of damage of an attempt."""
-        kinds = KINDS if self.hashed else KINDS[:2]
-        return kinds[number % len(kinds)]
+        """The kind of damage of a try."""
+        return KINDS[number % (3 if self.hashed else 2)]
 
 
+WEIGHTS = "model.safetensors"
 ARTEFACTS = (
     Artefact("checkpoint", "training/checkpoints/step-*.safetensors", "train", interrupted=True, hashed=True),
     Artefact("shard of latents", "latents/shard-*.safetensors", "train", "latents/shard-*.safetensors", ("prepare",)),
     Artefact("shard of an unfinished set", "latents/shard-*.safetensors", "prepare", interrupted=True),
     Artefact("manifest of latents", "latents/manifest.json", "train", "latents/manifest.json", ("prepare",)),
     Artefact("stage's record", "latents/stage.json", "train", "latents", ("prepare",)),
-    Artefact(
-        "trained encoder",
-        "texture/model.safetensors",
-        "prepare",
-        "texture/model.safetensors",
-        ("train-texture",),
-        hashed=True,
-    ),
+    Artefact("encoder", f"texture/{WEIGHTS}", "prepare", f"texture/{WEIGHTS}", ("train-texture",), hashed=True),
     Artefact("encoder's configuration", "texture/config.json", "prepare", "texture/config.json", ("train-texture",)),
-    Artefact("model's weights", "model/model.safetensors", "report", "model", ("train",), hashed=True),
+    Artefact("model", f"model/{WEIGHTS}", "report", "model", ("train",), hashed=True),
     Artefact("model's record", "model/model.json", "report", "model", ("train",)),
     Artefact("record of samples", "samples/guided/samples.json", "report", "samples", interrupted=True),
 )
@@ -61,7 +54,7 @@ def harm(path: Path, kind: str, random: Random) -> None:
     path.unlink()
     if kind == "cut short":
         path.write_bytes(data[: random.randrange(len(data))])
-    elif kind == "one bit turned over":
+    elif kind == "one bit flipped":
         data[random.randrange(len(data))] ^= 1 << random.randrange(8)
         path.write_bytes(data)
 
@@ -105,7 +98,7 @@ def _nearly_done(stage: str, place: Place) -> None:
 
 
 def _remove(out: Path, pattern: str) -> None:
-    for path in out.glob(pattern) if pattern else ():
+    for path in out.glob(pattern):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -114,7 +107,7 @@ def no_checkpoint_left(place: Place) -> str:
     out = place.before("train")
     _nearly_done("train", place)
     for path in out.glob("training/checkpoints/*.safetensors"):
-        harm(path, "one bit turned over", place.random)
+        harm(path, "one bit flipped", place.random)
     ended = place.do(place.run("train")).refused("no intact checkpoint")
     shutil.rmtree(out / "training" / "checkpoints")
     place.do(place.run("train")).succeeded()
@@ -139,13 +132,8 @@ def images(place: Place) -> str:
 
 SCENARIOS = [
     *(
-        Scenario(
-            f"a damaged {a.name}: cut short, missing{', a bit turned over' * a.hashed}",
-            damaged(a),
-            6,
-            quick=i in (0, 2),
-        )
-        for i, a in enumerate(ARTEFACTS)
+        Scenario(f"a damaged {a.name}: {', '.join(KINDS[: 3 if a.hashed else 2])}", damaged(a), 6, quick=a.hashed)
+        for a in ARTEFACTS
     ),
     Scenario("all checkpoints damaged", no_checkpoint_left),
     Scenario("a sample missing or cut short", images, 4),
