@@ -1,9 +1,9 @@
 """Guidance: one function of two velocity functions,
 
-    v = v_g + w_k·(v_c − v_g),
+    v = v_w + g_k·(v_c − v_w),
 
-with a scale w_k per stream, each within an interval of that stream's own time (Kynkäänniemi et al. 2024, arXiv
-2404.07724). The guiding velocity v_g is that of the same network with the null class (classifier-free guidance, Ho &
+with a scale g_k per stream, each within an interval of that stream's own time (Kynkäänniemi et al. 2024, arXiv
+2404.07724). The guiding velocity v_w is that of the same network with the null class (classifier-free guidance, Ho &
 Salimans 2022, arXiv 2207.12598) or of a smaller, less trained network with the same class (AutoGuidance, Karras et al.
 2024, arXiv 2406.02507); nothing else differs.
 """
@@ -25,7 +25,7 @@ VelocityField = Callable[[Tensor, Tensor], Tensor]
 """v(x, t): x (B, N) packed; t (K,), the streams' times, on the CPU; returns (B, N)."""
 
 VelocityPair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(v_c, v_g) in one call, each as a `VelocityField` gives it."""
+"""(v_c, v_w) in one call, each as a `VelocityField` gives it."""
 
 Interval = tuple[float, float]
 T = TypeVar("T")
@@ -44,24 +44,24 @@ def guide(
 
     Args:
         cond: the conditional velocity v_c.
-        guiding: the velocity to move away from, v_g; not needed if every scale is 1.
-        scale: w ≥ 0 for all streams, or by stream name (1 for those left out). 0 gives v_g, 1 gives v_c.
+        guiding: the velocity to move away from, v_w; not needed if every scale is 1.
+        scale: g ≥ 0 for all streams, or by stream name (1 for those left out). 0 gives v_w, 1 gives v_c.
         latent: the streams.
         interval: (low, high) of stream time in which a stream is guided, both ends included, for all streams or by
             name; a stream without one is guided throughout.
-        batched: evaluates v_c and v_g in one call; used where both are needed.
+        batched: evaluates v_c and v_w in one call; used where both are needed.
 
     Returns:
         a `GuidedVelocity`; or `cond` itself if every scale is 1.
     """
     scales = _by_stream(scale, 1.0, latent, "guidance scale")
     intervals = _by_stream((0.0, 1.0) if interval is None else interval, (0.0, 1.0), latent, "guidance interval")
-    for name, w, (low, high) in zip(latent.names, scales, intervals, strict=True):
-        if not (math.isfinite(w) and w >= 0):
-            raise SFDError(f"the guidance scale of stream {name!r} must be finite and at least 0, got {w}; 1 is none")
+    for name, g, (low, high) in zip(latent.names, scales, intervals, strict=True):
+        if not (math.isfinite(g) and g >= 0):
+            raise SFDError(f"the guidance scale of stream {name!r} must be finite and at least 0, got {g}; 1 is none")
         if not 0 <= low <= high <= 1:
             raise SFDError(f"the guidance interval of stream {name!r} needs 0 ≤ low ≤ high ≤ 1, got {low} to {high}")
-    if all(w == 1 for w in scales):
+    if all(g == 1 for g in scales):
         return cond
     if guiding is None:
         raise SFDError(
@@ -72,7 +72,7 @@ def guide(
 
 
 class GuidedVelocity:
-    """A guided velocity, which evaluates v_g only where a moving stream is guided; made by `guide`."""
+    """A guided velocity, which evaluates v_w only where a moving stream is guided; made by `guide`."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class GuidedVelocity:
     def discontinuities(self) -> list[tuple[float, ...]]:
         """Per stream: its times at which the velocity jumps, the ends of the interval in which it is guided."""
         pairs = zip(self._scales, self._intervals, strict=True)
-        return [tuple(t for t in (a, b) if w != 1 and a < b and 0 < t < 1) for w, (a, b) in pairs]
+        return [tuple(t for t in (a, b) if g != 1 and a < b and 0 < t < 1) for g, (a, b) in pairs]
 
     def on_interval(self, active: Sequence[bool], midpoint: Sequence[float]) -> VelocityField:
         """Restrict to a smooth interval of base time, so that both its ends see the limit from inside.
@@ -101,21 +101,21 @@ class GuidedVelocity:
             midpoint: per stream, a time inside the interval, off any discontinuity.
         """
         each = zip(self._scales, self._intervals, active, midpoint, strict=True)
-        scales = [w if moves and low < t < high else 1.0 for w, (low, high), moves, t in each]
-        return self._cond if all(w == 1 for w in scales) else partial(self._guided, scales)
+        scales = [g if moves and low < t < high else 1.0 for g, (low, high), moves, t in each]
+        return self._cond if all(g == 1 for g in scales) else partial(self._guided, scales)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Evaluate v, guiding each stream whose time is in its interval; see `VelocityField`."""
         each = zip(self._scales, self._intervals, t.tolist(), strict=True)
-        scales = [w if low <= time <= high else 1.0 for w, (low, high), time in each]
-        return self._cond(x, t) if all(w == 1 for w in scales) else self._guided(scales, x, t)
+        scales = [g if low <= time <= high else 1.0 for g, (low, high), time in each]
+        return self._cond(x, t) if all(g == 1 for g in scales) else self._guided(scales, x, t)
 
     def _guided(self, scales: Sequence[float], x: Tensor, t: Tensor) -> Tensor:
-        v_c, v_g = self._both(x, t)
+        v_c, v_w = self._both(x, t)
         # In x's dtype: a network in bf16 may return its own, and would round the scales too.
-        parts = zip(v_g.to(x.dtype).split(self._sizes, 1), v_c.to(x.dtype).split(self._sizes, 1), scales, strict=True)
+        parts = zip(v_w.to(x.dtype).split(self._sizes, 1), v_c.to(x.dtype).split(self._sizes, 1), scales, strict=True)
         # lerp is exact at 0 and 1, so a stream that is not guided gets v_c to the last bit.
-        return torch.cat([torch.lerp(from_g, from_c, w) for from_g, from_c, w in parts], dim=1)
+        return torch.cat([torch.lerp(from_w, from_c, g) for from_w, from_c, g in parts], dim=1)
 
 
 def _two_calls(cond: VelocityField, guiding: VelocityField) -> VelocityPair:

@@ -58,8 +58,8 @@ class Inference:
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             times = to_device(t.to(x.dtype), x.device).expand(len(x), -1)
             with torch.no_grad():
-                v_c, v_g = self._forward(x.repeat(2, 1), times.repeat(2, 1), both).velocity.chunk(2)
-            return v_c, v_g
+                v_c, v_w = self._forward(x.repeat(2, 1), times.repeat(2, 1), both).velocity.chunk(2)
+            return v_c, v_w
 
         return pair
 
