@@ -95,7 +95,7 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path):
         (["streams={semantic: {}}"], "must hold 'texture'"),
         (["compressor.name=pca"], "pca takes none"),
         (["data.holdout=0"], "holdout is 0"),
-        (["nonsense"], "is no override"),
+        (["nonsense"], "is not an override"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, overrides, message):

@@ -1,4 +1,4 @@
-"""What `sfd convert` does: finds out what a published checkpoint is, and writes it in this project's format.
+"""`sfd convert`: recognise a published checkpoint and write it in this project's format.
 
 Every tensor is accounted for; what is left out is listed.
 """
@@ -25,7 +25,7 @@ _SIGNS = {"x_embedder.proj.weight": TRANSFORMER, "encoder.0.weight": SEMVAE, "en
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says besides SOURCE and OUT; None if it says nothing."""
+    """Options of the command line; None: not given."""
 
     state: str | None
     heads: int | None
@@ -40,7 +40,7 @@ def convert(source: Path, out: Path, options: Options) -> None:
     kind = next((kind for name, kind in _SIGNS.items() if name in checkpoint.tensors), None)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])
-        raise SFDError(f"{source} is no checkpoint that is known here: its tensors are {some}, …")
+        raise SFDError(f"{source} is not a supported checkpoint: its tensors are {some}, …")
     click.echo(f"{source}: {kind}")
     if checkpoint.state:
         click.echo(f"its weights are those of {checkpoint.state!r}")

@@ -16,10 +16,10 @@ from sfd.utils.errors import Interrupted, SFDError
 
 
 class Group(click.Group):
-    """A group of commands that end with one sentence and exit code 2 where the user can mend what went wrong."""
+    """A command group that turns an SFDError into one sentence and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; Ctrl-C, wherever it comes, leaves with its own message and code."""
+        """Run a command; Ctrl-C at any point gives its own message and exit code."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

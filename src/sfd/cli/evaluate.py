@@ -1,4 +1,4 @@
-"""`sfd evaluate` and `sfd pack`: compare samples with a run's held-out images, or with a reference of one's own."""
+"""`sfd evaluate` and `sfd pack`: compare samples with a run's held-out images or with a given reference."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def evaluate_samples(
         files.check_replaceable(out, lambda path: bool(read_metrics(path)), "a file of metrics")
     loaded = load_samples(samples, image_size)
     chosen = choose_device(local_device(device))
-    judge: Extractor
+    network: Extractor
     if run is not None:
         if not (run / "recipe.yaml").exists():
-            raise SFDError(f"{run} is no run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
+            raise SFDError(f"{run} is not a run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
         pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, chosen)
-        judge, real = pipeline.evaluator, held_out_images(pipeline)
+        network, real = pipeline.evaluator, held_out_images(pipeline)
     else:
         assert reference is not None and extractor is not None
-        judge = pretrained(extractor, weights, chosen)
+        network = pretrained(extractor, weights, chosen)
         real = open_reference(reference, loaded.images.image_size, extractor)
-    labels = loaded.labels_among(judge.classes)
+    labels = loaded.labels_among(network.classes)
     cache = features
     if cache is None and run is None:
         cache = (out or samples.absolute()).parent / "features"
-    seen = extract(loaded.images, judge, "features of the samples", cache=cache, batch_size=batch_size)
-    against = Reference.of(real, judge, cache=cache, batch_size=batch_size)
+    seen = extract(loaded.images, network, "features of the samples", cache=cache, batch_size=batch_size)
+    against = Reference.of(real, network, cache=cache, batch_size=batch_size)
     if seen is None or against is None:
         click.echo(f"this rank's features are in {cache}; the last rank to end gives the numbers")
         return
@@ -82,7 +82,7 @@ def evaluate_samples(
 def pack_samples(samples: Path, out: Path) -> None:
     """Write samples as an `.npz`; see `sfd pack --help`."""
     if out.suffix != ".npz":
-        raise SFDError(f"{out} is no name of an .npz; give one such as samples.npz")
+        raise SFDError(f"{out} is not the name of an .npz file; give one such as samples.npz")
     files.check_replaceable(out, lambda path: RECORD in Npz(path).names, "an archive of samples")
     loaded = load_samples(samples)
     pack(loaded, out)
@@ -90,7 +90,7 @@ def pack_samples(samples: Path, out: Path) -> None:
 
 
 def describe(metrics: Metrics) -> str:
-    """Format metrics with their intervals, their protocol and what makes them doubtful."""
+    """Format metrics with intervals, protocol and caveats."""
     protocol = metrics.protocol
     names = {
         "frechet_distance": DISTANCES.get(protocol.extractor, "Fréchet distance"),
@@ -120,7 +120,7 @@ def describe(metrics: Metrics) -> str:
 
 
 def _not_comparable(samples: Samples, reference: Reference) -> list[str]:
-    """Say why numbers of a published extractor cannot be compared with published ones."""
+    """List the reasons why metrics of a published extractor are not comparable with published ones."""
     found, protocol, count = [], reference.protocol, len(samples.images)
     if count != PUBLISHED_COUNT:
         found.append(f"{count:,} samples, published FID-50K takes {PUBLISHED_COUNT:,}")

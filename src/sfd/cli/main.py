@@ -1,4 +1,4 @@
-"""The command `sfd`. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+"""The command `sfd`. Heavy imports are deferred to the commands, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
-MAX_HOURS_HELP = "save, stop and exit with code 75 after so many hours; the same command goes on"
+MAX_HOURS_HELP = "checkpoint and exit with code 75 after this many hours; rerun the command to resume"
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps …")
 
 
@@ -28,7 +28,7 @@ device_option = click.option("--device", default="auto", show_default=True, help
 def main() -> None:
     """Semantic-first diffusion: train an image generator on a folder of images, and sample from it.
 
-    `sfd run RECIPE --out DIR` does everything; the other commands are its stages, and what comes after.
+    `sfd run RECIPE --out DIR` does everything; the other commands are its single stages, and tools for their results.
     """
 
 
@@ -37,12 +37,14 @@ def recipe_command(function: Command) -> Command:
     decorators = (
         click.argument("recipe", type=FOLDER),
         click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
-        click.option("--out", required=True, type=FOLDER, help="the run's folder; made if it is not there"),
-        click.option("--strict", is_flag=True, help="stop at a broken image in place of skipping it"),
+        click.option("--out", required=True, type=FOLDER, help="the run's folder; created if missing"),
+        click.option("--strict", is_flag=True, help="stop at a broken image instead of skipping it"),
         click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP),
-        click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates; do nothing"),
+        click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates, and exit"),
         click.option(
-            "--tflops", type=click.FloatRange(min=0, min_open=True), help="what training reaches, for --dry-run's hours"
+            "--tflops",
+            type=click.FloatRange(min=0, min_open=True),
+            help="TFLOP/s of training, for --dry-run",
         ),
         device_option,
     )
@@ -63,7 +65,7 @@ def _stage(
     device: str,
     whole: bool = False,
 ) -> None:
-    """Do a stage's work, or a `whole` run's, alone in its folder."""
+    """Validate the recipe, lock the run's folder and do a stage's work, or a `whole` run's."""
     from sfd.run import assessment, stages
     from sfd.run.pipeline import Pipeline
     from sfd.run.recipe import load_recipe
@@ -79,7 +81,7 @@ def _stage(
             click.echo(describe(resolved, choose_device(device), tflops))
         return
     if tflops is not None:
-        raise SFDError("--tflops says how fast training would be; give it together with --dry-run")
+        raise SFDError("--tflops only affects the estimate of --dry-run; give both")
     check_out(resolved, out)
     check(resolved)
     chosen = choose_device(distributed.init(device))
@@ -103,7 +105,7 @@ def _stage(
 def run(**arguments: Any) -> None:
     """Do all stages of RECIPE: encoders, latents, transformer, samples, metrics, report.
 
-    The same command goes on where it was stopped. FIELD=VALUE overrides a field of the recipe (train.steps=500).
+    The same command resumes an interrupted run. FIELD=VALUE overrides a field of the recipe (train.steps=500).
     """
 
     def work(pipeline: Pipeline) -> None:
@@ -120,14 +122,14 @@ def run(**arguments: Any) -> None:
 @main.command("train-texture")
 @recipe_command
 def train_texture(**arguments: Any) -> None:
-    """Train the texture encoder, whose decoder makes pixels."""
+    """Train the texture autoencoder."""
     _stage(lambda pipeline: pipeline.train_texture(), **arguments)
 
 
 @main.command("train-semantic")
 @recipe_command
 def train_semantic(**arguments: Any) -> None:
-    """Train the semantic encoder, which says what is where."""
+    """Train the semantic encoder."""
     _stage(lambda pipeline: pipeline.train_semantic(), **arguments)
 
 
@@ -162,14 +164,14 @@ def train(**arguments: Any) -> None:
 @main.command("train-evaluator")
 @recipe_command
 def train_evaluator(**arguments: Any) -> None:
-    """Train the classifier that judges samples, on held-out images."""
+    """Train the evaluation classifier on held-out images."""
     _stage(lambda pipeline: pipeline.train_evaluator(), **arguments)
 
 
 @main.command("report")
 @recipe_command
 def report(**arguments: Any) -> None:
-    """Sample from a trained run, measure the samples and write report.html."""
+    """Sample from a trained run, evaluate the samples and write report.html."""
 
     def work(pipeline: Pipeline) -> None:
         from sfd.run.assessment import assess
@@ -187,7 +189,7 @@ def report(**arguments: Any) -> None:
 @click.option("--out", type=FOLDER, default=Path("samples"), show_default=True, help="folder for PNGs and grid.png")
 @click.option("--classes", default="all", show_default=True, help="names or numbers, comma-separated; 'all'")
 @click.option("--seeds", default="0-7", show_default=True, help="such as 0-63 or 1,5,9; each class gets each seed")
-@click.option("--in-turn", is_flag=True, help="give seed i to class i, around and around, so that no noise repeats")
+@click.option("--in-turn", is_flag=True, help="seed i gets class i mod the number of classes, so that no noise repeats")
 @click.option("--steps", type=int, help="solver steps; an adaptive solver chooses its own")
 @click.option("--solver", help="euler, heun, multistep, sde, dopri5")
 @click.option("--guidance", type=float, help="scale for all streams; 1: none")
@@ -200,7 +202,7 @@ def sample(**arguments: Any) -> None:
     interval='[0.2, 0.8]', options.rtol=1e-4, guidance='{semantic: 1.9, texture: 1.3}', batch_size=128, precision=bf16.
 
     The same command resumes an interrupted one. Processes that a launcher or an array job starts (RANK and WORLD_SIZE
-    in the environment) split the images among themselves; the last one to end draws the grid.
+    in the environment) split the images; the last one to finish draws the grid.
     """
     from sfd.cli.sample import sample_images
 
@@ -239,7 +241,7 @@ def export_latents(latents: Path, out: Path) -> None:
 @click.option("--guidance", type=float, help="scale  [default: 2, and 1 without classes]")
 @device_option
 def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str) -> None:
-    """Show one sample of a MODEL on its way from noise to an image, through the schedule's phases."""
+    """Draw one sample of a MODEL from noise to image, through the phases of the schedule."""
     from sfd.cli.sample import draw_strip
 
     draw_strip(model, out, class_name, seed, guidance, device)
@@ -249,9 +251,9 @@ def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: f
 @main.command()
 @click.argument("samples", type=FOLDER)
 @click.option("--run", type=FOLDER, help="compare with the held-out images of this run, by its own classifier")
-@click.option("--reference", type=FOLDER, help="or with real images: a folder, a zip, or an .npz of images or moments")
+@click.option("--reference", type=FOLDER, help="or with real images: folder, zip, or .npz of images or statistics")
 @click.option("--extractor", help="with --reference: inception (FID, sFID, IS) or dinov2 (FD-DINOv2)")
-@click.option("--weights", help="the extractor's, a local file or folder  [default: fetched by name]")
+@click.option("--weights", help="of the extractor: a local file or folder  [default: downloaded]")
 @click.option("--image-size", type=click.IntRange(min=1), help="scale and crop SAMPLES to this, as for training")
 @click.option("--out", type=FOLDER, help="write the metrics to this JSON file too")
 @click.option("--features", type=FOLDER, help="cache of features  [default: features, next to --out or SAMPLES]")
@@ -284,11 +286,11 @@ def pack(samples: Path, out: Path) -> None:
 @click.option("--weights", type=click.Choice(["ema", "model"]), help="which of a checkpoint's  [default: ema]")
 @click.option("--texture", help="of a published transformer: the texture encoder, a folder or a hub name")
 @click.option("--statistics", multiple=True, help="latents_stats.pt, latents_sv_stats.pt, a folder of latents, or none")
-@click.option("--classes", help="a file with a name a line, or their number  [default: numbers]")
-@click.option("--delta", type=click.FloatRange(min=0), help="offset of the clocks  [default: 0.3]")
-@click.option("--semantic-channels", type=click.IntRange(min=0), help="[default: those that are not the texture's]")
-@click.option("--repa-block", type=click.IntRange(min=1), help="whose tokens the projector takes  [default: 2]")
-@click.option("--heads", type=click.IntRange(min=1), help="of a SemVAE's attention  [default: 6]")
+@click.option("--classes", help="a file with one name per line, or their number  [default: numbers]")
+@click.option("--delta", type=click.FloatRange(min=0), help="offset between the streams  [default: 0.3]")
+@click.option("--semantic-channels", type=click.IntRange(min=0), help="[default: all that are not texture]")
+@click.option("--repa-block", type=click.IntRange(min=1), help="block whose tokens REPA projects  [default: 2]")
+@click.option("--heads", type=click.IntRange(min=1), help="attention heads of a SemVAE  [default: 6]")
 def convert(source: Path, out: Path, weights: str | None, heads: int | None, **model: Any) -> None:
     """Convert published weights in SOURCE to this project's format; the kind of SOURCE is recognised.
 
@@ -326,7 +328,7 @@ def recipes(folder: Path | None, tflops: float) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--image-size", type=click.IntRange(min=8), default=32, show_default=True)
 def shapes(out: Path, count: int, seed: int, image_size: int) -> None:
-    """Write the procedural data set as PNG files, a sub-folder a class."""
+    """Write the procedural data set as PNG files, one sub-folder per class."""
     from sfd.data.folder import write_folder
     from sfd.data.shapes import ShapesSource
 

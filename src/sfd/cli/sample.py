@@ -1,4 +1,4 @@
-"""What `sfd sample` does: reads its options, samples, writes PNGs, a grid and a record of how they were made."""
+"""`sfd sample`, `sfd strip` and `sfd export`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _is_strip(path: Path) -> bool:
 
 
 def asked_labels(model: Model, classes: str) -> list[int]:
-    """Look up the classes asked for, by name or number, comma-separated; "all"."""
+    """Look up classes by name or number, comma-separated, or "all"."""
     if classes == "all":
         return model.labels
     return parse_classes(classes, model.classes) if model.classes else model.class_indices(classes)
@@ -101,12 +101,12 @@ def sample_settings(model: Model, overrides: Sequence[str], **options: Any) -> S
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Read "0-63" or "1,5,9" or a mixture."""
+    """Read "0-63", "1,5,9" or a mixture."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise SFDError(f"--seeds {text!r}: {part!r} is no seed; give numbers of at least 0, such as 0-63 or 1,5,9")
+            raise SFDError(f"--seeds {text!r}: {part!r} is not a seed; give numbers ≥ 0, such as 0-63 or 1,5,9")
         seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return seeds
 

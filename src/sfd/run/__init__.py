@@ -1,1 +1,1 @@
-"""A recipe and the stages that it asks for."""
+"""Recipes and the stages of a run."""

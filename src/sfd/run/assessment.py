@@ -1,6 +1,6 @@
-"""What comes after training: samples, their metrics against images that training did not see, and the report.
+"""After training: samples, their metrics against held-out images, and the report.
 
-A recipe without an evaluator gets samples and a report that says how to measure them.
+Without an evaluation classifier there are samples and a report that says how to evaluate them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GRID_COLUMNS = 10
 
 
 def assess(pipeline: Pipeline) -> None:
-    """Sample with and without guidance, measure both and real images beside them, and write the report."""
+    """Sample with and without guidance, evaluate both and real images, and write the report."""
     variants = _variants(pipeline)
     for name, settings in variants.items():
         _sample(pipeline, name, settings)
@@ -104,27 +104,27 @@ def _sample(pipeline: Pipeline, name: str, settings: SamplingConfig) -> None:
 
 
 def _shown_classes(model: Model) -> list[int]:
-    """Numbers of the classes that grids show: all, or an even choice of as many as a page has room for."""
+    """Numbers of the classes that grids show: all, or an even selection that fits a page."""
     classes = len(model.labels)
     rows = min(classes, MAX_ROWS)
     return [i * classes // rows for i in range(rows)]
 
 
 def _grid_numbers(per_class: int, classes: list[int]) -> list[int]:
-    """Numbers of the first images of each of these classes: a row a class."""
+    """Numbers of the first images of each of these classes, one row per class."""
     if len(classes) == 1:
         return list(range(min(per_class, GRID_COLUMNS**2)))
     return [c * per_class + i for c in classes for i in range(min(GRID_COLUMNS, per_class))]
 
 
 def held_out_images(pipeline: Pipeline) -> RealImages:
-    """The real images that samples are compared with: those that neither the model nor its judge was trained on."""
+    """Real images that neither the model nor the evaluation classifier was trained on."""
     _, images = divide(pipeline.images[1], pipeline.classifier_settings)
     return RealImages("held-out real images", images.identity, images)
 
 
 def reference(pipeline: Pipeline) -> Reference:
-    """The real images that samples are compared with, seen through the run's evaluator."""
+    """The reference of the run's metrics: features of held-out images by the evaluation classifier."""
     real = held_out_images(pipeline)
     assert real.images is not None
     return reference_of(real.images, pipeline.evaluator, real.name)
@@ -143,7 +143,7 @@ def _measure(pipeline: Pipeline, names: list[str]) -> None:
 
 
 def metrics_path(folder: RunFolder, row: str) -> Path:
-    """Name the file of a row of the results."""
+    """Path of one row of the metrics."""
     return folder.metrics / f"{row.replace(' ', '-')}.json"
 
 
@@ -158,10 +158,10 @@ def read_run_metrics(folder: RunFolder, names: list[str]) -> list[Metrics]:
 
 
 def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
-    """Gather all that a finished run knows of itself into report.html."""
+    """Write report.html from the files of a finished run."""
     recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
-    judged = recipe.evaluation.classifier is not None
-    metrics = read_run_metrics(folder, names) if judged else []
+    evaluated = recipe.evaluation.classifier is not None
+    metrics = read_run_metrics(folder, names) if evaluated else []
     costs = [
         StageCost(r["stage"], r["seconds"], r["peak_memory_bytes"], r["peak_device_memory_bytes"])
         for r in folder.finished()
@@ -192,18 +192,18 @@ def _strip(pipeline: Pipeline) -> Trajectory | None:
 
 def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
     accuracy = metrics[0].class_accuracy if metrics and "class_accuracy" not in metrics[0].caveats else None
-    judged = "" if accuracy is None else f" An independent classifier recognises {accuracy:.1%} of its samples."
+    evaluated = "" if accuracy is None else f" An independent classifier recognises {accuracy:.1%} of its samples."
     if not metrics:
-        judged = " This run has no judge of its own: measure its samples with sfd evaluate SAMPLES --reference …"
+        evaluated = " This run has no evaluation classifier: use sfd evaluate SAMPLES --reference …"
     parameters = f"{model.history['parameters']:,}"
     return (
         f"A semantic-first diffusion model of {parameters} parameters, trained from nothing on {data_name(recipe)}."
-        + judged
+        + evaluated
     )
 
 
 def data_name(recipe: Recipe) -> str:
-    """Say what the transformer is trained on."""
+    """Describe the training data."""
     published = recipe.latents.published
     return str(recipe.data.source) if published is None else f"the published latents in {published}"
 

@@ -1,6 +1,6 @@
-"""What a recipe will take, before anything is trained: parameters, operations, time and memory.
+"""Estimates of a recipe before training: parameters, operations, time and memory.
 
-Nothing is allocated, loaded or fetched: networks are built on the meta device.
+Nothing is allocated, loaded or downloaded: networks are built on the meta device.
 """
 
 from __future__ import annotations
@@ -48,21 +48,17 @@ class Estimate(NamedTuple):
     images_at_once: int  # in one backward pass
 
     def seconds(self, rate: float) -> float:
-        """Time of the transformer's training at `rate` operations a second."""
+        """Time of the transformer's training at `rate` operations per second."""
         return self.training / rate
 
     @property
     def memory(self) -> int:
-        """Bytes in training on one device, the framework's own not counted."""
+        """Bytes in training on one device, without those of the framework."""
         return self.state + self.kept * self.images_at_once
 
 
 def estimate(recipe: Recipe) -> Estimate:
-    """Plan a recipe and count.
-
-    Raises:
-        SFDError: the recipe makes no sense; see `sfd.run.validate.check`.
-    """
+    """Compute the estimates of a recipe."""
     config, train = check(recipe, dry=True), recipe.train
     parameters, forward = parameter_count(config), flops(config)
     step = PASSES_A_STEP * (forward + projector_flops(config)) * train.batch_size
@@ -85,7 +81,7 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
     Args:
         recipe: what to plan.
         device: where it would run.
-        tflops: 10¹² operations a second that training reaches; None: measured here, as a share of the product rate.
+        tflops: 10¹² operations per second that training reaches; None: measured here, as a share of the matrix rate.
     """
     known = estimate(recipe)
     rate, how = _rate(device, recipe.train.precision, tflops)
@@ -129,7 +125,7 @@ def table(recipes: Mapping[str, Recipe], tflops: float) -> str:
 
 
 def matrix_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:
-    """Measure operations a second of a square matrix product, best of what fits in `seconds`."""
+    """Measure operations per second of a square matrix product, best of the repetitions within `seconds`."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 1024 if device.type == "cpu" else 8192
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -142,7 +138,7 @@ def matrix_rate(device: torch.device, precision: str, seconds: float = 0.3) -> f
 
 
 def _rate(device: torch.device, precision: str, tflops: float | None) -> tuple[float, str]:
-    """Operations a second that training reaches, and where that number is from."""
+    """Operations per second that training reaches, and the source of the number."""
     if tflops is not None:
         return tflops * 1e12, f"{tflops:g} TFLOP/s"
     peak = matrix_rate(device, precision)
@@ -150,12 +146,12 @@ def _rate(device: torch.device, precision: str, tflops: float | None) -> tuple[f
 
 
 def _state_bytes(recipe: Recipe, parameters: int) -> int:
-    """Weights, gradients, two moments and the average in float32, and autocast's copy of the weights."""
+    """Bytes of weights, gradients, AdamW's two moments and EMA in float32, and of autocast's copy of the weights."""
     return parameters * (16 + 4 * (recipe.train.ema is not None) + 2 * (recipe.train.precision == "bf16"))
 
 
 def kept_bytes(config: DiTConfig, precision: str) -> int:
-    """Count what the backward pass keeps of one image, in bytes."""
+    """Bytes of activations that the backward pass keeps per image."""
     tokens, block = config.composite.token_grid**2, KEPT_BYTES[precision] * config.width
     if not config.checkpointing:
         return round(tokens * block * config.depth)
@@ -227,7 +223,7 @@ def _solver(sample: SamplingConfig) -> str:
 
 
 def _evaluation(recipe: Recipe, known: Estimate) -> str:
-    """What one velocity of one image costs, guided or not."""
+    """Operations of one velocity evaluation per image, guided or not."""
     weak, guidance = recipe.evaluation.weak, recipe.sample.guidance
     strong = f"{known.forward / 1e9:.4g} GFLOP a velocity"
     if not recipe.sample.guides:

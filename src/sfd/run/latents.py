@@ -1,4 +1,4 @@
-"""The latents of a run: where they are, and what some of them decode to."""
+"""The latents of a run, and a preview of them decoded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREVIEW_IMAGES, PREVIEW_COLUMNS = 32, 8
 
 
 def open_latents(recipe: Recipe, folder: RunFolder) -> LatentSet:
-    """Open a run's latents: its own, or published ones with the statistics that the run keeps of them."""
+    """Open a run's latents: its own, or published ones with the statistics that the run stores."""
     published = recipe.latents.published
     return LatentSet(folder.latents) if published is None else LatentSet(published, read_manifest(folder.latents))
 
@@ -35,7 +35,7 @@ def find_latents(folder: Path) -> LatentSet:
 @torch.no_grad()
 @full_float32()
 def write_real_preview(path: Path, latents: LatentSet, texture: TextureEncoder, device: torch.device) -> None:
-    """Decode some latents of real images into a grid: noise means that another encoder made them."""
+    """Decode some latents of real images into a grid; noise means that another encoder made them."""
     chosen = np.unique(np.linspace(0, len(latents) - 1, PREVIEW_IMAGES).astype(np.int64))
     raw = latents.read(TEXTURE, chosen, np.zeros(len(chosen), bool)).to(device)
     with files.atomic_write(path, shared=True) as partial:

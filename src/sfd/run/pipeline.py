@@ -80,7 +80,7 @@ class Pipeline:
             self.train_evaluator()
 
     def _check_given(self) -> None:
-        """Load what comes from elsewhere, and see what cannot be done here: neither should be found out after hours."""
+        """Load pre-trained components and check the machine, so that neither fails after hours."""
         check_machine(self.recipe, self.device)
         if self.recipe.texture.pretrained is not None:
             _ = self.texture
@@ -94,7 +94,7 @@ class Pipeline:
             files.read_json(weak / RECORD, "model directory (evaluation.weak)")
 
     def save_recipe(self) -> None:
-        """Keep the resolved recipe with the run: always that of the last accepted command."""
+        """Write the resolved recipe of the last accepted command."""
         files.write_text(self.folder.recipe, dump_recipe(self.recipe), shared=True)
 
     def stages(self) -> list[Stage]:
@@ -117,11 +117,7 @@ class Pipeline:
 
     @cached_property
     def images(self) -> tuple[ImageSource, ImageSource]:
-        """The images to train on and those held out, in memory where they fit.
-
-        Raises:
-            SFDError: there are too few, or they do not fit the evaluator; said before anything is trained.
-        """
+        """The images to train on and those held out, in memory where they fit."""
         opened = open_source(self.recipe.data, self.folder.checked)
         training, held_out = split(cached(opened), self.recipe.data.holdout, self.recipe.data.seed)
         if self.recipe.evaluation.classifier is not None:
@@ -171,14 +167,14 @@ class Pipeline:
 
     @cached_property
     def texture(self) -> TextureEncoder:
-        """The texture encoder: the one that the recipe names, or the one that this run made."""
+        """The texture encoder that the recipe names or that this run trained."""
         settings = self.recipe.texture
         encoder = _published(settings) or load_texture_encoder(_trained(settings, self._texture_stage))
         return cast(TextureEncoder, encoder.to(self.device))
 
     @cached_property
     def semantic(self) -> SemanticEncoder:
-        """The semantic encoder: the one that the recipe names, or the one that this run made."""
+        """The semantic encoder that the recipe names or that this run trained."""
         settings = self.recipe.semantic
         encoder = _published(settings) or load_semantic_encoder(_trained(settings, self._semantic_stage))
         return cast(SemanticEncoder, encoder.to(self.device))
@@ -233,7 +229,7 @@ class Pipeline:
 
     @cached_property
     def compressor(self) -> Compressor:
-        """The compressor: the one that the recipe names, or the one that this run made."""
+        """The compressor that the recipe names or that this run trained."""
         if self.recipe.compressor.folder is not None:
             return given_compressor(self.recipe.compressor, self.semantic.channels).to(self.device)
         self._compressor_stage().require()
@@ -241,7 +237,7 @@ class Pipeline:
 
     @cached_property
     def _latent_source(self) -> LatentWriter | PublishedLatents:
-        """What gives the run its latents: its own encoders, or published shards."""
+        """Source of the latents: the run's encoders, or published shards."""
         recipe, folder = self.recipe, self.folder.latents
         if recipe.latents.published is not None:
             return PublishedLatents(Path(recipe.latents.published), self.texture, recipe.data.classes, folder)
@@ -252,7 +248,7 @@ class Pipeline:
 
     @property
     def latents_stage(self) -> Stage:
-        """The stage that makes the latents, or checks published ones."""
+        """The stage that encodes latents, or checks published ones."""
         folder, manifest = self.folder.latents, self.folder.latents / MANIFEST
         results = [manifest]
         fields: dict[str, Any] = {"published latents": self.recipe.latents.published is not None}
@@ -343,7 +339,7 @@ class Pipeline:
             image_grid(batch.images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
 
     def sample_settings(self, model: Model) -> SamplingConfig:
-        """The recipe's way of sampling; without guidance where nothing is there to be guided away from."""
+        """The recipe's sampling settings, without guidance if there is neither a null class nor a guiding model."""
         sample, able = self.recipe.sample, bool(model.classes) or self.recipe.evaluation.weak is not None
         return sample if sample.guides and able else sample.unguided()
 
@@ -355,17 +351,13 @@ class Pipeline:
 
     @cached_property
     def weak(self) -> Model | None:
-        """The weaker model that AutoGuidance guides away from, if the recipe names one."""
+        """The guiding model of AutoGuidance, if the recipe names one."""
         weak = self.recipe.evaluation.weak
         return load_model(model_folder(Path(weak)), self.device) if weak is not None else None
 
     @property
     def classifier_settings(self) -> ClassifierSettings:
-        """How the evaluator is made.
-
-        Raises:
-            SFDError: the recipe has none.
-        """
+        """Settings of the evaluation classifier."""
         settings = self.recipe.evaluation.classifier
         if settings is None:
             raise SFDError(
@@ -382,7 +374,7 @@ class Pipeline:
         return Stage(name, command, folder, fields, self.data_identity, settings.training, results)
 
     def train_evaluator(self) -> None:
-        """Train the classifier that judges the samples, on images that nothing else in the run sees."""
+        """Train the evaluation classifier, on images that nothing else in the run sees."""
         stage, settings = self._evaluator_stage(), self.classifier_settings
 
         def work() -> None:
@@ -394,17 +386,17 @@ class Pipeline:
 
     @cached_property
     def evaluator(self) -> ClassifierExtractor:
-        """The classifier that judges the samples."""
+        """The evaluation classifier."""
         self._evaluator_stage().require()
         return load_classifier(self.folder.evaluator / "extractor", self.device)
 
     def data_identity(self) -> dict[str, Any]:
-        """What a stage's images are, wherever they are stored."""
+        """Identity of the images, independent of where they are stored."""
         return {"identity of the images in data.source": self.images[0].identity}
 
 
 def transformer_config(recipe: Recipe, latents: LatentSet) -> DiTConfig:
-    """Derive the network's architecture from the recipe and what the latents are."""
+    """Derive the network's architecture from the recipe and the latents."""
     weights = {name: s.weight for name, s in recipe.streams.items()}
     patch_sizes = {name: s.patch_size for name, s in recipe.streams.items()}
     composite = latents.composite(patch_sizes, weights)
@@ -417,7 +409,7 @@ def transformer_config(recipe: Recipe, latents: LatentSet) -> DiTConfig:
 
 
 def _without_projector(network: LightningDiT) -> LightningDiT:
-    """Leave the REPA projector behind: only training has a use for it."""
+    """Remove the REPA projector, which only training uses."""
     fields = {"repa_block": None, "repa_channels": None, "checkpointing": False}
     plain = LightningDiT(network.config.model_copy(update=fields))
     kept = {name: t for name, t in network.state_dict().items() if not name.startswith("projector.")}
@@ -426,7 +418,7 @@ def _without_projector(network: LightningDiT) -> LightningDiT:
 
 
 def _published(settings: EncoderSettings) -> Component | None:
-    """Load a published encoder, if that is what the recipe names."""
+    """Load a published encoder, if the recipe names one."""
     if settings.pretrained is None:
         return None
     module = registry.find(ENCODERS, settings.name, "encoder")
@@ -434,7 +426,7 @@ def _published(settings: EncoderSettings) -> Component | None:
 
 
 def _trained(settings: EncoderSettings, make_stage: Callable[[], Stage]) -> Path:
-    """Find a trained encoder: the one that the recipe names, or the one that this run made."""
+    """Folder of a trained encoder that the recipe names or that this run trained."""
     if settings.folder is not None:
         return Path(settings.folder)
     stage = make_stage()

@@ -38,10 +38,10 @@ OF_ONE_RUN = ("note", "published")  # fields that say something of one recipe, a
 
 
 class EncoderSettings(Settings):
-    """An encoder: which one, its own settings, and how it is trained here, or where a finished one lies."""
+    """An encoder: its kind and settings, and how it is trained, or where a trained one is."""
 
     name: str = Field(description="a module of sfd.encoders")
-    config: dict[str, Any] = Field({}, description="its settings; of a published one: what it should be")
+    config: dict[str, Any] = Field({}, description="architecture; for a pre-trained encoder, values that it must match")
     objective: dict[str, Any] = Field({}, description="its training loss")
     train: TrainSettings | None = Field(None, description="train it in the run")
     folder: Free[str | None] = Field(None, description="a trained encoder's directory")
@@ -54,7 +54,7 @@ class EncoderSettings(Settings):
         module = registry.find("sfd.encoders", self.name, "encoder")
         if self.pretrained is None:
             parse(module.Config, self.config, f"settings of encoder {self.name!r}")
-        for field in self.config:  # of a published encoder only some are given, to be held against its own
+        for field in self.config:  # of a published encoder only some are given, which must match its own
             if field not in module.Config.model_fields:
                 raise unknown("field", field, module.Config.model_fields)
         if self.objective and self.name not in TASKS:
@@ -84,7 +84,7 @@ class EncoderSettings(Settings):
 
 
 class CompressorSettings(Settings):
-    """What makes the semantic latent of the encoder's features: a SemVAE or PCA."""
+    """The compressor of the encoder's features to the semantic latent: SemVAE or PCA."""
 
     name: Literal["semvae", "pca"] = "semvae"
     channels: int = Field(8, gt=0, description="of the semantic latent")
@@ -97,7 +97,7 @@ class CompressorSettings(Settings):
     objective: SemVAEObjective = SemVAEObjective()
     train: TrainSettings | None = Field(None, description="SemVAE: train it in the run")
     folder: Free[str | None] = Field(
-        None, description="a trained one's directory; the fields above say what it should be"
+        None, description="a trained compressor's directory, which must match the fields above"
     )
 
     @model_validator(mode="after")
@@ -111,11 +111,11 @@ class CompressorSettings(Settings):
         return self
 
     def config(self, input_channels: int) -> SemVAEConfig | PCAConfig:
-        """Give the compressor's architecture for features of so many channels."""
+        """Give the compressor's architecture for features with this number of channels."""
         return self.semvae(input_channels) if self.name == "semvae" else self.pca(input_channels)
 
     def semvae(self, input_channels: int) -> SemVAEConfig:
-        """Give the SemVAE's architecture for features of so many channels."""
+        """Give the SemVAE's architecture for features with this number of channels."""
         return SemVAEConfig(
             input_channels=input_channels,
             latent_channels=self.channels,
@@ -125,7 +125,7 @@ class CompressorSettings(Settings):
         )
 
     def pca(self, input_channels: int) -> PCAConfig:
-        """Give the shape of the principal components for features of so many channels."""
+        """Give the shape of the principal components for features with this number of channels."""
         return PCAConfig(
             input_channels=input_channels,
             latent_channels=self.channels,
@@ -135,7 +135,7 @@ class CompressorSettings(Settings):
 
 
 class StreamSettings(Settings):
-    """What the network makes of one stream; its channels and grid are those of its latents."""
+    """How the network treats one stream; channels and grid are those of its latents."""
 
     weight: float = Field(1.0, ge=0, description="of its channels in the velocity loss")
     patch_size: int = Field(1, gt=0)
@@ -145,10 +145,10 @@ class TransformerSettings(Settings):
     """The network's size; the rest of its architecture follows from the latents."""
 
     size: str = Field("tiny", description=f"one of {', '.join(SIZES)}")
-    depth: int | None = Field(None, gt=0, description="in place of the size's own")
-    width: int | None = Field(None, gt=0, description="in place of the size's own")
-    heads: int | None = Field(None, gt=0, description="in place of the size's own")
-    clocks: Literal["streams", "one"] = Field("streams", description="a time embedder a stream, or one for all")
+    depth: int | None = Field(None, gt=0, description="instead of that of the size")
+    width: int | None = Field(None, gt=0, description="instead of that of the size")
+    heads: int | None = Field(None, gt=0, description="instead of that of the size")
+    clocks: Literal["streams", "one"] = Field("streams", description="one time embedder per stream, or one for all")
     repa_block: int | None = Field(2, ge=1, description="block (from 1) whose tokens REPA aligns; null: no projector")
     repa_width: int = Field(2048, gt=0)
     checkpointing: Free[bool | Literal["selective"]] = Field(
@@ -163,13 +163,14 @@ class TransformerSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """What the finished model is asked for and how it is judged."""
+    """How the trained model is sampled and evaluated."""
 
     samples_per_class: int = Field(64, gt=0, description="of an unconditional model: in all")
     seed: int = Field(0, ge=0, description="image i has seed + i")
     unguided: bool = Field(True, description="also measure samples without guidance")
     classifier: ClassifierSettings | None = Field(
-        ClassifierSettings(), description="the run's own judge; null: none, samples are measured by `sfd evaluate`"
+        ClassifierSettings(),
+        description="the evaluation classifier; null: none, use `sfd evaluate`",
     )
     weak: Free[str | None] = Field(
         None,
@@ -181,7 +182,7 @@ class Recipe(Settings):
     """One run, from images to report."""
 
     name: Free[str] = Field(min_length=1)
-    note: Free[str] = Field("", description="what it is for")
+    note: Free[str] = Field("", description="purpose, for people")
     published: Free[dict[str, float | None]] = Field(
         {}, description="numbers published for this run, by metric; null: none was published"
     )
@@ -212,13 +213,13 @@ class Recipe(Settings):
             if name not in ("texture", "semantic"):
                 raise unknown("stream", name, ("texture", "semantic"))
         if "texture" not in self.streams:
-            raise SFDError("streams must hold 'texture': it is what pixels are decoded from")
+            raise SFDError("streams must hold 'texture', from which pixels are decoded")
         parts = {"texture": self.texture.train, "semantic": self.semantic.train, "compressor": self.compressor.train}
         for name, training in parts.items():
             if training is not None and training.init is not None:
                 raise SFDError(f"{name}.train.init: only the transformer starts from weights; give {name}.folder")
         if not 0 <= self.train.betas[0] < 1 or not 0 <= self.train.betas[1] < 1:
-            raise SFDError(f"train.betas must lie in [0, 1), got {self.train.betas}")
+            raise SFDError(f"train.betas must be in [0, 1), got {self.train.betas}")
         schedule = build_schedule(self.schedule, tuple(self.streams))
         if self.transformer.clocks == "one" and schedule.knots:
             raise SFDError(
@@ -237,7 +238,7 @@ class Recipe(Settings):
 
     @property
     def encodes_semantics(self) -> bool:
-        """Whether the run itself needs a semantic encoder: published latents bring what they need."""
+        """Whether the run needs a semantic encoder; with published latents it does not."""
         return self.uses_semantics and self.latents.published is None
 
     def fixed(self) -> dict[str, Any]:
@@ -272,9 +273,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: the YAML file, or a shipped recipe's name.
         overrides: `dotted.field=value`, the value as YAML.
-
-    Raises:
-        SFDError: the file is missing or no YAML, or a field is unknown or of the wrong type.
     """
     values = _merge(_defaults(), _read(find_recipe(path), MAX_EXTENDS))
     for override in overrides:
@@ -286,7 +284,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _defaults() -> dict[str, Any]:
-    """What every recipe starts from: values that are changed field by field, not replaced whole."""
+    """Defaults that a recipe changes field by field."""
     return {
         "streams": {"texture": {}, "semantic": {"weight": 2.0}},
         "schedule": {"name": "offset", "delta": 0.3},
@@ -295,11 +293,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML, with numbers as YAML 1.2 has them: 1e-4 is one.
-
-    Raises:
-        yaml.YAMLError: it is none.
-    """
+    """Read YAML, with numbers of YAML 1.2, such as 1e-4."""
     try:
         root = yaml.compose(text, Loader=_Loader)
         if _written_out(root, {}) > MAX_VALUES:
@@ -338,7 +332,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[e
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Write a recipe out in full, as YAML that reads back as the same recipe."""
+    """Write a complete recipe as YAML that reads back as the same recipe."""
     values = recipe.model_dump(mode="json")
     # A stream that every recipe starts with and this one has not must be taken out again on reading.
     values["streams"] |= {name: None for name in _defaults()["streams"] if name not in recipe.streams}
@@ -359,7 +353,7 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SFDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise SFDError(f"{path}: a recipe is a mapping of fields to values, but {type(values).__name__} was found")
+        raise SFDError(f"{path}: a recipe must be a mapping of fields to values, but {type(values).__name__} was found")
     base = values.pop("extends", None)
     if base is None:
         return values
@@ -371,7 +365,7 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace fields of `base`, mapping by mapping; one with another `name` is another thing, and replaces all."""
+    """Replace fields of `base` recursively; a mapping with another `name` replaces the whole mapping."""
     merged = dict(base)
     for key, value in changes.items():
         before = merged.get(key)
@@ -385,7 +379,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Set the field that `dotted.field=value` names, the value as YAML."""
     field, equals, text = override.partition("=")
     if not equals or not field:
-        raise SFDError(f"{override!r} is no override; write field=value, such as train.steps=500")
+        raise SFDError(f"{override!r} is not an override; write field=value, such as train.steps=500")
     try:
         value = read_yaml(text)
     except yaml.YAMLError:

@@ -27,7 +27,7 @@ RECORD = "stage.json"
 
 
 class RunFolder:
-    """Where the parts of one run lie."""
+    """Paths in a run's folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -1,4 +1,4 @@
-"""What a recipe will build, known and checked before anything is computed."""
+"""Resolve and validate a recipe before anything is computed."""
 
 from __future__ import annotations
 
@@ -29,18 +29,14 @@ from sfd.utils.errors import SFDError
 
 
 def check(recipe: Recipe, *, dry: bool = False) -> DiTConfig:
-    """Plan the whole run, so that parts that do not fit are found before hours of work.
+    """Plan the whole run, so that misfits are found before hours of work.
 
     Args:
         recipe: what to plan.
-        dry: published latents need not be here; they are then taken to be what the recipe's encoders would make.
+        dry: published latents may be absent; they are then assumed to be those of the recipe's encoders.
 
     Returns:
         the planned network.
-
-    Raises:
-        SFDError: an architecture that cannot be, streams that share no token grid, features that do not fit REPA, an
-            image size that does not fit an encoder or the evaluator, or a way of sampling that makes no sense.
     """
     if recipe.latents.published is not None and not dry:
         read_shards(Path(recipe.latents.published))
@@ -58,7 +54,7 @@ def check(recipe: Recipe, *, dry: bool = False) -> DiTConfig:
 
 
 def check_out(recipe: Recipe, out: Path) -> None:
-    """Refuse a run's folder that is, holds or lies in a folder of the recipe's data: the two would mix."""
+    """Refuse a run's folder that is, contains or is inside a folder of the recipe's data."""
     where = out.resolve()
     for field, source in (("data.source", recipe.data.source), ("latents.published", recipe.latents.published)):
         if source is None or source == "shapes" or not Path(source).is_dir():
@@ -70,11 +66,7 @@ def check_out(recipe: Recipe, out: Path) -> None:
 
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:
-    """Refuse a whole run of a recipe that this machine cannot do to its end.
-
-    Raises:
-        SFDError: a training that its processes or its device cannot do, or networks to be compiled where none can be.
-    """
+    """Refuse a run that this machine cannot finish."""
     for settings in trainings(recipe):
         check_settings(settings, device)
     if recipe.sample.compile:
@@ -82,7 +74,7 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
 
 
 def trainings(recipe: Recipe) -> list[TrainSettings]:
-    """List how everything is trained that a whole run of a recipe trains."""
+    """List the training settings of all stages of a run."""
     encoding = [recipe.semantic.train, recipe.compressor.train] if recipe.encodes_semantics else []
     judge = recipe.evaluation.classifier
     each = [recipe.texture.train, *encoding, recipe.train, judge.training if judge is not None else None]
@@ -92,7 +84,7 @@ def trainings(recipe: Recipe) -> list[TrainSettings]:
 def planned_architecture(recipe: Recipe) -> DiTConfig:
     """Derive the network from the recipe alone.
 
-    Classes that `data.classes` does not tell are known only with the data, and count as 0.
+    Without `data.classes` the number of classes is known only with the data, and counts as 0.
     """
     shapes = planned_shapes(recipe)
     composite = CompositeLatent(
@@ -112,18 +104,14 @@ def planned_architecture(recipe: Recipe) -> DiTConfig:
 
 
 class Shape(NamedTuple):
-    """What a latent is."""
+    """Shape of a latent."""
 
     channels: int
     grid: int
 
 
 def planned_shapes(recipe: Recipe) -> dict[str, Shape]:
-    """Derive the shape of each stream, and of the features, from the encoders or from published shards.
-
-    Raises:
-        SFDError: encoders of the wrong kind or for other image sizes, or published latents that do not fit the recipe.
-    """
+    """Derive the shape of each stream, and of the features, from the encoders or from published shards."""
     texture, size = planned_encoder(recipe.texture), recipe.data.image_size
     _check_kind("texture", recipe.texture, texture, TEXTURE)
     _check_size(recipe, "texture encoder", texture.downsample)
@@ -166,7 +154,7 @@ def _shape(shape: Shape) -> str:
 
 
 def latent_bytes(recipe: Recipe) -> tuple[int, int]:
-    """Give the bytes that an image takes in the shards, in both orientations: its latents', and its features'."""
+    """Bytes per image in the shards, in both orientations: of latents, and of features."""
     shapes, orientations = planned_shapes(recipe), 2
     entry, half = getattr(torch, recipe.latents.dtype).itemsize, torch.float16.itemsize
     sizes = {name: orientations * shape.channels * shape.grid**2 for name, shape in shapes.items()}
@@ -174,7 +162,7 @@ def latent_bytes(recipe: Recipe) -> tuple[int, int]:
 
 
 def architecture(recipe: Recipe, composite: CompositeLatent, num_classes: int, features: int | None) -> DiTConfig:
-    """Join the recipe's network with the streams that it works on."""
+    """The network's configuration for the recipe and its streams."""
     given = recipe.transformer
     size = SIZES[given.size]
     repa = bool(recipe.loss.repa)
@@ -194,7 +182,7 @@ def architecture(recipe: Recipe, composite: CompositeLatent, num_classes: int, f
 
 
 def leading_first(schedule: Schedule) -> tuple[str, ...]:
-    """Order streams as the published time embedding does: those ahead first; on a par, texture last."""
+    """Order streams as the published time embedding: leading streams first, texture last among equals."""
     middle = schedule.at(torch.tensor(0.5, dtype=torch.float64)).time.tolist()
     ahead = dict(zip(schedule.streams, middle, strict=True))
     backwards = schedule.streams[::-1]
@@ -202,16 +190,12 @@ def leading_first(schedule: Schedule) -> tuple[str, ...]:
 
 
 def planned_encoder(settings: EncoderSettings) -> EncoderConfig:
-    """Learn the configuration of the encoder that a recipe names; nothing is built or downloaded."""
+    """Configuration of the encoder that a recipe names; nothing is built or downloaded."""
     return encoders.planned_encoder(settings.name, settings.pretrained, settings.folder, settings.config)
 
 
 def planned_compressor(recipe: Recipe) -> Component | None:
-    """Build the compressor without memory for its weights; None where no semantic latents are made.
-
-    Raises:
-        SFDError: the one that the recipe names is damaged, or another than the recipe describes.
-    """
+    """Build the compressor without memory for its weights; None if there are no semantic latents."""
     if "semantic" not in recipe.streams or recipe.latents.published is not None:
         return None
     channels = planned_encoder(recipe.semantic).channels
@@ -236,11 +220,7 @@ def _check_kind(stream: str, settings: EncoderSettings, encoder: EncoderConfig, 
 
 
 def given_compressor(settings: CompressorSettings, input_channels: int) -> Compressor:
-    """Load the compressor whose `folder` a recipe names, for features of so many channels.
-
-    Raises:
-        SFDError: there is none, it is damaged, or it is another than the recipe describes.
-    """
+    """Load the compressor whose `folder` a recipe names, for features with this number of channels."""
     compressor = load_compressor(Path(str(settings.folder)))
     part = cast(Component, compressor)
     if part.name != settings.name:
