@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -119,3 +121,21 @@ def test_a_field_is_missing(tmp_path):
     del values["train"]
     with pytest.raises(SFDError, match="'train' is missing"):
         load_recipe(write_recipe(tmp_path, yaml.safe_dump(values)))
+
+
+@pytest.mark.parametrize("text", ["photos #1", "~/photos", "2024", "a: b", "yes"])
+def test_text_is_taken_as_it_stands(text):
+    assert load_recipe(Path("shapes-demo"), [f"data.source={text}"]).data.source == text
+
+
+@pytest.mark.parametrize(
+    "field", ["sample.budget=length", "sample.weak_every=1", "train.parallel=auto", "train.max_rollbacks=3"]
+)
+def test_removed_fields_of_earlier_recipes_are_read_where_they_changed_nothing(field):
+    assert load_recipe(Path("shapes-demo"), [field]) == load_recipe(Path("shapes-demo"))
+
+
+@pytest.mark.parametrize("field", ["sample.budget=equal", "sample.weak_every=2", "train.parallel=fsdp"])
+def test_removed_fields_that_changed_a_result_are_refused_by_name(field):
+    with pytest.raises(SFDError, match=field.partition("=")[0]):
+        load_recipe(Path("shapes-demo"), [field])

@@ -17,7 +17,7 @@ from sfd.generation.directory import model_folder
 from sfd.generation.folder import write_grid, write_samples
 from sfd.generation.model import Model, load_model
 from sfd.generation.trajectory import follow_sample, schedule_curves
-from sfd.run.recipe import apply_override
+from sfd.run.values import apply_override
 from sfd.utils import distributed, files
 from sfd.utils.config import parse
 from sfd.utils.device import choose_device
@@ -96,7 +96,7 @@ def sample_settings(model: Model, overrides: Sequence[str], **options: Any) -> S
         values["options"] = {}  # those of another solver
     values |= given
     for override in overrides:
-        apply_override(values, override)
+        apply_override(values, override, SamplingConfig)
     return parse(SamplingConfig, values, "sfd sample")
 
 

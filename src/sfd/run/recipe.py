@@ -7,8 +7,6 @@ anything is computed, and saved with the run.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from sfd.generation.config import SamplingConfig
 from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
+from sfd.run.values import apply_override, read_yaml, take_out_removed
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
 from sfd.training.tasks.classifier import ClassifierSettings
@@ -32,8 +31,6 @@ from sfd.utils.errors import SFDError, unknown
 from sfd.utils.shipped import find_recipe
 
 MAX_EXTENDS = 8
-RECIPE_BYTES = 1 << 20
-MAX_VALUES = 100_000
 OF_ONE_RUN = ("note", "published")  # fields that say something of one recipe, and of none that extends it
 
 
@@ -276,10 +273,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     values = _merge(_defaults(), _read(find_recipe(path), MAX_EXTENDS))
     for override in overrides:
-        apply_override(values, override)
+        apply_override(values, override, Recipe)
     if isinstance(values.get("streams"), dict):
         # An inherited stream is taken out by `semantic: null`.
         values["streams"] = {name: stream for name, stream in values["streams"].items() if stream is not None}
+    take_out_removed(values, path.name)
     return parse(Recipe, values, path.name)
 
 
@@ -290,45 +288,6 @@ def _defaults() -> dict[str, Any]:
         "schedule": {"name": "offset", "delta": 0.3},
         "evaluation": EvaluationSettings().model_dump(mode="json"),
     }
-
-
-def read_yaml(text: str) -> Any:
-    """Read YAML, with numbers of YAML 1.2, such as 1e-4."""
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-        if _written_out(root, {}) > MAX_VALUES:
-            raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES} values")
-        return yaml.load(text, Loader=_Loader)  # derived from SafeLoader
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        # What the library meets in values that do not fit their tags, and in numbers of thousands of digits.
-        raise yaml.YAMLError(str(error)) from None
-
-
-def _written_out(node: yaml.Node | None, sizes: dict[int, float]) -> float:
-    """Count the values that a node stands for if every alias is written out; infinite if it contains itself.
-
-    A few lines of aliases of aliases stand for more values than any memory holds.
-    """
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf
-        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
-        inner = node.value if isinstance(node, yaml.SequenceNode) else inner
-        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in inner)
-    return sizes[id(node)]
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, but numbers in scientific notation need no point, and dates are text."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -343,10 +302,6 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
     if depth == 0:
         raise SFDError(f"{path}: more than {MAX_EXTENDS} recipes extend one another; is one extending itself?")
     try:
-        if path.stat().st_size > RECIPE_BYTES:
-            raise SFDError(
-                f"{path} is {path.stat().st_size} bytes long, too much for a recipe (at most {RECIPE_BYTES})"
-            )
         values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise files.as_user_error(error, path) from None
@@ -373,21 +328,3 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
             value = _merge(before, value)
         merged[key] = value
     return merged
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set the field that `dotted.field=value` names, the value as YAML."""
-    field, equals, text = override.partition("=")
-    if not equals or not field:
-        raise SFDError(f"{override!r} is not an override; write field=value, such as train.steps=500")
-    try:
-        value = read_yaml(text)
-    except yaml.YAMLError:
-        raise SFDError(f"the value in {override!r} is not valid YAML; quote it if it has special characters") from None
-    *parents, last = field.split(".")
-    place = values
-    for name in parents:
-        place = place.setdefault(name, {})
-        if not isinstance(place, dict):
-            raise SFDError(f"{override!r}: {name!r} holds no fields of its own")
-    place[last] = value

@@ -98,7 +98,7 @@ def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDErro
     location = [str(part) for part in first["loc"] if not str(part).startswith("literal[")]
     field = ".".join(location)
     if first["type"] == "extra_forbidden":
-        parent = _owner(kind, location[:-1])
+        parent = field_owner(kind, location[:-1])
         choices = list(parent.model_fields) if parent else []
         return SFDError(f"{prefix}field {field!r}: {unknown('field', location[-1], choices)}")
     if first["type"] == "missing":
@@ -112,7 +112,7 @@ def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDErro
     return SFDError(f"{prefix}field {field!r}: {first['msg']}, but {given} was given")
 
 
-def _owner(kind: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
+def field_owner(kind: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
     """Follow field names down to the record that holds the last of them."""
     owner: type[BaseModel] | None = kind
     for name in location:

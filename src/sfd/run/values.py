@@ -1,0 +1,98 @@
+"""How a recipe's values are read: YAML, overrides of single fields, and fields of earlier recipes."""
+
+from __future__ import annotations
+
+import re
+from types import NoneType
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+
+from sfd.utils.config import field_owner
+from sfd.utils.errors import SFDError
+
+# Fields of earlier recipes: the value that changed nothing, and what to do in place of another one.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "sample.budget": ("length", "steps are given to each interval by its length"),
+    "sample.weak_every": (1, "the guiding model is evaluated each time; take fewer steps, or a guidance interval"),
+    "sample.weak_between": ("hold", "the guiding model is evaluated each time"),
+    "sample.paired": (None, "the null class is always evaluated in one call of twice the batch"),
+}
+for _train in ("texture.train", "semantic.train", "compressor.train", "train", "evaluation.classifier.training"):
+    REMOVED[f"{_train}.parallel"] = ("auto", "several ranks always train with DistributedDataParallel")
+    REMOVED[f"{_train}.max_rollbacks"] = (None, "a run stops after max_skipped steps; resume with train.data_offset=1")
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML, with numbers as YAML 1.2 has them: 1e-4 is one.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # derived from SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # What the library meets in values that do not fit their tags, and in numbers of thousands of digits.
+        raise yaml.YAMLError(str(error)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but numbers in scientific notation need no point, and dates are text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
+
+
+def apply_override(values: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
+    """Set the field of a `kind` of record that `dotted.field=value` names: text as it stands, all else as YAML."""
+    field, equals, text = override.partition("=")
+    if not equals or not field:
+        raise SFDError(f"{override!r} is not an override; write field=value, such as train.steps=500")
+    *parents, last = field.split(".")
+    value = text if _is_text(kind, field, text) else _yaml_value(override, text)
+    place = values
+    for name in parents:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise SFDError(f"{override!r}: {name!r} holds no fields of its own")
+    place[last] = value
+
+
+def _yaml_value(override: str, text: str) -> Any:
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError:
+        raise SFDError(f"the value in {override!r} is not valid YAML; quote it if it has special characters") from None
+
+
+def _is_text(kind: type[BaseModel], field: str, text: str) -> bool:
+    """Whether a value is text as it stands: YAML would cut "photos #1" and read "2024" as a number."""
+    *parents, last = field.split(".")
+    owner = field_owner(kind, parents)
+    types = set()
+    if owner is not None and last in owner.model_fields:
+        annotation = owner.model_fields[last].annotation
+        types = set(get_args(annotation)) or {annotation}
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return str in types and types <= {str, NoneType} and not quoted and text not in ("null", "")
+
+
+def take_out_removed(values: dict[str, Any], where: str) -> None:
+    """Drop removed fields that changed nothing; refuse others, with what to do instead."""
+    for field, (harmless, instead) in REMOVED.items():
+        *parents, last = field.split(".")
+        place: Any = values
+        for name in parents:
+            place = place.get(name) if isinstance(place, dict) else None
+        if isinstance(place, dict) and last in place:
+            value = place.pop(last)
+            if harmless is not None and value != harmless:
+                raise SFDError(f"{where}: field {field!r} was removed ({instead}); take {value!r} out")
