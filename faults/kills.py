@@ -1,4 +1,4 @@
-"""Processes that are killed or asked to stop, and go on with the same command."""
+"""Processes that are killed or asked to stop, and resumed with the same command."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_the_resolved_copy_of_a_single_stream_means_the_same(tmp_path):
     assert load_recipe(write_recipe(tmp_path, dump_recipe(recipe))) == recipe
 
 
-def test_without_a_judge_nothing_need_be_held_out(tmp_path):
+def test_without_a_classifier_nothing_need_be_held_out(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path), ["data.holdout=0", "evaluation.classifier=null"])
     assert recipe.evaluation.classifier is None
     assert load_recipe(write_recipe(tmp_path, dump_recipe(recipe))) == recipe

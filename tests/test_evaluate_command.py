@@ -161,4 +161,4 @@ def test_what_does_not_go_together_is_refused(folder, monkeypatch, options, word
 
 
 def test_an_archive_needs_its_suffix(folder):
-    refused(sfd("pack", folder / "made", folder / "made.zip"), "no name of an .npz")
+    refused(sfd("pack", folder / "made", folder / "made.zip"), "not the name of an .npz")

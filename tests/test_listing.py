@@ -145,7 +145,7 @@ def test_splits_inside_of_classes_are_named(opened: Open, tmp_path: Path, caplog
 
 
 def test_loose_images_beside_class_folders_are_refused(opened: Open, tmp_path: Path) -> None:
-    with pytest.raises(SFDError, match=r"images beside its 2 sub-folders \('c.PNG'"):
+    with pytest.raises(SFDError, match=r"images next to its 2 sub-folders \('c.PNG'"):
         opened(tree(tmp_path / "data", "cat/a.png", "dog/b.png", "c.PNG"))
 
 

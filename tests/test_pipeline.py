@@ -119,7 +119,7 @@ def test_autoguidance_by_another_model(finished):
     torch.testing.assert_close(guided.latents, plain.latents)  # guided by itself: unchanged
 
 
-def without_judge(finished, out, *overrides):
+def without_classifier(finished, out, *overrides):
     shutil.copytree(
         finished.folder.root, out, ignore=shutil.ignore_patterns("evaluator", "samples", "metrics", "*.html")
     )
@@ -127,8 +127,8 @@ def without_judge(finished, out, *overrides):
     return Pipeline(recipe, out, CPU)
 
 
-def test_without_a_judge_a_run_ends_with_samples_and_how_to_measure_them(finished, tmp_path):
-    pipeline = without_judge(finished, tmp_path / "out")
+def test_without_a_classifier_a_run_ends_with_samples_and_how_to_evaluate_them(finished, tmp_path):
+    pipeline = without_classifier(finished, tmp_path / "out")
     pipeline.all()
     assess(pipeline)
     page = pipeline.folder.report.read_text()
@@ -139,7 +139,7 @@ def test_without_a_judge_a_run_ends_with_samples_and_how_to_measure_them(finishe
 
 
 def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
-    pipeline = without_judge(finished, tmp_path / "out", f"evaluation.weak={finished.folder.root}")
+    pipeline = without_classifier(finished, tmp_path / "out", f"evaluation.weak={finished.folder.root}")
     pipeline.all()
     assess(pipeline)
     record = files.read_json(pipeline.folder.samples / "guided" / "samples.json", "samples")

@@ -150,7 +150,7 @@ def test_a_metric_that_cannot_be_trusted_is_no_headline(tmp_path):
 
 def test_a_report_draws_what_is_logged_and_nothing_else(page):
     assert re.findall('alt="(.*) over training steps"', page) == ["loss"]
-    assert "580 steps, 100 images a second" in page
+    assert "580 steps, 100 images per second" in page
 
 
 def test_a_report_of_an_unconditional_run_without_training(tmp_path):

@@ -131,7 +131,7 @@ def test_dopri5_makes_no_float64_on_devices_without(monkeypatch):
 
 
 def test_dopri5_says_when_it_cannot_go_on():
-    with pytest.raises(SFDError, match="dopri5 cannot go on"):
+    with pytest.raises(SFDError, match="dopri5 cannot continue"):
         dopri5(lambda u, x: x * float("nan"), START, [0.0, 1.0])
 
 

@@ -81,7 +81,7 @@ def integrate(
         options: of the solver, such as rtol.
         shift: s in [0.01, 100] maps an even grid w of steps to u = s·w / (1 + (s − 1)·w); 1 keeps it even, less than 1
             puts more steps near noise. Without effect on adaptive solvers.
-        seeds: one per image, from which a stochastic solver draws its noise.
+        seeds: one per image, for the noise of a stochastic solver.
         knots: stop at knots and discontinuities. False integrates [0, 1] as one interval, as the published sampler
             does, with the rate after a knot and the guidance of each evaluated time. Only for comparison.
         callback: called after each step.

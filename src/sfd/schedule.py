@@ -1,6 +1,6 @@
 """The schedule: base time u ∈ [0, 1] → each stream's time τ_k(u), its rate τ_k′(u), and the knots where a rate jumps.
 
-Training noises stream k at τ_k(u), the network is told τ_k(u), sampling integrates dx_k/du = τ_k′(u)·v_k and never
+Training noises stream k at τ_k(u), the network receives τ_k(u), sampling integrates dx_k/du = τ_k′(u)·v_k and never
 steps across a knot. All of it is read from here, so no other place knows which stream leads, or by how much.
 
 A schedule is a function of the streams' names and of keyword options, registered by name in `SCHEDULES`:
@@ -164,7 +164,7 @@ def offset(
 
 
 def synchronous(streams: Sequence[str]) -> Schedule:
-    """All streams on one clock, τ(u) = u: ordinary flow matching of the composite latent."""
+    """All streams at one time, τ(u) = u: ordinary flow matching of the composite latent."""
     return PiecewiseLinear((0.0, 1.0), dict.fromkeys(streams, (0.0, 1.0)))
 
 

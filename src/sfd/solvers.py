@@ -80,7 +80,7 @@ def sde(
 
     Its last two terms alone keep the marginals. With g² = 2η·(1 − t)/t they are, over a time dt, the way back from t to
     t − η·dt in the noising process and the way forward again along v. The way back is known exactly (`churn`), each
-    stream on its own clock: it adds no error, and no score is divided by 1 − t. Left is Heun's error over a step 1 + η
+    stream in its own time: it adds no error, and no score is divided by 1 − t. Left is Heun's error over a step 1 + η
     times as long. In each step: back to u − η·h, but not beyond the interval, and from there to u + h.
 
     Args:
@@ -191,7 +191,7 @@ def dopri5(
         end = odeint(derivative, x, ends, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
     except AssertionError as error:
         raise SFDError(
-            f"dopri5 cannot go on between u = {grid[0]:.4g} and {grid[-1]:.4g} ({str(error)[:60]}); "
+            f"dopri5 cannot continue between u = {grid[0]:.4g} and {grid[-1]:.4g} ({str(error)[:60]}); "
             f"allow a larger error than rtol {rtol} and atol {atol}, or take a solver with fixed steps"
         ) from error
     if callback is not None:

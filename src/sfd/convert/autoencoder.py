@@ -68,7 +68,7 @@ def inferred_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             "scaling_factor": 1.0,
         }
     except (KeyError, IndexError) as missing:
-        raise SFDError(f"this is no {WHAT}: it lacks the tensor {missing}") from None
+        raise SFDError(f"this is not a valid {WHAT}: it lacks the tensor {missing}") from None
 
 
 def from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> AutoencoderKL:

@@ -30,11 +30,11 @@ NO_STATISTICS = "none"
 
 @dataclass(frozen=True)
 class Options:
-    """What a published checkpoint does not say of itself; None if nobody says anything."""
+    """What a published checkpoint does not record; None: not given."""
 
     texture: str | None  # texture encoder: a folder or a hub name
     statistics: tuple[str, ...]  # files, folders, or "none": latents that are not normalised
-    classes: str | None  # a file with a name a line, or their number
+    classes: str | None  # a file with one name per line, or their number
     delta: float | None
     semantic_channels: int | None
     repa_block: int | None
@@ -79,7 +79,7 @@ def _config(
 ) -> DiTConfig:
     shapes = checkpoint.shapes
     if len(shapes[published.EMBEDDING]) != 4:
-        raise SFDError(f"this is no published transformer: {published.EMBEDDING} is {shapes[published.EMBEDDING]}")
+        raise SFDError(f"this is not a published transformer: {published.EMBEDDING} is {shapes[published.EMBEDDING]}")
     channels = shapes[published.EMBEDDING][1]
     semantic = channels - texture.channels
     stated = _agreed("--semantic-channels", options.semantic_channels, settings, "semantic_chans", semantic)
@@ -109,7 +109,7 @@ def _classes(config: DiTConfig, given: str | None) -> tuple[str, ...]:
         try:
             names = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise SFDError(f"--classes {given} should be a number or a file with a name a line ({error})") from None
+            raise SFDError(f"--classes {given} should be a number or a file with one name per line ({error})") from None
     if len(names) == count + 1:
         raise SFDError(
             f"the checkpoint has {count + 1} class embeddings, one for each of {len(names)} classes and none for no "

@@ -14,13 +14,13 @@ def inferred_config(shapes: Mapping[str, tuple[int, ...]], heads: int = 6) -> Se
 
     Args:
         shapes: by name.
-        heads: attention heads, the one thing that shapes do not tell.
+        heads: attention heads, which shapes do not determine.
     """
     blocks = len({name.split(".")[1] for name in shapes if name.startswith("encoder.")}) - 3
     first, last = shapes.get("encoder.0.weight"), shapes.get(f"encoder.{blocks + 2}.weight")
     if blocks < 1 or first is None or last is None:
         raise SFDError(
-            "this is no published SemVAE checkpoint: it needs tensors encoder.0.weight, encoder.1.norm1.weight, … "
+            "this is not a published SemVAE checkpoint: it needs tensors encoder.0.weight, encoder.1.norm1.weight, … "
             f"and has {', '.join(sorted(shapes)[:3]) or 'none'}; give the file's state dictionary"
         )
     try:

@@ -49,7 +49,7 @@ def inferred_config(shapes: Mapping[str, tuple[int, ...]], semantic: int, repa_b
     Args:
         shapes: by published name.
         semantic: how many of the channels, the last ones, are the semantic stream's: shapes tell the sum only.
-        repa_block: 1-based block whose tokens the projector takes, if there is one; shapes do not tell it.
+        repa_block: 1-based block whose tokens the projector takes, if there is one; shapes do not determine it.
     """
     try:
         width, channels, patch, _ = shapes[EMBEDDING]

@@ -1,4 +1,4 @@
-"""Making latent shards: every image encoded once, in both orientations.
+"""Encoding of images into latent shards, once, in both orientations.
 
 Each rank makes every WORLD_SIZE-th shard; the manifest is written once all exist. A shard's bytes are a function of the
 images, the encoders and the settings alone, so an interrupted run resumes with the shards that are missing.
@@ -39,10 +39,10 @@ RECORD = "sfd"  # name of the entry in a shard's header
 
 
 class LatentSettings(Settings):
-    """How images become latent shards."""
+    """Settings of the latent shards."""
 
     shard_size: int = Field(4096, gt=0, description="images per shard")
-    batch_size: Free[int] = Field(256, gt=0, description="images encoded at a time")
+    batch_size: Free[int] = Field(256, gt=0, description="images per batch of the encoder")
     workers: Free[int] = Field(2, gt=0, description="threads that read images ahead of the encoder")
     dtype: Literal["float32", "float16"] = "float32"
     features: bool = Field(True, description="keep the semantic encoder's features, in half precision, for REPA")
@@ -67,7 +67,7 @@ class LatentWriter:
 
     @cached_property
     def tokenizers(self) -> dict[str, str]:
-        """The identity of what makes each stream, and of the encoder of the features."""
+        """Identity of each stream's tokenizer, and of the encoder of the features."""
         tokenizers = {TEXTURE: self.texture.identity}
         if self.semantic is not None:
             if self.compressor is not None:

@@ -139,7 +139,7 @@ class FolderSource:
         )
 
     def _report(self, strict: bool) -> None:
-        """Name what is left out, or refuse it."""
+        """Report what is left out, or refuse it."""
         total = len(self.names) + len(self.skipped)
         some = _some([f"{shown(name)}: {reason}" for name, reason in self.skipped])
         if self.skipped and strict:

@@ -1,4 +1,4 @@
-"""What every data set looks like, and the one reader of image files: for training, references and samples alike."""
+"""The image data set protocol, and the one reader of image files, for training, references and samples."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Turn (B, 3, H, W) in [-1, 1] into uint8 (B, H, W, 3), rounded; what lies outside of the range is clamped."""
+    """Turn (B, 3, H, W) in [-1, 1] into uint8 (B, H, W, 3), rounded and clamped."""
     return to_pixels(images).cpu().numpy()
 
 
@@ -126,7 +126,7 @@ def decode(data: bytes, size: int, *, exact: bool = False) -> np.ndarray:
     if exact:
         image = read_image(data)
         if image.shape[:2] != (size, size):
-            raise SFDError(f"{image.shape[1]}×{image.shape[0]} pixels in place of {size}×{size}")
+            raise SFDError(f"{image.shape[1]}×{image.shape[0]} pixels instead of {size}×{size}")
         return image
     return centre_crop(_read(data, 4 * size), size)  # four times the size leaves the filtering to the box
 

@@ -5,7 +5,7 @@
     images/…                      a single folder with images is opened, as often as there is one
     00000/img0.png, dataset.json  EDM's layout: {"labels": [["00000/img0.png", 3], …]}, or null for no classes
 
-What systems leave behind is ignored. Captions, metadata and other files that are no images are side files.
+Files left by operating systems are ignored. Captions, metadata and other files that are not images are side files.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ImageFiles:
         names: of the files that may be images, relative to the root, with forward slashes.
         classes: class names, sorted, in Unicode's composed form (NFC); () where there are none.
         labels: index into `classes` per name; all 0 where there are none.
-        side: files that are no images, relative to the path.
+        side: files that are not images, relative to the path.
         empty: folders that should be classes, but hold no image.
         skipped: (name, reason) of what cannot be read: dead or circular links, folders without permission.
     """
@@ -118,12 +118,12 @@ class ImageFiles:
         return {name.partition("/")[0] for name in below}
 
     def _check_layout(self, names: Sequence[str], folders: Collection[str]) -> None:
-        """Refuse images beside class folders, and splits in place of classes."""
+        """Refuse images next to class folders, and splits instead of classes."""
         where = self.path / self.root
         loose = [name for name in names if "/" not in name]
         if loose and folders:
             raise SFDError(
-                f"{where} holds images beside its {len(folders)} sub-folders ({shown(loose[0])!r}, …); "
+                f"{where} holds images next to its {len(folders)} sub-folders ({shown(loose[0])!r}, …); "
                 "put every image into a class folder, or all of them side by side"
             )
         splits = sorted(filter(_is_split, folders), key=lambda name: (not name.lower().startswith("train"), name))
@@ -202,7 +202,7 @@ def _is_labelled(pair: Any) -> bool:
 
 
 def _classes_of_folders(names: Sequence[str], folders: Collection[str]) -> dict[str, Any]:
-    """Class by name: the folder at the top; 0 where all images lie at the top. Other files are left out."""
+    """Class by name: the folder at the top; 0 if all images are at the top. Other files are left out."""
     if not folders:
         return {name: 0 for name in names if "/" not in name}
     return {name: nfc(name.partition("/")[0]) for name in names if "/" in name and name.partition("/")[0] in folders}

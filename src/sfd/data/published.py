@@ -1,4 +1,4 @@
-"""Latent shards in the format of the published data set: opened in place, described as ours are, and written.
+"""Latent shards in the published format: opened in place, with a manifest like that of encoded ones, and written.
 
 A folder of safetensors files, in the order of their names. Each holds `latents` and `latents_flip` (texture), perhaps
 `latents_sv` and `latents_sv_flip` (semantic) and `feats_dino` and `feats_dino_flip` (features for REPA), and `labels`.
@@ -40,7 +40,7 @@ _ROWS = 1024  # images read at a time
 
 @dataclass(frozen=True)
 class PublishedLatents:
-    """Published shards that a run uses in place of its own: it keeps their manifest, with the statistics.
+    """Published shards that a run uses instead of its own: it keeps their manifest, with the statistics.
 
     Args:
         source: folder of the shards.
@@ -79,7 +79,7 @@ def open_published(
 def describe_published(
     folder: Path, *, tokenizers: Mapping[str, str] | None = None, classes: int | None = None
 ) -> Manifest:
-    """Check published shards and describe them as `manifest.json` describes our own.
+    """Check published shards and build their manifest.
 
     Reads headers, labels and a few images only, except for statistics that no file gives.
 

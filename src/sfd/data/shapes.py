@@ -1,4 +1,4 @@
-"""The procedural data set: what is drawn where (semantics) and how it is coloured (texture) are independent and known.
+"""The procedural data set: shape and position (semantics) and colours (texture) are independent and known.
 
 Every image shows one of ten shapes over a background. Its semantic factors are the shape, its position, size and
 rotation; its texture factors are a pattern with two colours for the shape and for the background. Image i depends on

@@ -1,4 +1,4 @@
-"""Encoders: each module is one, found by its name. Texture encoders decode, semantic ones say what is where."""
+"""Encoders: one per module, found by name. Texture encoders also decode; semantic ones give features."""
 
 from sfd.encoders._base import (
     SEMANTIC,

@@ -1,4 +1,4 @@
-"""What an encoder is, and how one is loaded.
+"""The encoder protocols, and loading of encoders.
 
 An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config` and a function `build(config)` that gives a
 `Component` with fresh weights; if published weights can be used, also `planned(source, given)`, which reads their
@@ -46,7 +46,7 @@ class EncoderConfig(Protocol):
 
 
 class SemanticEncoder(Protocol):
-    """Says what is where in an image. Encoding is deterministic and keeps no gradient."""
+    """Encodes what is where in an image. Encoding is deterministic and keeps no gradient."""
 
     channels: int  # C
     downsample: int  # f: image pixels on a side of one position of the grid
@@ -63,7 +63,7 @@ class SemanticEncoder(Protocol):
 
 
 class TextureEncoder(SemanticEncoder, Protocol):
-    """Keeps what pixels can be decoded from; `encode` gives latents (B, C, H / f, W / f)."""
+    """Encodes images so that they can be decoded; `encode` gives latents (B, C, H / f, W / f)."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Map latents (B, C, h, w) back to images (B, 3, h·f, w·f), about [-1, 1]; clamping is left to the caller."""
@@ -143,7 +143,7 @@ def autoencoder_class() -> type[AutoencoderKL]:
 
 
 def check_divisible(images: Tensor, downsample: int) -> None:
-    """Refuse images whose sides are no multiple of `downsample`."""
+    """Refuse images whose sides are not multiples of `downsample`."""
     height, width = images.shape[-2:]
     if height % downsample or width % downsample:
         raise SFDError(

@@ -30,7 +30,7 @@ class Config(Settings):
     patch: int = Field(4, ge=1, description="side of the square of pixels that becomes one position")
     widths: tuple[int, ...] = Field((24, 48), min_length=1, description="channels of each level; a halving between two")
     blocks: int = Field(
-        1, ge=1, le=1000, description="residual blocks a level in the encoder; the decoder has one more"
+        1, ge=1, le=1000, description="residual blocks per level in the encoder; the decoder has one more"
     )
     latent_channels: int = Field(16, ge=1)
     attention: bool = Field(False, description="self-attention at the innermost level")

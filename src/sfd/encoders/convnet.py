@@ -1,4 +1,4 @@
-"""The embedded semantic encoder: a small residual convolutional network, trained here to see shapes and not colours.
+"""The embedded semantic encoder: a small residual convolutional network, trained to see shapes rather than colours.
 
 It learns from class labels where the data have any and, with or without them, from two differently coloured views of
 each image (see `sfd.training.tasks.semantic`).
@@ -23,7 +23,7 @@ class Config(Settings):
 
     kind: ClassVar[str] = SEMANTIC
     widths: tuple[int, ...] = Field((16, 32, 96), min_length=1, description="channels of each stage; multiples of 8")
-    blocks: int = Field(1, ge=1, le=1000, description="residual blocks a stage")
+    blocks: int = Field(1, ge=1, le=1000, description="residual blocks per stage")
     stem_stride: int = Field(2, ge=1, description="by which the first convolution shrinks the image")
     channels: int = Field(64, ge=1, description="of the features")
 

@@ -32,7 +32,7 @@ class Config(Settings):
     kind: ClassVar[str] = TEXTURE
     latent_channels: int = Field(32, ge=1)
     block_out_channels: tuple[int, ...] = Field((128, 128, 256, 256, 512), min_length=1, description="of each level")
-    layers_per_block: int = Field(2, ge=1, le=1000, description="residual blocks a level; the decoder has one more")
+    layers_per_block: int = Field(2, ge=1, le=1000, description="residual blocks per level; the decoder has one more")
     down_block_types: tuple[DownBlock, ...] = (*("DownEncoderBlock2D",) * 4, "AttnDownEncoderBlock2D")
     up_block_types: tuple[UpBlock, ...] = ("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 4)
     mid_block_add_attention: bool = True

@@ -1,8 +1,8 @@
 """Published semantic encoders: DINOv2, with and without registers, of the transformers library.
 
 An image is cut into square tiles. Each is brought to [0, 1], normalised as the model was trained with, resized
-(bicubic, without antialiasing, as in the published runs of this method) so that it has `grid` patches a side, and
-encoded by itself. Features are the patch tokens after the final norm; class and register tokens are dropped.
+(bicubic, without antialiasing, as in the published runs of this method) so that it has `grid` patches per side, and
+encoded separately. Features are the patch tokens after the final norm; class and register tokens are dropped.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Config(Settings):
     """How images are cut, and the network, in transformers' names; by default DINOv2 ViT-B/14 with registers."""
 
     kind: ClassVar[str] = SEMANTIC
-    tile: int = Field(256, ge=1, description="side of the squares that are encoded by themselves, in pixels")
-    grid: int = Field(16, ge=1, description="features a side of a tile, which is resized to grid · patch_size pixels")
+    tile: int = Field(256, ge=1, description="side of the tiles that are encoded separately, in pixels")
+    grid: int = Field(16, ge=1, description="features per side of a tile, which is resized to grid · patch_size pixels")
     model_type: Literal["dinov2_with_registers", "dinov2"] = "dinov2_with_registers"
     hidden_size: int = Field(768, ge=1)
     num_hidden_layers: int = Field(12, ge=1, le=1000)
@@ -48,13 +48,13 @@ class Config(Settings):
     hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"] = "gelu"
     layer_norm_eps: float = Field(1e-6, gt=0)
     qkv_bias: bool = True
-    use_swiglu_ffn: bool = Field(False, description="DINOv2 giant: SwiGLU in place of the MLP")
+    use_swiglu_ffn: bool = Field(False, description="DINOv2 giant: SwiGLU instead of the MLP")
     num_register_tokens: int = Field(4, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.tile % self.grid:
-            raise ValueError(f"a tile of {self.tile} pixels does not divide into {self.grid} features a side")
+            raise ValueError(f"a tile of {self.tile} pixels does not divide into {self.grid} features per side")
         if self.num_register_tokens and self.model_type != REGISTERS:
             raise ValueError(f"{self.model_type} has no registers; set num_register_tokens to 0")
         return self
@@ -66,7 +66,7 @@ class Config(Settings):
 
     @property
     def downsample(self) -> int:
-        """f: image pixels a side of one feature."""
+        """f: image pixels per side of one feature."""
         return self.tile // self.grid
 
 
@@ -92,12 +92,12 @@ class VisionTransformer(Component):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode each tile by itself."""
+        """Encode each tile separately."""
         tile, grid = self.config.tile, self.config.grid
         height, width = images.shape[-2:]
         if height % tile or width % tile:
             raise SFDError(
-                f"images of {height}×{width} are no whole number of this encoder's tiles of {tile}×{tile}; choose an "
+                f"images of {height}×{width} do not divide into this encoder's tiles of {tile}×{tile}; choose an "
                 "image size that is a multiple, or set `tile` in the encoder's config"
             )
         rows, columns = height // tile, width // tile

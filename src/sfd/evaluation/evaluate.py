@@ -23,7 +23,7 @@ from sfd.utils.errors import SFDError
 # With fewer images a metric says more of the images than of the model.
 MIN_IMAGES = 1000
 MIN_PER_DIMENSION = 2
-MIN_ACCURACY = 0.7  # of a classifier that judges
+MIN_ACCURACY = 0.7  # of an evaluation classifier
 METRICS = ("frechet_distance", "sfid", "precision", "recall", "inception_score", "class_accuracy")
 
 
@@ -39,7 +39,7 @@ class Metrics(Settings):
     precision: float | None
     recall: float | None
     inception_score: float | None  # under the extractor's classes
-    class_accuracy: float | None  # share of samples that the extractor takes for the class asked for
+    class_accuracy: float | None  # share of samples whose class the extractor predicts
     accuracy_by_class: dict[str, float]
     intervals: dict[str, tuple[float, float]]  # 95 % bootstrap interval, by metric
     caveats: dict[str, tuple[str, ...]]  # why a metric cannot be trusted, by metric; only those that cannot
@@ -70,7 +70,7 @@ def evaluate(
 
     Args:
         samples: images, or uint8 (N, S, S, 3).
-        labels: the class asked for of each image, into the extractor's classes; None: images have none.
+        labels: class of each image, as index into the extractor's classes; None: images have none.
         reference: what to compare with.
         name: what the samples are, for tables.
         sampling: how they were made, plain values.
@@ -146,10 +146,10 @@ def _caveats(metric: str, seen: Extraction, reference: Reference) -> tuple[str, 
         elif count < MIN_PER_DIMENSION * dimensions:
             reasons.append(f"{given}, fewer than {MIN_PER_DIMENSION} for each of {dimensions:,} feature dimensions")
     if protocol.extractor_images is not None and protocol.extractor_images < MIN_IMAGES:
-        reasons.append(f"a judge trained on {protocol.extractor_images:,} images, fewer than {MIN_IMAGES:,}")
+        reasons.append(f"a classifier trained on {protocol.extractor_images:,} images, fewer than {MIN_IMAGES:,}")
     if protocol.extractor_accuracy is not None and protocol.extractor_accuracy < MIN_ACCURACY:
         right = f"{protocol.extractor_accuracy:.1%}"
-        reasons.append(f"a judge right on {right} of images it never saw, fewer than {MIN_ACCURACY:.0%}")
+        reasons.append(f"a classifier with an accuracy of {right} on unseen images, below {MIN_ACCURACY:.0%}")
     return tuple(reasons)
 
 

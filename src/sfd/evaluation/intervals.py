@@ -1,7 +1,7 @@
-"""How much a metric depends on which images were drawn: bootstrap intervals (Efron 1979), by one method for all.
+"""Bootstrap intervals of metrics over the draw of images (Efron 1979).
 
-To first order a metric is its value plus the mean of one contribution an image (its influence function), which is
-resampled in place of the images. That costs one evaluation of the metric, and keeps copies that resampling makes from
+To first order a metric is its value plus the mean of one contribution per image (its influence function), which is
+resampled instead of the images. That costs one evaluation of the metric, and keeps copies that resampling makes from
 shrinking neighbourhoods and covariances. The bias of a metric with few images is not part of its interval.
 """
 

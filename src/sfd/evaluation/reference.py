@@ -20,7 +20,7 @@ NEIGHBOURS = 3  # k of precision and recall
 
 
 class Protocol(Settings):
-    """What numbers must be told with: they mean nothing next to numbers of another protocol."""
+    """The evaluation protocol: only numbers of equal protocols can be compared."""
 
     reference: str  # which real images
     reference_identity: str

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing beside it."""
+"""The report of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Gallery:
-    """Samples shown by class, one class a row."""
+    """Samples by class, one row per class."""
 
     title: str  # "Guided"
     caption: str  # how they were made
@@ -47,7 +47,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a part of the run took."""
+    """Time and memory of a stage."""
 
     stage: str
     seconds: float
@@ -72,7 +72,7 @@ class ReportContent:
 
 
 def write_report(path: Path, content: ReportContent) -> None:
-    """Write the report, whole or not at all."""
+    """Write the report atomically."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sfd.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -107,7 +107,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 def _cards(metrics: Sequence[Metrics]) -> list[dict[str, Any]]:
-    """Make the headline cards of the first row; a metric that cannot be trusted in any row makes its card doubtful."""
+    """Make the headline cards of the first row; a metric that is unreliable in any row makes its card doubtful."""
     cards: list[dict[str, Any]] = []
     for metric, label in CARDS.items():
         rows = [row for row in metrics if getattr(row, metric) is not None]
@@ -182,5 +182,5 @@ def _curves(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             label = ABBREVIATIONS.get(quantity, quantity.replace("_", " "))
             drawings.append((f"{label} over training steps", figures.curve(steps, values, label)))
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    speed = f", {np.median(speeds):,.0f} images a second" if speeds else ""
+    speed = f", {np.median(speeds):,.0f} images per second" if speeds else ""
     return {"name": name, "note": f"{lines[-1]['step']:,} steps{speed}", "drawings": drawings}

@@ -63,7 +63,7 @@ class NumberedImages:
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images on disk, with what is known of how they were made."""
+    """Generated images on disk, with the record of how they were made."""
 
     images: Images
     labels: tuple[int, ...] | None  # one per image, into `classes`; None if the images have no class

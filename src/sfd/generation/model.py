@@ -262,7 +262,7 @@ class Model:
         return labels, chosen
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write a model directory, whole or not at all; weights as `dtype` (float16 halves the size)."""
+        """Write a model directory atomically; weights as `dtype` (float16 halves the size)."""
         _check_tokenizer(self.composite, self.texture, str(folder))
         with files.atomic_write(Path(folder)) as partial:
             partial.mkdir()

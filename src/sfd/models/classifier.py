@@ -1,9 +1,9 @@
-"""A small classifier whose features compare images: the network of the embedded evaluator.
+"""A small classifier whose features compare images: the network of the evaluation classifier.
 
-Where images have no classes it learns to tell by how many quarter turns an image was rotated (Gidaris et al. 2018,
-arXiv 1803.07728), which takes no labels and still makes features of what is in the image.
+Without classes it learns to predict by how many quarter turns an image was rotated (Gidaris et al. 2018, arXiv
+1803.07728), which needs no labels and still gives features of the content.
 
-What a classifier of a few classes knows at its end is little but the class: images without their colours would pass.
+The last features of a classifier of few classes hold little but the class: images without colours would pass.
 The features are therefore the average of every stage, fine to coarse, each entry in units of its deviation over
 real images, so that texture counts as well as meaning.
 """
@@ -27,10 +27,10 @@ class ClassifierConfig(Settings):
     """What a classifier is built from."""
 
     image_size: int = Field(gt=0)
-    classes: tuple[str, ...] = Field((), description="empty: it tells rotations")
+    classes: tuple[str, ...] = Field((), description="empty: it predicts rotations")
     network: ConvNetConfig = NETWORK
     trained_on: int | None = Field(None, description="number of images; null until trained")
-    accuracy: float | None = Field(None, description="on real images that it never saw; null until tested")
+    accuracy: float | None = Field(None, description="accuracy on unseen real images; null until tested")
 
     @property
     def outputs(self) -> int:

@@ -1,4 +1,4 @@
-"""Components: networks saved as a folder of `config.json` (what it is) and `model.safetensors` (its weights).
+"""Components: networks saved as a folder of `config.json` and `model.safetensors`.
 
 The `identity` stands for a component wherever it is recorded, as the tokenizer of latents for example. It is a hash of
 kind, name, configuration and weights (at half precision, so that float16 and float32 copies of published weights

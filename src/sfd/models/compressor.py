@@ -1,4 +1,4 @@
-"""What turns an encoder's features into a small semantic latent and back: SemVAE, or PCA."""
+"""Compressors of an encoder's features to a small semantic latent and back: SemVAE and PCA."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A small residual convolutional network: the body of the embedded semantic encoder and of the evaluation classifier.
 
-Pre-activation residual blocks (He et al. 2016, arXiv 1603.05027) with GroupNorm in place of BatchNorm (Wu and He 2018,
+Pre-activation residual blocks (He et al. 2016, arXiv 1603.05027) with GroupNorm instead of BatchNorm (Wu and He 2018,
 arXiv 1803.08494), so that an image's features do not depend on its batch. Channels come first: with them last,
 GroupNorm in bf16 on a CPU takes longer than the convolutions save.
 """
@@ -84,7 +84,7 @@ class ConvNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """(B, width_in, h, w) to (B, width, h / stride, w / stride): two 3×3 convolutions beside a shortcut."""
+    """(B, width_in, h, w) to (B, width, h / stride, w / stride): two 3×3 convolutions and a shortcut."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()

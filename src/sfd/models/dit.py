@@ -1,7 +1,7 @@
-"""The velocity network: LightningDiT (Yao et al. 2025) over any composite latent, with a clock for each stream.
+"""The velocity network: LightningDiT (Yao et al. 2025) over any composite latent, with a time input per stream.
 
-It is told times and labels; of schedules and guidance it knows nothing. Under bf16 autocast only matrix products and
-what lies between them run in bf16: the residual stream, the norms and the velocity stay float32, because long bf16
+It receives times and labels, and knows nothing of schedules and guidance. Under bf16 autocast only matrix products and
+the operations between them run in bf16: the residual stream, the norms and the velocity stay float32, because long bf16
 runs end in NaN when small updates are added to a bf16 residual.
 """
 
@@ -52,7 +52,7 @@ SIZES = {
 
 
 class DiTConfig(Settings):
-    """All that determines the network's architecture."""
+    """The network's architecture."""
 
     depth: int = Field(gt=0, le=1000)
     width: int = Field(gt=0)
@@ -60,7 +60,7 @@ class DiTConfig(Settings):
     composite: CompositeLatent
     num_classes: int = Field(ge=0, description="0: unconditional, the null class is the only one")
     clocks: tuple[str, ...] = Field(
-        (), description="all streams, in the order their time embeddings are concatenated; (): one clock for all"
+        (), description="all streams, in the order their time embeddings are concatenated; (): one for all"
     )
     repa_block: int | None = Field(None, ge=1, description="1-based block whose tokens REPA aligns; None: no projector")
     repa_width: int = Field(2048, gt=0, description="hidden width of the projector")
@@ -80,7 +80,9 @@ class DiTConfig(Settings):
                 f"clocks must name each stream ({', '.join(names)}) once, or none; got {', '.join(self.clocks)}"
             )
         if self.width % max(1, len(self.clocks)):
-            raise ValueError(f"width {self.width} must be a multiple of the number of clocks, {len(self.clocks)}")
+            raise ValueError(
+                f"width {self.width} must be a multiple of the number of time embeddings, {len(self.clocks)}"
+            )
         if self.repa_block is not None and self.repa_block > self.depth:
             raise ValueError(f"repa_block {self.repa_block} is beyond the last block, {self.depth}")
         if (self.repa_block is None) != (self.repa_channels is None):
@@ -89,12 +91,12 @@ class DiTConfig(Settings):
 
 
 class Output(NamedTuple):
-    """What the network says about one batch."""
+    """The network's output for one batch."""
 
     velocity: Tensor
     """(B, N) packed like the input, float32."""
     projection: Tensor | None
-    """(B, T, C) tokens after the REPA projector, where asked for."""
+    """(B, T, C) tokens after the REPA projector, if requested."""
 
 
 class LightningDiT(nn.Module):
@@ -151,7 +153,7 @@ class LightningDiT(nn.Module):
 
     @property
     def null_class(self) -> int:
-        """The label that stands for no class."""
+        """Label of the null class."""
         return self.config.num_classes
 
     def forward(self, x: Tensor, times: Tensor, labels: Tensor, *, project: bool = False) -> Output:
@@ -159,7 +161,7 @@ class LightningDiT(nn.Module):
 
         Args:
             x: (B, N), packed noisy latents.
-            times: (B, K), each stream's own time, in the composite's order; with one clock all columns are equal.
+            times: (B, K), each stream's own time, in the composite's order; all equal with one time embedding.
             labels: (B,), int64, in [0, num_classes]; num_classes is the null class.
             project: also give the REPA projection.
         """
@@ -196,7 +198,7 @@ class LightningDiT(nn.Module):
         return tokens
 
     def condition(self, times: Tensor, labels: Tensor) -> Tensor:
-        """SiLU of the sum of time and class embedding, (B, width): every modulation starts with it."""
+        """SiLU of the sum of time and class embedding, (B, width), the input of every modulation."""
         clocks = [embedder(times[:, k]) for embedder, k in zip(self.time_embedders, self.clock_streams, strict=True)]
         return nn.functional.silu(torch.cat(clocks, dim=1) + self.class_embedding(labels))
 
@@ -214,7 +216,9 @@ class LightningDiT(nn.Module):
         if x.shape[1:] != (composite.size,):
             raise SFDError(f"expected packed latents (batch, {composite.size}), got {tuple(x.shape)}")
         if times.shape != (len(x), len(composite.streams)):
-            raise SFDError(f"expected times {(len(x), len(composite.streams))}, one a stream, got {tuple(times.shape)}")
+            raise SFDError(
+                f"expected times {(len(x), len(composite.streams))}, one per stream, got {tuple(times.shape)}"
+            )
         if project and self.projector is None:
             raise SFDError("this network has no REPA projector; set repa_block and repa_channels in its configuration")
 

@@ -1,4 +1,4 @@
-"""The network as sampling calls it: without gradients, blocks in bf16 and compiled where asked."""
+"""The network as sampling calls it: without gradients, optionally with blocks in bf16 and compiled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Inference:
         """Prepare a network for sampling.
 
         Args:
-            network: on the device where it shall be used; its weights float32.
+            network: on its final device, with float32 weights.
             precision: bf16 casts the weights of the blocks' matrix products, in a copy. Norms, softmax, times, the
                 residual stream, patch embeddings and output heads stay float32.
             compiled: compile it at the first call, which takes a minute or two for the published sizes.

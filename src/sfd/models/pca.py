@@ -1,4 +1,4 @@
-"""Principal components as the compressor of features: linear, fitted in one pass, what SemVAE is held against."""
+"""Principal components as the compressor of features: linear, fitted in one pass, the baseline of the SemVAE."""
 
 from __future__ import annotations
 

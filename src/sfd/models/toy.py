@@ -81,7 +81,7 @@ class GaussianMixture:
 
         Args:
             x: (B, N) packed.
-            times: (K,), one a stream, in [0, 1]; or (B, K), each image's own.
+            times: (K,), one per stream, in [0, 1]; or (B, K), each image's own.
 
         Returns:
             (B, N).

@@ -26,11 +26,11 @@ from sfd.utils.units import duration
 PASSES_A_STEP = 3
 # Share of the matrix-product rate that small networks reach here in training; seen between 0.3 and 0.5.
 EFFICIENCY = 0.4
-# What the backward pass keeps of a block, bytes a token and channel (d: width; the MLP is 8/3·d wide), by precision:
+# What the backward pass keeps of a block, bytes per token and channel (d: width; the MLP is 8/3·d wide), by precision:
 # float32: normalised inputs of two norms 4 + 4, their outputs 4 + 4, queries, keys and values 12, normalised and
 #          rotated queries and keys 8 + 8, attention's output 4, both halves' outputs before their gates 4 + 4,
 #          the MLP's two inputs, its SiLU and its product 8/3·16.
-# bf16:    the same with 2 bytes a number, but for what lies in the norms and at the gates, which stays float32.
+# bf16:    the same with 2 bytes per number, except in the norms and at the gates, which stay float32.
 KEPT_BYTES = {"float32": 56 + 8 / 3 * 16, "bf16": 40 + 8 / 3 * 8}
 
 
@@ -197,7 +197,7 @@ def _encoder(settings: EncoderSettings) -> str:
     encoder = planned_encoder(settings)
     absent = settings.pretrained is not None and local(settings.pretrained) is None
     missing = f"; {settings.pretrained} is not on this machine yet" if absent else ""
-    return f"{settings.name}, {encoder.channels} channels, {encoder.downsample} pixels a position{missing}"
+    return f"{settings.name}, {encoder.channels} channels, {encoder.downsample} pixels per position{missing}"
 
 
 def _compressor(recipe: Recipe) -> dict[str, str]:

@@ -100,7 +100,7 @@ def _metadata(path: Path) -> dict[str, str]:
     except (SafetensorError, OSError) as error:
         raise SFDError(f"{path} cannot be read ({error})") from None
     if ENTRY not in metadata:
-        raise SFDError(f"{path} is no checkpoint: its metadata lack {ENTRY!r}")
+        raise SFDError(f"{path} is not a checkpoint: its metadata lack {ENTRY!r}")
     return dict(json.loads(metadata[ENTRY]))
 
 

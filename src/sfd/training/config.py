@@ -1,4 +1,4 @@
-"""How training is set up: the record in a recipe, and what follows from it for each step."""
+"""Training settings of a recipe, and the learning rate and EMA decay of each step."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TrainSettings(Settings):
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     decay: Literal["constant", "cosine"] = Field("constant", description="cosine falls to a tenth at the last step")
     decay_from: int = Field(0, ge=0, description="step at which the cosine begins")
-    ema: float | None = Field(None, ge=0, lt=1, description="decay of the weights' moving average; null: none")
-    ema_warmup: bool = Field(False, description="let early averages forget faster: decay min(ema, (1+step)/(10+step))")
+    ema: float | None = Field(None, ge=0, lt=1, description="decay of the EMA of the weights; null: none")
+    ema_warmup: bool = Field(False, description="shorter average in early steps: decay min(ema, (1+step)/(10+step))")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     precision: Literal["float32", "bf16"] = "float32"
     accumulate: Free[int] = Field(1, gt=0, description="micro-batches per rank and step")

@@ -75,7 +75,7 @@ def fit(
         device: this rank's device.
 
     Returns:
-        The trained model in evaluation mode, with the averaged weights if `settings.ema` is set.
+        The trained model in evaluation mode, with the EMA weights if `settings.ema` is set.
     """
     device = choose_device(device)
     check_settings(settings, device)
@@ -101,7 +101,7 @@ def fit(
 
 
 class Trainer:
-    """The state of a run: weights, moving average (EMA), optimizer, and number of steps taken."""
+    """The state of a run: weights, EMA, optimizer, and number of steps taken."""
 
     def __init__(self, task: TrainingTask, settings: TrainSettings, folder: Path, device: torch.device) -> None:
         self.task, self.settings, self.folder, self.device = task, settings, folder, device

@@ -1,1 +1,1 @@
-"""What every other package may use; it imports nothing of the project."""
+"""Utilities for all packages; imports nothing of the project."""

@@ -64,9 +64,6 @@ def parse(kind: type[SettingsType], values: Mapping[str, Any], where: str = "") 
         kind: the record's class.
         values: field names to plain values; lists stand for tuples.
         where: what is being read ("recipe.yaml", "model.json"), named first in the message.
-
-    Raises:
-        SFDError: an unknown field (with the nearest right name), a missing one, or one of the wrong type.
     """
     try:
         # Validation from JSON takes lists for tuples and stays strict otherwise: "3" is no integer.

@@ -19,7 +19,7 @@ NON_BLOCKING = {"cuda"}
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """Find a device by name ("auto", "cpu", "cuda", "cuda:1", "mps") and compute on it once; "auto" prefers a GPU."""
+    """Choose a device by name ("auto", "cpu", "cuda", "cuda:1", "mps") and compute on it once; "auto" prefers a GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -22,10 +22,10 @@ TIME_IS_OVER = 75  # EX_TEMPFAIL in sysexits.h: try again later
 
 
 class Interrupted(BaseException):
-    """Work was asked to stop, saved its state and left. `code` is the process's exit code.
+    """Work stopped on request, with its state saved. `code` is the process's exit code.
 
-    That is 128 + signal, so 130 for Ctrl-C and 143 for SIGTERM; but 75 where the time was over, which SIGUSR1 says.
-    Like KeyboardInterrupt it is no `Exception`, so that nobody takes it for an error of what it interrupted.
+    That is 128 + signal, so 130 for Ctrl-C and 143 for SIGTERM; but 75 for SIGUSR1, the end of the time limit.
+    Like KeyboardInterrupt it is not an `Exception`, so that handlers of errors do not catch it.
     """
 
     def __init__(self, signal_number: int) -> None:

@@ -63,9 +63,9 @@ def bar(description: str, total: int, done: int = 0) -> Iterator[Progress]:
     """Show the progress of the block.
 
     Args:
-        description: what is being done.
+        description: shown before the count.
         total: number of items.
-        done: how many of them were done before (a resumed run).
+        done: number of items done earlier (a resumed run).
     """
     progress = Progress(description, total, done)
     try:

@@ -1,7 +1,7 @@
-"""Random numbers as functions of what they are for, never of what was drawn before.
+"""Random numbers as functions of their key, never of earlier draws.
 
 Every draw names its key: (seed, purpose, step, sample) or the like. So a run can stop anywhere and resume, a batch can
-be split over any number of processes, and image k looks the same in any batch. The generator is the counter-based
+be split over any number of ranks, and image k looks the same in any batch. The generator is the counter-based
 Philox (Salmon et al. 2011), drawn on the CPU so that every device gets the same numbers.
 """
 
@@ -57,7 +57,7 @@ def normal(seeds: Sequence[int], size: int, purpose: str, *key: int) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
-    """Give torch's global CPU generator a state of its own inside the block, for initialisers that know no other.
+    """Seed torch's global CPU generator inside the block, for initialisers that use no other.
 
     Those of GPUs are left alone: asking for their states would start all of a machine's GPUs.
     """

@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C, SIGTERM, SIGUSR1 or the end of the time that was given."""
+"""Stopping on request: Ctrl-C, SIGTERM, SIGUSR1 or the time limit."""
 
 from __future__ import annotations
 

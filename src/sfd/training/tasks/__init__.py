@@ -1,4 +1,4 @@
-"""What each part is trained on. `TASKS` holds those of the encoders that can be trained here, by encoder name."""
+"""Training tasks. `TASKS` lists those of the trainable encoders, by encoder name."""
 
 from typing import Any
 

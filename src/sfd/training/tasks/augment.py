@@ -1,4 +1,4 @@
-"""Colour and texture changes that leave everything where it is: what a semantic encoder should not see."""
+"""Colour and texture augmentations that keep geometry, to which a semantic encoder should be invariant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of the evaluator's classifier, on a part of the held-out images; the rest is the reference."""
+"""Training of the evaluation classifier on a part of the held-out images; the rest is the reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CALIBRATION = 2048  # real images, at most, over which the features' deviations 
 
 
 class ClassifierSettings(Settings):
-    """How the classifier is made from the held-out images."""
+    """Settings of the evaluation classifier."""
 
     network: ConvNetConfig = NETWORK
     training: TrainSettings = TrainSettings(
@@ -52,7 +52,7 @@ class ClassifierTask:
         self._labels = np.asarray(source.labels)
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
-        """Load some slots of a step, augmented."""
+        """Load some samples of a step, augmented."""
         indices = self._order.indices(step, samples, self.settings.training.batch_size)
         images, labels = self.source.load(indices), self._labels[indices]
         generators = [rng.generator(self.settings.seed, "augmentation", step, slot) for slot in samples]
@@ -81,14 +81,14 @@ def augment(images: np.ndarray, generators: Sequence[np.random.Generator], shift
 
 
 def divide(held_out: ImageSource, settings: ClassifierSettings) -> tuple[ImageSource, ImageSource]:
-    """Cut the held-out images in two: what the classifier learns from, and what tests it and is the reference."""
+    """Split the held-out images: a part trains the classifier, the other tests it and is the reference."""
     return split(held_out, settings.reference, settings.seed)
 
 
 def train_classifier(
     held_out: ImageSource, settings: ClassifierSettings, folder: Path, *, device: torch.device
 ) -> Classifier:
-    """Train the classifier, or resume; calibrate it; test it on images it never saw.
+    """Train the classifier, or resume; calibrate it; test it on unseen images.
 
     Args:
         held_out: real images that the generative model is not trained on.
@@ -105,7 +105,7 @@ def train_classifier(
 
 
 def accuracy(model: Classifier, source: ImageSource) -> float:
-    """Compute the share of images (or of their rotations, all four of each) that a classifier tells right."""
+    """Accuracy of a classifier on images (or on all four rotations of each)."""
     labels, right = np.asarray(source.labels), 0
     turns = (0,) if model.config.classes else range(ROTATIONS)
     for start in range(0, len(source), CHUNK):

@@ -1,4 +1,4 @@
-"""What the transformer is trained on: noised composite latents, the velocities that made them, and three losses."""
+"""Training task of the transformer: noised composite latents, velocity targets, and three losses."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ QUARTERS = 4
 
 
 class LossSettings(Settings):
-    """The objective: velocity + cosine + REPA (Pan et al. 2025), and what is drawn for each sample."""
+    """The objective: velocity + cosine + REPA (Pan et al. 2025), and the distributions of training samples."""
 
     base_time: flow.BaseTime = Field("logit_normal", description="as the published runs; the paper's text says uniform")
     cosine: float = Field(1.0, ge=0, description="weight of 1 − cos(v̂, v)")
-    repa: float = Field(1.0, ge=0, description="weight of the alignment with the encoder's features; 0: none")
-    resting: bool = Field(True, description="also train a stream while its clock stands still, as the published runs")
+    repa: float = Field(1.0, ge=0, description="weight of the REPA loss; 0: none")
+    resting: bool = Field(
+        True, description="also train the velocity of a stream whose rate is 0, as the published runs"
+    )
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples that are trained on the null class")
     flip: bool = Field(True, description="use both orientations of every image")
 
 
 class DiffusionTask:
-    """The `Task` of the transformer. Every draw is a function of (seed, step, sample)."""
+    """The `TrainingTask` of the transformer. Every draw is a function of (seed, step, sample)."""
 
     name = "transformer"
 
@@ -49,11 +51,7 @@ class DiffusionTask:
         batch_size: int,
         previewer: Callable[[int, nn.Module, Path], None] | None = None,
     ) -> None:
-        """Join what is needed.
-
-        Raises:
-            SFDError: REPA is asked for, but the latents hold no features or the network has no projector.
-        """
+        """Check that the settings fit latents and network."""
         self.model, self.latents, self.schedule, self.settings = model, latents, schedule, settings
         self.composite, self.null_class, self.previewer = model.config.composite, model.null_class, previewer
         self.seed, self.batch_size = seed, batch_size
@@ -127,7 +125,7 @@ class DiffusionTask:
 
     @torch.no_grad()
     def _by_stream(self, velocity: Tensor, target: Tensor, times: Tensor) -> dict[str, Tensor]:
-        """Give each stream's own velocity loss, and as pairs (sum, count) that in each quarter of its own time."""
+        """Velocity loss per stream, and as pairs (sum, count) per quarter of that stream's time."""
         errors = self.composite.unpack((velocity.float() - target).square())
         record = {}
         for k, (name, error) in enumerate(errors.items()):

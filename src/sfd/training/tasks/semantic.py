@@ -69,7 +69,7 @@ class SemanticTask:
         return self.data.batch(step, samples) | {"draws": self.data.uniform("recolour", step, samples, DRAWS)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the objective; `accuracy` is logged beside it where there are labels."""
+        """Compute the objective; `accuracy` is also logged if there are labels."""
         images, labels, weights = batch["images"], batch["labels"], self.objective
         # The first view is the image itself, so that the encoder has seen what it will be given.
         features, logits = model(torch.cat([images, recolour(images, batch["draws"])]))

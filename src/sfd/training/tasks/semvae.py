@@ -1,4 +1,4 @@
-"""How SemVAE is trained: on the features of a frozen encoder, computed as they are needed."""
+"""Training task of the SemVAE, on features of a frozen encoder that are computed on the fly."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from sfd.utils.errors import SFDError
 
 
 class SemVAETask:
-    """Train a SemVAE to give an encoder's features back.
+    """Train a SemVAE to reconstruct an encoder's features.
 
     Args:
-        semvae: what is trained; its `input_channels` are the encoder's channels.
+        semvae: its `input_channels` are the encoder's channels.
         encoder: frozen, on the device that training runs on.
         source: images to encode; each is seen in both orientations.
         objective: the loss.
         seed: of the order, the flips and the posterior's noise.
         batch_size: of the global batch.
-
-    Raises:
-        SFDError: the encoder gives another number of channels than the SemVAE takes.
     """
 
     name = "SemVAE"

@@ -29,7 +29,7 @@ class TextureObjective(Settings):
 
 
 class TextureTask:
-    """Train a texture autoencoder to give its images back."""
+    """Train a texture autoencoder to reconstruct images."""
 
     name = "texture encoder"
     Objective = TextureObjective
@@ -58,7 +58,7 @@ class TextureTask:
         return self.data.batch(step, samples) | {"noise": noise}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the objective; `psnr` (dB) is logged beside it."""
+        """Compute the objective; `psnr` (dB) is also logged."""
         reconstruction, moments = model(batch["images"], batch["noise"])
         # Sums over pixels are taken in float32 whatever the network ran in.
         error = reconstruction.float() - batch["images"]
