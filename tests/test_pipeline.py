@@ -156,7 +156,7 @@ def test_a_missing_weak_model_is_found_before_training(finished, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_found_before_anything_is_trained(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path), ["train.accumulate=3"])
-    with pytest.raises(SFDError, match="batch_size 8 does not divide over 1 processes × 3 accumulation steps"):
+    with pytest.raises(SFDError, match="batch_size 8 does not divide into 1 ranks × 3 micro-batches"):
         Pipeline(recipe, tmp_path / "out", CPU).all()
     assert not (tmp_path / "out").exists()
 

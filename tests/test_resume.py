@@ -25,12 +25,15 @@ CPU = torch.device("cpu")
 # A field in none of these lists fails a test.
 FREE = {"name", "note", "published", "data.classes", "data.strict", "transformer.checkpointing"}
 FREE |= {"latents.batch_size", "latents.workers", "sample.batch_size", "sample.compile"}
-FREE_IN_TRAINING = {"steps", "accumulate", "compile", "workers", "checkpoint_every", "keep_checkpoints"}
-FREE_IN_TRAINING |= {"keep_every", "log_every", "preview_every", "max_skipped", "data_offset"}
+# `data_offset` changes what comes after a failure, as its user wants.
+FREE_IN_TRAINING = {"steps", "accumulate", "compile", "workers", "checkpoint_every", "keep_checkpoints", "keep_every"}
+FREE_IN_TRAINING |= {"log_every", "preview_every", "max_skipped", "data_offset"}
 for training in ("texture.train", "semantic.train", "compressor.train", "train", "evaluation.classifier.training"):
     FREE |= {f"{training}.{field}" for field in FREE_IN_TRAINING}
 # What is there is compared, not where it is; tested below.
 PLACES = {"data.source", "latents.published", "compressor.folder", "evaluation.weak"}
+PLACES |= {f"{part}train.init" for part in ("", "texture.", "semantic.", "compressor.")}
+PLACES |= {"evaluation.classifier.training.init"}
 PLACES |= {f"{part}.{field}" for part in ("texture", "semantic") for field in ("folder", "pretrained")}
 SAMPLES = {"samples/guided", "samples/unguided"}
 # The stages' folders that a section or a field changes by itself; the longest name that fits counts.
@@ -122,7 +125,8 @@ def tiny(tmp_path_factory):
     return load_recipe(write_recipe(tmp_path_factory.mktemp("recipe")))
 
 
-FIELDS = [leaf for leaf in leaves(load_recipe(Path(__file__).with_name("tiny.yaml"))) if leaf[0] not in PLACES]
+ALL = leaves(load_recipe(Path(__file__).with_name("tiny.yaml")))
+FIELDS = [leaf for leaf in ALL if leaf[0] not in PLACES]
 
 
 @pytest.mark.parametrize(("name", "value", "annotation"), FIELDS, ids=[field[0] for field in FIELDS])
@@ -137,6 +141,10 @@ def test_every_field_that_changes_a_result_is_refused_by_every_stage_that_it_cha
         assert sections, f"{name} is listed neither as free nor under the stages that it changes"
         assert found.keys() == CHANGES[max(sections, key=len)]
         assert all(name in sentence for sentence in found.values())
+
+
+def test_the_lists_name_fields_that_exist():
+    assert {name for name, _, _ in ALL} >= FREE | PLACES
 
 
 def test_a_default_that_is_written_out_is_no_difference(finished, tiny):
@@ -220,6 +228,17 @@ def test_encoders_from_elsewhere_are_compared_by_identity(stopped, finished, tmp
     refused(sfd(*command, f"texture={given % other.folder.texture}"), "tokenizers.texture was")
 
 
+def test_weights_that_training_starts_from_are_compared_by_identity(finished, tmp_path):
+    out, moved = tmp_path / "out", shutil.copytree(finished.folder.model, tmp_path / "moved")
+    shutil.copytree(finished.folder.root, out, ignore=shutil.ignore_patterns("training", "model", "samples", "metrics"))
+    command = ["train", write_recipe(tmp_path), "--out", out, "--device", "cpu"]
+    assert sfd(*command, f"train.init={finished.folder.model}").exit_code == 0
+    stop(out, "training")
+    assert sfd(*command, f"train.init={moved}").exit_code == 0
+    stop(out, "training")
+    refused(sfd(*command), "identity of train.init was")
+
+
 @pytest.fixture
 def photographs(tmp_path):
     """A run of a texture encoder on a folder of images, stopped; and the recipe."""
@@ -280,7 +299,7 @@ def test_the_number_of_steps_is_fixed_once_the_decay_has_begun(stopped, tmp_path
     command = ["train", recipe, "--out", out, "--device", "cpu"]
     assert sfd(*command).exit_code == 0
     before = (out / "recipe.yaml").read_text()
-    refused(sfd(*command, "train.steps=9"), "falling since step 3", "trained to step 6", "train.init")
+    refused(sfd(*command, "train.steps=9"), "falling since step 3", "Train to step 6", "train.init")
     assert (out / "recipe.yaml").read_text() == before
     assert files.read_json(out / "training" / "stage.json", "stage")["finished"]
 

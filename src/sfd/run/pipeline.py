@@ -277,7 +277,7 @@ class Pipeline:
             self.latents_stage.require()
             found = {"latents": files.checksum(self.folder.latents / MANIFEST)}
             if self.recipe.train.init is not None:
-                found["init"] = read_record(model_folder(self.recipe.train.init)).identity
+                found["identity of train.init"] = read_record(model_folder(self.recipe.train.init)).identity
             return found
 
         fields = pick(self.fixed, "seed", "streams", "schedule", "transformer", "loss", "train")

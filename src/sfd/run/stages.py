@@ -103,7 +103,7 @@ class Stage:
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
 
     def begin(self, device: torch.device, accepted: Callable[[], None]) -> bool:
-        """Compare with the record, or write it if there is none.
+        """Compare with the record if there is one, and write it as unfinished.
 
         Args:
             device: where the work is to be done.
@@ -117,8 +117,7 @@ class Stage:
         if self.train is not None:
             check_resume(self.folder, self.train, device)
         accepted()
-        if self._read() is None:
-            self._write(finished=None, seconds=0.0)
+        self._write(finished=None, seconds=self._elapsed())
         return True
 
     def run(

@@ -20,7 +20,7 @@ class TrainSettings(Settings):
     steps: Free[int] = Field(gt=0)
     batch_size: int = Field(gt=0, description="global: over all ranks and micro-batches")
     learning_rate: float = Field(gt=0)
-    init: str | None = Field(
+    init: Free[str | None] = Field(
         None, description="of the transformer: a model's directory or a run's folder to start from; null: fresh weights"
     )
     betas: tuple[float, float] = (0.9, 0.999)

@@ -368,8 +368,8 @@ def _check_same_run(folder: Path, settings: TrainSettings, record: dict[str, Any
         )
     if settings.decay == "cosine" and step > settings.decay_from and steps != settings.steps:
         raise SFDError(
-            f"{folder} holds a run of {steps} steps whose learning rate has been falling since step "
-            f"{settings.decay_from}, and is at step {step}; with steps = {settings.steps} it would have fallen "
-            f"differently, so it can only be trained to step {steps}. To train on, start from its weights in another "
-            "folder (train.init), or train anew there"
+            f"{folder} is at step {step} of {steps}, and its learning rate has been falling since step "
+            f"{settings.decay_from}; with {settings.steps} steps it would have fallen differently. Train to step "
+            f"{steps}; to train further, give another --out folder and start from these weights (train.init, of the "
+            "transformer)"
         )
