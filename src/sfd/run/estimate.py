@@ -113,7 +113,7 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
 def table(recipes: Mapping[str, Recipe], tflops: float) -> str:
     """List recipes as a Markdown table: name in the table, purpose, published numbers, parameters and hours."""
     lines = [
-        f"| recipe | what it is | published | parameters | hours at {tflops:g} TFLOP/s |",
+        f"| recipe | purpose | published | parameters | hours at {tflops:g} TFLOP/s |",
         "|---|---|---|---:|---:|",
     ]
     for name, recipe in recipes.items():
