@@ -19,7 +19,7 @@ from sfd.data.published import open_published
 from sfd.data.shards import FEATURES
 from sfd.encoders._base import autoencoder as build_autoencoder
 from sfd.evaluation.metrics import frechet_distance, gaussian, inception_score, precision_recall
-from sfd.guidance import guide
+from sfd.guidance import GuidedVelocity, guide
 from sfd.models.component import assemble, differences, shapes
 from sfd.models.dit import LightningDiT, parameter_count
 from sfd.models.semvae import SemVAE, SemVAEConfig, reconstruction_losses
@@ -80,6 +80,8 @@ def compare_velocities(case: Case, network: LightningDiT):
             guiding = velocity_of(open_transformer(case, "guide_config", "guide_weights"), y)
             scale = scale_of(match, composite.names) or case.values.get("autoguidance_scale", 1.5)
             velocity = guide(velocity, guiding, scale, composite)
+        if isinstance(velocity, GuidedVelocity):  # guided throughout, while every image has times of its own
+            velocity = velocity.on_interval([True] * len(composite.names), [0.5] * len(composite.names))
         case.compare(match[0], velocity(x, times))
 
 

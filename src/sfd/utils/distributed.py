@@ -96,13 +96,29 @@ def init(device: str) -> str:
             "to each rank's number on its machine (with srun: SLURM_LOCALID)"
         )
     # CPU tensors have a backend of their own, so that ranks can agree without waiting for their GPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **_restarted_group())
     _waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     if not gpus:
         return device
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus)
     torch.cuda.set_device(own)  # NCCL's choice, for as long as the group exists
     return str(own)
+
+
+def _restarted_group() -> dict[str, Any]:
+    """Give the arguments of a group whose ranks torchrun has started again on one node; none otherwise.
+
+    Its store outlives a restart, and so would the addresses of ranks that are gone: each attempt gets keys of its own.
+    """
+    import torch.distributed as dist
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if attempt == "0" or not own:
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank(), "world_size": world_size()}
 
 
 def shutdown() -> None:
