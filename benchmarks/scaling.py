@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from benchmarks.measure import Row, Setting, config
 from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops
-from sfd.run.estimate import PASSES_A_STEP, kept_bytes
+from sfd.run.estimate import PASSES_PER_STEP, kept_bytes
 from sfd.utils.errors import SFDError, unknown
 
 SIZES = ("XL", "XXL")
@@ -66,7 +66,7 @@ def network(name: str, checkpointing: bool = False) -> DiTConfig:
 
 def training_flops(name: str) -> int:
     """Operations of one image's training step."""
-    return PASSES_A_STEP * (flops(network(name)) + projector_flops(network(name)))
+    return PASSES_PER_STEP * (flops(network(name)) + projector_flops(network(name)))
 
 
 def state(name: str, strategy: str, gpus: int) -> float:

@@ -89,7 +89,7 @@ def test_a_published_encoder_that_is_missing_is_found_before_any_training(publis
 
 def test_a_dry_run_says_what_is_not_here_yet(published, tmp_path):
     text = describe(recipe(published, tmp_path, SEMVAE, ABSENT), CPU)
-    assert "facebook/none is not on this machine" in text and f"{published}/kl is not" not in text
+    assert "facebook/none is missing" in text and f"{published}/kl is missing" not in text
 
 
 def test_images_that_do_not_fit_the_tiles_are_refused(published, tmp_path):

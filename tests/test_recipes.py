@@ -45,7 +45,7 @@ def golden_keys(name: str) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_can_be_planned(name):
-    assert "on one device for the transformer alone, at 400 TFLOP/s" in describe(recipe(name), CPU, tflops=400)
+    assert "on one device, for the transformer only, at 400 TFLOP/s" in describe(recipe(name), CPU, tflops=400)
 
 
 def test_names_differ():

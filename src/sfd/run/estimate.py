@@ -23,7 +23,7 @@ from sfd.utils.errors import SFDError
 from sfd.utils.units import duration
 
 # A training step costs a forward and a backward pass, the latter twice the former.
-PASSES_A_STEP = 3
+PASSES_PER_STEP = 3
 # Share of the matrix-product rate that small networks reach here in training; seen between 0.3 and 0.5.
 EFFICIENCY = 0.4
 # What the backward pass keeps of a block, bytes per token and channel (d: width; the MLP is 8/3·d wide), by precision:
@@ -61,7 +61,7 @@ def estimate(recipe: Recipe) -> Estimate:
     """Compute the estimates of a recipe."""
     config, train = check(recipe, dry=True), recipe.train
     parameters, forward = parameter_count(config), flops(config)
-    step = PASSES_A_STEP * (forward + projector_flops(config)) * train.batch_size
+    step = PASSES_PER_STEP * (forward + projector_flops(config)) * train.batch_size
     return Estimate(
         config=config,
         parameters=parameters,
@@ -89,21 +89,21 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
     rows = {
         "published": ", ".join(f"{k} {_number(v)}" for k, v in recipe.published.items()) or "nothing",
         "data": _data(recipe),
-        "transformer": f"{known.parameters:,} parameters trained, REPA's projector included; "
-        f"{known.published_parameters:,} with the fixed position table, as published counts go",
+        "transformer": f"{known.parameters:,} trained parameters with REPA's projector; "
+        f"{known.published_parameters:,} with the fixed position table, as published",
         "latent": f"{_streams(known.config)}; {known.config.composite.token_grid**2} tokens",
         "texture encoder": _encoder(recipe.texture),
         **_semantic(recipe),
         **_compressor(recipe),
         "latents on disk": _latents(recipe),
-        "operations": f"{known.forward / 1e9:.4g} GFLOP an image forward (2 a multiply-add, of all matrix products), "
-        f"{known.step / 1e12:.4g} TFLOP a training step ({PASSES_A_STEP} × (forward + REPA projector) × batch)",
-        "training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {images:,} images seen, "
+        "operations": f"{known.forward / 1e9:.4g} GFLOP per image forward (matrix products, 2 per multiply-add), "
+        f"{known.step / 1e12:.4g} TFLOP per training step ({PASSES_PER_STEP} × (forward + REPA projector) × batch)",
+        "training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {images:,} images, "
         f"{known.training / 1e18:.4g} EFLOP",
-        "estimated time": f"{duration(known.seconds(rate))} on one device for the transformer alone, at {how}",
-        "estimated memory": f"{known.state / 2**30:.2f} GiB of weights, gradients, moments and average, and "
-        f"{known.kept / 2**20:.1f} MiB an image: {known.memory / 2**30:.2f} GiB with {known.images_at_once} at once "
-        "on one device, the framework's own not counted",
+        "estimated time": f"{duration(known.seconds(rate))} on one device, for the transformer only, at {how}",
+        "estimated memory": f"{known.state / 2**30:.2f} GiB of weights, gradients, AdamW's state and EMA, and "
+        f"{known.kept / 2**20:.1f} MiB per image: {known.memory / 2**30:.2f} GiB with {known.images_at_once} per "
+        "micro-batch on one device, without the framework's own",
         "samples": _samples(recipe, known),
     }
     width = max(map(len, rows))
@@ -171,7 +171,7 @@ def _data(recipe: Recipe) -> str:
         return "no images"
     if source == "shapes":
         return f"shapes, {recipe.data.count:,} images"
-    return source if Path(source).exists() else f"{source} is not there; give data.source=FOLDER"
+    return source if Path(source).exists() else f"{source} is missing; give data.source=FOLDER"
 
 
 def _streams(config: DiTConfig) -> str:
@@ -181,9 +181,11 @@ def _streams(config: DiTConfig) -> str:
 def _latents(recipe: Recipe) -> str:
     if recipe.latents.published is not None:
         here = Path(recipe.latents.published).is_dir()
-        return f"published, in {recipe.latents.published}{'' if here else ', which is not here yet'}"
+        return f"published, in {recipe.latents.published}{'' if here else ', which is missing'}"
     latents, features = latent_bytes(recipe)
-    total = f"{(latents + features) / 2**10:.4g} KiB an image, {(latents + features) * 1e6 / 2**30:.4g} GiB a million"
+    total = (
+        f"{(latents + features) / 2**10:.4g} KiB per image, {(latents + features) * 1e6 / 2**30:.4g} GiB per million"
+    )
     return f"{total}; of that, {features / (latents + features):.0%} features for REPA"
 
 
@@ -196,7 +198,7 @@ def _semantic(recipe: Recipe) -> dict[str, str]:
 def _encoder(settings: EncoderSettings) -> str:
     encoder = planned_encoder(settings)
     absent = settings.pretrained is not None and local(settings.pretrained) is None
-    missing = f"; {settings.pretrained} is not on this machine yet" if absent else ""
+    missing = f"; {settings.pretrained} is missing" if absent else ""
     return f"{settings.name}, {encoder.channels} channels, {encoder.downsample} pixels per position{missing}"
 
 
@@ -207,14 +209,14 @@ def _compressor(recipe: Recipe) -> dict[str, str]:
     parts = {name: _count(part) for name, part in compressor.named_children()}
     text = ", ".join(f"{name} {count:,} parameters" for name, count in parts.items()) or "nothing trained by gradient"
     folder = recipe.compressor.folder
-    missing = "" if folder is None or Path(folder).is_dir() else f"; {folder} is not here yet"
+    missing = "" if folder is None or Path(folder).is_dir() else f"; {folder} is missing"
     return {"compressor": f"{text} ({recipe.compressor.name}){missing}"}
 
 
 def _samples(recipe: Recipe, known: Estimate) -> str:
     classes, sample = recipe.data.classes, recipe.sample
     each = recipe.evaluation.samples_per_class
-    count = f"{each * classes:,} ({each} a class)" if classes else f"{each} a class"
+    count = f"{each * classes:,} ({each} per class)" if classes else f"{each} a class"
     return f"{count}, {_solver(sample)}, {_evaluation(recipe, known)}"
 
 
@@ -225,17 +227,17 @@ def _solver(sample: SamplingConfig) -> str:
 def _evaluation(recipe: Recipe, known: Estimate) -> str:
     """Operations of one velocity evaluation per image, guided or not."""
     weak, guidance = recipe.evaluation.weak, recipe.sample.guidance
-    strong = f"{known.forward / 1e9:.4g} GFLOP a velocity"
+    strong = f"{known.forward / 1e9:.4g} GFLOP per velocity"
     if not recipe.sample.guides:
         return f"unguided, {strong}"
     if weak is None:
-        return f"guidance {guidance} by the null class, {2 * known.forward / 1e9:.4g} GFLOP a velocity"
+        return f"guidance {guidance} by the null class, {2 * known.forward / 1e9:.4g} GFLOP per velocity"
     try:
         config = model_config(Path(weak))
     except SFDError:
-        return f"guidance {guidance} by {weak}, which is not there yet: {strong} without it"
+        return f"guidance {guidance} by {weak}, which is missing: {strong} without it"
     both = (known.forward + flops(config)) / 1e9
-    return f"guidance {guidance} by {weak} ({parameter_count(config):,} parameters), {both:.4g} GFLOP a velocity"
+    return f"guidance {guidance} by {weak} ({parameter_count(config):,} parameters), {both:.4g} GFLOP per velocity"
 
 
 def _count(part: nn.Module) -> int:
