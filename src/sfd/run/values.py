@@ -25,11 +25,7 @@ for _train in ("texture.train", "semantic.train", "compressor.train", "train", "
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML, with numbers as YAML 1.2 has them: 1e-4 is one.
-
-    Raises:
-        yaml.YAMLError: it is none.
-    """
+    """Read YAML, with numbers of YAML 1.2, such as 1e-4."""
     try:
         return yaml.load(text, Loader=_Loader)  # derived from SafeLoader
     except RecursionError:
