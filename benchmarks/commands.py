@@ -18,6 +18,7 @@ from sfd.utils.errors import SFDError
 
 PARTS = ("model", "average", "exp_avg", "exp_avg_sq")
 BATCH = 8
+CONSTANT = ("train.decay=constant", "train.decay_from=0")  # a few steps have no decay
 
 
 def start_up(setting: Setting) -> list[Row]:
@@ -41,7 +42,7 @@ def loop(setting: Setting) -> list[Row]:
     """The demo's training through `sfd train`: its speed, and the share of the time that it waited for batches."""
     steps = 40 if setting.quick else 200
     folder = _untrained(setting)
-    settings = (f"train.steps={steps}", f"train.log_every={steps // 4}", "train.preview_every=0")
+    settings = (f"train.steps={steps}", f"train.log_every={steps // 4}", "train.preview_every=0", *CONSTANT)
     stage("train", folder, *settings, device=str(setting.device))
     lines = _log(folder)[1:]
     return [{name: median(line[name] for line in lines) for name in ("images_per_second", "waiting")}]
@@ -76,7 +77,7 @@ def _resumed(size: str, setting: Setting) -> float:
     """Train the demo's latents for two steps; seconds from the start of the next command to its first step."""
     folder, device = _untrained(setting), str(setting.device)
     settings = (f"transformer.size={size}", f"train.batch_size={BATCH}", "train.log_every=1", "train.preview_every=0")
-    settings += ("train.decay=constant", "train.decay_from=0")
+    settings += CONSTANT
     stage("train", folder, "train.steps=2", *settings, device=device)
     start = time.monotonic()
     again = command("train", folder, "train.steps=3", *settings, device=device)

@@ -17,8 +17,8 @@ from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
 from sfd.utils import files
 
 RECIPE = ROOT / "recipes" / "shapes-demo.yaml"
-FEW = [f"{part}.train.steps=2" for part in ("texture", "semantic", "compressor")]
-DATA = ["data.count=2000"]
+FEW = [f"{part}.train.{field}" for part in ("texture", "semantic", "compressor") for field in ("steps=2", "warmup=0")]
+DATA = ["data.count=2000", "train.warmup=0"]
 SHARDS, IMAGES = 16, 32  # per shard: as in ImageNet's, a batch reads from many of them
 CHANNELS = 768
 
