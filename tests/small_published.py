@@ -10,7 +10,7 @@ import pytest
 
 from sfd.convert.transformer import composite_of
 from sfd.models.dit import DiTConfig, LightningDiT
-from sfd.models.layers import position_table
+from sfd.models.layers import sincos_pos_embed
 from sfd.utils import rng
 
 KL: dict[str, Any] = {
@@ -162,5 +162,5 @@ def to_published(state: dict[str, Any], config: DiTConfig) -> dict[str, Any]:
     frequency = 1 / 10000 ** (torch.arange(0, half, 2).float() / half)
     axis = (torch.arange(grid)[:, None] * frequency).repeat_interleave(2, dim=1)  # both channels of a pair
     angle = torch.cat([axis[:, None].expand(grid, grid, -1), axis.expand(grid, grid, -1)], dim=2).flatten(0, 1)
-    theirs["pos_embed"] = position_table(config.width, grid)[None]
+    theirs["pos_embed"] = sincos_pos_embed(config.width, grid)[None]
     return theirs | {"feat_rope.freqs_cos": angle.cos(), "feat_rope.freqs_sin": angle.sin()}

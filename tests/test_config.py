@@ -135,6 +135,10 @@ def test_removed_fields_of_earlier_recipes_are_read_where_they_changed_nothing(f
     assert load_recipe(Path("shapes-demo"), [field]) == load_recipe(Path("shapes-demo"))
 
 
+def test_a_renamed_field_is_read_by_its_earlier_name():
+    assert load_recipe(Path("shapes-demo"), ["loss.resting=false"]).loss.stationary_streams is False
+
+
 @pytest.mark.parametrize("field", ["sample.budget=equal", "sample.weak_every=2", "train.parallel=fsdp"])
 def test_removed_fields_that_changed_a_result_are_refused_by_name(field):
     with pytest.raises(SFDError, match=field.partition("=")[0]):

@@ -126,23 +126,23 @@ def test_the_velocity_is_judged_on_the_straight_path(latents):
     torch.testing.assert_close(task.loss(task.model, batch)["cosine"], cosine)
 
 
-@pytest.mark.parametrize("resting", [True, False])
-def test_a_stream_at_rest_is_trained_or_left_out(latents, resting):
-    task = make_task(latents, {"name": "sequential"}, resting=resting)
+@pytest.mark.parametrize("stationary", [True, False])
+def test_a_stream_at_rest_is_trained_or_left_out(latents, stationary):
+    task = make_task(latents, {"name": "sequential"}, stationary_streams=stationary)
     batch = task.batch(0, range(32))
     semantics_move = batch["times"][:, 0] == 0
     batch = {name: values[semantics_move] for name, values in batch.items()}
     losses = task.loss(task.model, batch)
     (losses["velocity"] + losses["cosine"]).backward()
     texture, semantic = (head.weight.grad.abs().sum() for head in task.model.heads)
-    assert semantic > 0 and (texture > 0) == resting
+    assert semantic > 0 and (texture > 0) == stationary
     velocity = task.model(
         flow.interpolate(batch["x1"], batch["x0"], task.composite.per_entry(batch["times"])),
         batch["times"],
         batch["labels"],
     ).velocity
     squares = task.composite.unpack((velocity - (batch["x1"] - batch["x0"])).square())
-    total = 2 * squares["semantic"].sum() + resting * squares["texture"].sum()
+    total = 2 * squares["semantic"].sum() + stationary * squares["texture"].sum()
     torch.testing.assert_close(losses["velocity"], total / batch["x1"].numel())
 
 

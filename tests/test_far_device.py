@@ -37,7 +37,7 @@ def latents(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "losses"), [(False, {}), (False, {"resting": False}), (True, {}), ("selective", {})]
+    ("checkpointing", "losses"), [(False, {}), (False, {"stationary_streams": False}), (True, {}), ("selective", {})]
 )
 def test_a_training_step_does_not_wait_for_the_device(latents, tmp_path, far, checkpointing, losses):
     model = make_model(latents)

@@ -119,7 +119,7 @@ def test_one_embedding_of_stacked_channels_is_the_sum_of_embeddings():
     stacked = patchify(x.unflatten(1, (6, 4, 4)), 1)
     weight = torch.cat([embedding.weight for embedding in model.embeddings], dim=1)
     torch.testing.assert_close(
-        model.embed(x), stacked @ weight.T + model.embedding_bias + model.position, rtol=1e-5, atol=1e-5
+        model.embed(x), stacked @ weight.T + model.embedding_bias + model.pos_embed, rtol=1e-5, atol=1e-5
     )
 
 
@@ -255,22 +255,22 @@ def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad((value * weights).sum(), inputs)
 
 
-def test_modulated_norm_is_its_formula():
+def test_rms_norm_modulate_is_its_formula():
     torch.manual_seed(0)
     x, weight = torch.randn(3, 4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     shift, scale = torch.randn(3, 1, 8, requires_grad=True), torch.randn(3, 1, 8, requires_grad=True)
-    ours = kernels.modulated_norm(x, weight, shift, scale)
+    ours = kernels.rms_norm_modulate(x, weight, shift, scale)
     formula = plain_norm(x) * weight * (1 + scale) + shift
     torch.testing.assert_close(ours, formula)
     for a, b in zip(gradients(ours, x, weight, shift, scale), gradients(formula, x, weight, shift, scale), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_rotated_norm_is_its_formula():
+def test_qk_norm_rope_is_its_formula():
     torch.manual_seed(0)
     x, weight = torch.randn(3, 4, 2, 5, 6, requires_grad=True), torch.randn(2, 1, 6, requires_grad=True)
     angle = torch.randn(4, 1, 1, 3)
-    ours = kernels.rotated_norm(x, weight, torch.stack([angle.cos(), angle.sin()], dim=-1))
+    ours = kernels.qk_norm_rope(x, weight, torch.stack([angle.cos(), angle.sin()], dim=-1))
     a, b = (plain_norm(x) * weight).unflatten(-1, (3, 2)).unbind(-1)
     turned = torch.stack([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1).flatten(-2)
     torch.testing.assert_close(ours, turned)

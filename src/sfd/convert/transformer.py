@@ -16,7 +16,7 @@ from torch import Tensor
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.component import require_match, shapes
 from sfd.models.dit import DiTConfig, LightningDiT
-from sfd.models.layers import position_table, rotary_table
+from sfd.models.layers import rope_table, sincos_pos_embed
 from sfd.utils.config import explain
 from sfd.utils.errors import SFDError
 
@@ -140,5 +140,5 @@ def _renamed(name: str) -> str:
 def _tables(config: DiTConfig) -> dict[str, Tensor]:
     """Compute the fixed position tables that a published checkpoint holds, by name."""
     grid = config.composite.token_grid
-    angles = rotary_table(config.width // config.heads, grid).repeat_interleave(2, dim=1)  # both channels of a pair
-    return dict(zip(TABLES, (position_table(config.width, grid)[None], *angles.unbind(-1)), strict=True))
+    angles = rope_table(config.width // config.heads, grid).repeat_interleave(2, dim=1)  # both channels of a pair
+    return dict(zip(TABLES, (sincos_pos_embed(config.width, grid)[None], *angles.unbind(-1)), strict=True))

@@ -22,8 +22,8 @@ from sfd.models.layers import (
     ModulatedNorm,
     TimeEmbedder,
     patchify,
-    position_table,
-    rotary_table,
+    rope_table,
+    sincos_pos_embed,
     swiglu_width,
     unpatchify,
 )
@@ -90,7 +90,7 @@ class DiTConfig(Settings):
         return self
 
 
-class Output(NamedTuple):
+class DiTOutput(NamedTuple):
     """The network's output for one batch."""
 
     velocity: Tensor
@@ -102,8 +102,8 @@ class Output(NamedTuple):
 class LightningDiT(nn.Module):
     """v̂(x, t, y) on packed composite latents. Its weights stay float32; for bf16, call it under `torch.autocast`."""
 
-    position: Tensor
-    rotation: Tensor
+    pos_embed: Tensor
+    rope: Tensor
 
     def __init__(self, config: DiTConfig, seed: int = 0) -> None:
         """Build with weights that are a function of `seed` alone."""
@@ -125,12 +125,13 @@ class LightningDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.final_norm = ModulatedNorm(width)
         self.final_modulation = nn.Linear(width, 2 * width)
+        # Output heads; the attention heads are config.heads.
         self.heads = nn.ModuleList(nn.Linear(width, _patch_width(s)) for s in composite.streams)
         features = config.repa_channels
         self.projector = None if features is None else _projector(width, config.repa_width, features)
         grid = composite.token_grid
-        self.register_buffer("position", position_table(width, grid), persistent=False)
-        self.register_buffer("rotation", rotary_table(width // config.heads, grid)[:, None, None], persistent=False)
+        self.register_buffer("pos_embed", sincos_pos_embed(width, grid), persistent=False)
+        self.register_buffer("rope", rope_table(width // config.heads, grid)[:, None, None], persistent=False)
 
     def _initialise(self) -> None:
         """Linears Xavier-uniform with zero bias; class and time embeddings N(0, 0.02²); modulations and output zero."""
@@ -156,7 +157,7 @@ class LightningDiT(nn.Module):
         """Label of the null class."""
         return self.config.num_classes
 
-    def forward(self, x: Tensor, times: Tensor, labels: Tensor, *, project: bool = False) -> Output:
+    def forward(self, x: Tensor, times: Tensor, labels: Tensor, *, project: bool = False) -> DiTOutput:
         """Predict the velocity.
 
         Args:
@@ -173,26 +174,26 @@ class LightningDiT(nn.Module):
             if self.config.checkpointing and torch.is_grad_enabled():
                 # A compiler does not take the default, where it is given by name.
                 selective = self.config.checkpointing == "selective"
-                context: dict[str, Any] = {"context_fn": _keeping_products} if selective else {}
+                context: dict[str, Any] = {"context_fn": _selective_context} if selective else {}
                 tokens = checkpoint(
                     block,
                     tokens,
                     condition,
-                    self.rotation,
+                    self.rope,
                     use_reentrant=False,
                     preserve_rng_state=False,  # nothing is drawn
                     **context,
                 )
             else:
-                tokens = block(tokens, condition, self.rotation)
+                tokens = block(tokens, condition, self.rope)
             if project and self.projector is not None and number == self.config.repa_block:
                 projection = self.projector(tokens)
-        return Output(self._velocity(tokens, condition), projection)
+        return DiTOutput(self._velocity(tokens, condition), projection)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, N) → tokens (B, T, width): the sum of the streams' patch embeddings and the position's."""
         latents = self.config.composite.unpack(x)
-        tokens = self.position + self.embedding_bias
+        tokens = self.pos_embed + self.embedding_bias
         for embedding, stream in zip(self.embeddings, self.config.composite.streams, strict=True):
             tokens = tokens + embedding(patchify(latents[stream.name], stream.patch_size))
         return tokens
@@ -252,7 +253,7 @@ def projector_flops(config: DiTConfig) -> int:
     return 2 * config.composite.token_grid**2 * products
 
 
-def _keeping_products() -> Any:
+def _selective_context() -> Any:
     """Keep what matrix products and attention give: most of the time for a third of the memory."""
     aten = torch.ops.aten
     kept = [

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sfd.models.dit import LightningDiT, Output
+from sfd.models.dit import DiTOutput, LightningDiT
 from sfd.utils.device import to_device
 from sfd.utils.errors import SFDError
 
@@ -35,7 +35,7 @@ class Inference:
         """
         device = next(network.parameters()).device
         self.network = in_bf16(network) if precision == "bf16" else network
-        self._forward: Callable[..., Output] = self.network
+        self._forward: Callable[..., DiTOutput] = self.network
         if compiled:
             require_compiler(device)
             # Frozen weights are packed once in the layout that a CPU's matrix products read.

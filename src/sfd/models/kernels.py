@@ -16,7 +16,7 @@ from torch import Tensor
 EPSILON = 1e-6
 
 
-def modulated_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """RMSNorm, then adaLN modulation: x̂·weight·(1 + scale) + shift with x̂ = x / √(mean(x²) + 1e-6), in float32.
 
     Args:
@@ -31,16 +31,16 @@ def modulated_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> T
     x, gain, shift = x.float(), weight * (1 + scale.float()), shift.float()
     if torch.compiler.is_compiling():
         return torch.addcmul(shift, _normalize(x)[0], gain)
-    return _ModulatedNorm.apply(x, gain, shift)
+    return _RMSNormModulate.apply(x, gain, shift)
 
 
-def rotated_norm(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
+def qk_norm_rope(x: Tensor, weight: Tensor, rope: Tensor) -> Tensor:
     """RMSNorm of each head, then the rotary embedding, in float32.
 
     Args:
         x: (B, T, G, H, D): G groups (queries and keys) of H heads of D channels; channels (0, 1), (2, 3), … are pairs.
         weight: (G, 1, D).
-        rotation: (T, 1, 1, D/2, 2): cosine and sine of the angle by which each pair turns.
+        rope: (T, 1, 1, D/2, 2): cosine and sine of the angle by which each pair turns.
 
     Returns:
         (B, T, G, H, D), float32; compiled, with the pairs' first channels before the second ones, which changes no
@@ -48,9 +48,9 @@ def rotated_norm(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         first, second = (_normalize(x.float())[0] * weight).unflatten(-1, (-1, 2)).unbind(-1)
-        cosine, sine = rotation.unbind(-1)
+        cosine, sine = rope.unbind(-1)
         return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
-    return _RotatedNorm.apply(x, weight, rotation)
+    return _QKNormRoPE.apply(x, weight, rope)
 
 
 def _normalize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def _normalize_backward(gradient: Tensor, normal: Tensor, inverse: Tensor, produ
     return gradient.addcmul_(normal, mean, value=-1).mul_(inverse)
 
 
-class _ModulatedNorm(torch.autograd.Function):
+class _RMSNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         normal, inverse = _normalize(x)
@@ -82,19 +82,19 @@ class _ModulatedNorm(torch.autograd.Function):
         return for_x, for_gain, gradient.sum(1, keepdim=True)
 
 
-class _RotatedNorm(torch.autograd.Function):
-    # A pair is one complex number: the rotation is one product, and its inverse the product with the conjugate.
+class _QKNormRoPE(torch.autograd.Function):
+    # A pair is one complex number: its rotation is one product, and its inverse the product with the conjugate.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rope: Tensor) -> Tensor:
         normal, inverse = _normalize(x.float())
-        ctx.save_for_backward(normal, inverse, weight, rotation)
+        ctx.save_for_backward(normal, inverse, weight, rope)
         ctx.dtype = x.dtype
-        return _rotate(normal * weight, rotation)
+        return _apply_rope(normal * weight, rope)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        normal, inverse, weight, rotation = ctx.saved_tensors
-        gradient = _rotate(gradient, torch.stack((rotation[..., 0], -rotation[..., 1]), -1))
+        normal, inverse, weight, rope = ctx.saved_tensors
+        gradient = _apply_rope(gradient, torch.stack((rope[..., 0], -rope[..., 1]), -1))
         product = gradient * normal
         # In two steps: one reduction over dimensions that do not touch takes many times longer.
         for_weight = product.sum((0, 1)).sum(1, keepdim=True)
@@ -102,6 +102,6 @@ class _RotatedNorm(torch.autograd.Function):
         return for_x.to(ctx.dtype), for_weight, None
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def _apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2)
+    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2)

@@ -24,7 +24,7 @@ class Linear(nn.Linear):
 
 
 class ModulatedNorm(nn.Module):
-    """RMSNorm with a learned weight, followed by adaLN modulation; see `kernels.modulated_norm`."""
+    """RMSNorm with a learned weight, followed by adaLN modulation; see `kernels.rms_norm_modulate`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class ModulatedNorm(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """(B, T, width) with shift and scale (B, 1, width) → (B, T, width), float32."""
-        return kernels.modulated_norm(x, self.weight, shift, scale)
+        return kernels.rms_norm_modulate(x, self.weight, shift, scale)
 
 
-def position_table(width: int, grid: int) -> Tensor:
+def sincos_pos_embed(width: int, grid: int) -> Tensor:
     """Fixed 2-D sine-cosine position embedding (Dosovitskiy et al. 2021 in the form of He et al. 2022).
 
     The first half of the width encodes the column, the second the row, each as sines, then cosines.
@@ -52,7 +52,7 @@ def position_table(width: int, grid: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(grid**2, width).float()
 
 
-def rotary_table(head_width: int, grid: int) -> Tensor:
+def rope_table(head_width: int, grid: int) -> Tensor:
     """Angles of the 2-D rotary embedding (Su et al. 2021), base 10000.
 
     The first half of a head's channels turns with the row, the second with the column; channels (0, 1), (2, 3), … are
@@ -73,7 +73,7 @@ def rotary_table(head_width: int, grid: int) -> Tensor:
 class Attention(nn.Module):
     """Self-attention with RMS-normalised queries and keys and rotary positions.
 
-    Queries and keys share one norm call and one rotation: half the kernels of doing each for itself.
+    Queries and keys share one call of norm and rotation: half the kernels of doing each for itself.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -83,10 +83,10 @@ class Attention(nn.Module):
         self.qk_weight = nn.Parameter(torch.ones(2, 1, width // heads))
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """(B, T, width) → (B, T, width); for `rotation` see `kernels.rotated_norm`."""
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """(B, T, width) → (B, T, width); for `rope` see `kernels.qk_norm_rope`."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        q, k = kernels.rotated_norm(qkv[:, :, :2], self.qk_weight, rotation).transpose(1, 3).unbind(2)
+        q, k = kernels.qk_norm_rope(qkv[:, :, :2], self.qk_weight, rope).transpose(1, 3).unbind(2)
         return self.out(_attend(q, k, qkv[:, :, 2].transpose(1, 2)).transpose(1, 2).flatten(2))
 
 
@@ -157,10 +157,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.modulation = Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, rotation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         """(B, T, width) → the same; `condition` is (B, width), already through its SiLU."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate_a, self.attention(self.attention_norm(x, shift_a, scale_a), rotation))
+        x = torch.addcmul(x, gate_a, self.attention(self.attention_norm(x, shift_a, scale_a), rope))
         return torch.addcmul(x, gate_m, self.mlp(self.mlp_norm(x, shift_m, scale_m)))
 
 

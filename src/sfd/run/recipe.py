@@ -20,7 +20,7 @@ from sfd.generation.config import SamplingConfig
 from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
-from sfd.run.values import apply_override, read_yaml, take_out_removed
+from sfd.run.values import apply_override, follow_changes, read_yaml
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
 from sfd.training.tasks.classifier import ClassifierSettings
@@ -277,7 +277,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(values.get("streams"), dict):
         # An inherited stream is taken out by `semantic: null`.
         values["streams"] = {name: stream for name, stream in values["streams"].items() if stream is not None}
-    take_out_removed(values, path.name)
+    follow_changes(values, path.name)
     return parse(Recipe, values, path.name)
 
 

@@ -12,7 +12,9 @@ from pydantic import BaseModel
 from sfd.utils.config import field_owner
 from sfd.utils.errors import SFDError
 
-# Fields of earlier recipes: the value that changed nothing, and what to do in place of another one.
+# Fields of earlier recipes and their present names.
+RENAMED = {"loss.resting": "loss.stationary_streams"}
+# Fields that are gone: the value that changed nothing, and what to do in place of another one.
 REMOVED: dict[str, tuple[Any, str]] = {
     "sample.budget": ("length", "steps are given to each interval by its length"),
     "sample.weak_every": (1, "the guiding model is evaluated each time; take fewer steps, or a guidance interval"),
@@ -81,14 +83,24 @@ def _is_text(kind: type[BaseModel], field: str, text: str) -> bool:
     return str in types and types <= {str, NoneType} and not quoted and text not in ("null", "")
 
 
-def take_out_removed(values: dict[str, Any], where: str) -> None:
-    """Drop removed fields that changed nothing; refuse others, with what to do instead."""
+def follow_changes(values: dict[str, Any], where: str) -> None:
+    """Give renamed fields their new names; drop removed ones that changed nothing, and refuse others."""
+    for field, name in RENAMED.items():
+        record, old = _record_of(values, field)
+        if old in record:
+            record.setdefault(name.rpartition(".")[2], record.pop(old))
     for field, (harmless, instead) in REMOVED.items():
-        *parents, last = field.split(".")
-        place: Any = values
-        for name in parents:
-            place = place.get(name) if isinstance(place, dict) else None
-        if isinstance(place, dict) and last in place:
-            value = place.pop(last)
+        record, old = _record_of(values, field)
+        if old in record:
+            value = record.pop(old)
             if harmless is not None and value != harmless:
                 raise SFDError(f"{where}: field {field!r} was removed ({instead}); take {value!r} out")
+
+
+def _record_of(values: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
+    """Find the record that a dotted name's last field is in; an empty one if there is none."""
+    *parents, last = field.split(".")
+    record: Any = values
+    for name in parents:
+        record = record.get(name) if isinstance(record, dict) else None
+    return (record if isinstance(record, dict) else {}), last

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfd import flow
 from sfd.data.shards import FEATURES, LatentSet
-from sfd.models.dit import LightningDiT, Output
+from sfd.models.dit import DiTOutput, LightningDiT
 from sfd.schedule import Schedule
 from sfd.training.data import EpochOrder
 from sfd.utils import rng
@@ -28,7 +28,7 @@ class LossSettings(Settings):
     base_time: flow.BaseTime = Field("logit_normal", description="as the published runs; the paper's text says uniform")
     cosine: float = Field(1.0, ge=0, description="weight of 1 − cos(v̂, v)")
     repa: float = Field(1.0, ge=0, description="weight of the REPA loss; 0: none")
-    resting: bool = Field(
+    stationary_streams: bool = Field(
         True, description="also train the velocity of a stream whose rate is 0, as the published runs"
     )
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples that are trained on the null class")
@@ -68,7 +68,7 @@ class DiffusionTask:
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
         """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels and images' numbers (B,), features.
 
-        Where resting streams are left out, also which streams move: (B, K).
+        Where stationary streams are left out, also which streams move: (B, K).
         """
         indices = self.order.indices(step, samples, self.batch_size)
         uniforms, normals = self._draw(step, samples)
@@ -85,7 +85,7 @@ class DiffusionTask:
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
             "indices": torch.from_numpy(indices),
         }
-        if not self.settings.resting:
+        if not self.settings.stationary_streams:
             batch["moving"] = rate > 0
         if self.settings.repa:
             # As stored, in half precision: the loss turns them into float32, on the device.
@@ -106,7 +106,7 @@ class DiffusionTask:
         x1, x0, times = batch["x1"], batch["x0"], batch["times"]
         x = flow.interpolate(x1, x0, self.composite.per_entry(times))
         target = flow.velocity_target(x1, x0)
-        output: Output = model(x, times, batch["labels"], project=bool(self.settings.repa))
+        output: DiTOutput = model(x, times, batch["labels"], project=bool(self.settings.repa))
         predicted = output.velocity
         if "moving" in batch:  # entries that are 0 in both count neither in the squares nor in the cosine
             moving = self.composite.per_entry(batch["moving"])
