@@ -8,7 +8,7 @@ import click
 
 from sfd.evaluation.evaluate import Metrics, compare, read_metrics
 from sfd.evaluation.extractors import inception
-from sfd.evaluation.extractors._base import Extractor, pretrained
+from sfd.evaluation.extractors._base import PUBLISHED, Extractor, pretrained
 from sfd.evaluation.features import extract
 from sfd.evaluation.npz import RECORD, Npz
 from sfd.evaluation.reference import Reference, open_reference
@@ -43,7 +43,7 @@ def evaluate_samples(
     if run is not None and (extractor or weights):
         raise SFDError("--extractor and --weights go with --reference; a run has its own classifier")
     if reference is not None and extractor is None:
-        raise SFDError("--reference needs --extractor too; give inception or dinov2")
+        raise SFDError(f"--reference needs --extractor too; give one of {', '.join(PUBLISHED)}")
     if out is not None and out.is_dir():
         raise SFDError(f"--out {out} is a folder; give a file's name, such as metrics.json")
     if out is not None:

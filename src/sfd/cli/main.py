@@ -252,7 +252,9 @@ def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: f
 @click.argument("samples", type=FOLDER)
 @click.option("--run", type=FOLDER, help="compare with the held-out images of this run, by its own classifier")
 @click.option("--reference", type=FOLDER, help="or with real images: folder, zip, or .npz of images or statistics")
-@click.option("--extractor", help="with --reference: inception (FID, sFID, IS) or dinov2 (FD-DINOv2)")
+@click.option(
+    "--extractor", help="with --reference: inception (FID, sFID, IS), dinov2 (FD-DINOv2) or efficientnet_lite (offline)"
+)
 @click.option("--weights", help="of the extractor: a local file or folder  [default: downloaded]")
 @click.option("--image-size", type=click.IntRange(min=1), help="scale and crop SAMPLES to this, as for training")
 @click.option("--out", type=FOLDER, help="write the metrics to this JSON file too")

@@ -10,7 +10,7 @@ import torch
 
 from sfd.utils.errors import unknown
 
-PUBLISHED = ("inception", "dinov2")
+PUBLISHED = ("inception", "dinov2", "efficientnet_lite")
 
 
 class Extraction(NamedTuple):
