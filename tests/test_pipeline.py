@@ -113,10 +113,13 @@ def test_samples_made_otherwise_are_not_mixed(finished, tmp_path):
 
 
 def test_autoguidance_by_another_model(finished):
-    settings = SamplingConfig(steps=3, guidance={"semantic": 1.9, "texture": 1.3})
+    settings = SamplingConfig(steps=3, guidance={"semantic": 1.9, "texture": 1.3}, guidance_from="weak_model")
     guided = next(finished.model.sample_batches([1], [0], settings, guiding=finished.model))
     plain = next(finished.model.sample_batches([1], [0], SamplingConfig(steps=3)))
     torch.testing.assert_close(guided.latents, plain.latents)  # guided by itself: unchanged
+
+
+WEAK = "sample.guidance_from=weak_model"
 
 
 def without_classifier(finished, out, *overrides):
@@ -139,7 +142,7 @@ def test_without_a_classifier_a_run_ends_with_samples_and_how_to_evaluate_them(f
 
 
 def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
-    pipeline = without_classifier(finished, tmp_path / "out", f"evaluation.weak={finished.folder.root}")
+    pipeline = without_classifier(finished, tmp_path / "out", WEAK, f"evaluation.weak={finished.folder.root}")
     pipeline.all()
     assess(pipeline)
     record = files.read_json(pipeline.folder.samples / "guided" / "samples.json", "samples")
@@ -149,7 +152,7 @@ def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
 
 
 def test_a_missing_weak_model_is_found_before_training(finished, tmp_path):
-    recipe = load_recipe(finished.folder.recipe, ["evaluation.weak=nowhere"])
+    recipe = load_recipe(finished.folder.recipe, [WEAK, "evaluation.weak=nowhere"])
     with pytest.raises(SFDError, match="there is no model nowhere"):
         Pipeline(recipe, tmp_path, CPU).all()
 

@@ -5,7 +5,8 @@
 with a scale g_k per stream, each within an interval of that stream's own time (Kynkäänniemi et al. 2024, arXiv
 2404.07724). The guiding velocity v_w is that of the same network with the null class (classifier-free guidance, Ho &
 Salimans 2022, arXiv 2207.12598) or of a smaller, less trained network with the same class (AutoGuidance, Karras et al.
-2024, arXiv 2406.02507); nothing else differs.
+2024, arXiv 2406.02507), or of a second head at an intermediate block of the same network, for no extra call (internal
+guidance); nothing else differs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def guide(
         latent: the streams.
         interval: (low, high) of stream time in which a stream is guided, both ends included, for all streams or by
             name; a stream without one is guided throughout.
-        batched: evaluates v_c and v_w in one call; used where both are needed.
+        batched: evaluates v_c and v_w in one call; used where both are needed, and then `guiding` may be None.
 
     Returns:
         a `GuidedVelocity`; or `cond` itself if every scale is 1.
@@ -63,12 +64,14 @@ def guide(
             raise SFDError(f"the guidance interval of stream {name!r} needs 0 ≤ low ≤ high ≤ 1, got {low} to {high}")
     if all(g == 1 for g in scales):
         return cond
-    if guiding is None:
-        raise SFDError(
-            f"guidance scale {scale} needs a guiding model; give one, or leave guidance at 1 "
-            "(a model without classes cannot be guided by its null class)"
-        )
-    return GuidedVelocity(cond, batched or _two_calls(cond, guiding), scales, intervals, latent)
+    if batched is None:
+        if guiding is None:
+            raise SFDError(
+                f"guidance scale {scale} needs a guiding model; give one, or leave guidance at 1 "
+                "(a model without classes cannot be guided by its null class)"
+            )
+        batched = _two_calls(cond, guiding)
+    return GuidedVelocity(cond, batched, scales, intervals, latent)
 
 
 class GuidedVelocity:

@@ -31,10 +31,10 @@ def make_latents(source, folder, **fields):
     return LatentSet(folder)
 
 
-def make_model(latents, repa=True):
+def make_model(latents, repa=True, **more):
     composite = latents.composite({}, {"texture": 1.0, "semantic": 2.0})
     classes = len(latents.manifest.classes)
-    fields = {"repa_block": 1, "repa_channels": 6, "repa_width": 16} if repa else {}
+    fields = more | ({"repa_block": 1, "repa_channels": 6, "repa_width": 16} if repa else {})
     model = LightningDiT(
         DiTConfig(depth=2, width=16, heads=2, composite=composite, num_classes=classes, clocks=STREAMS, **fields)
     )

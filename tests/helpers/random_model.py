@@ -19,16 +19,19 @@ DELTA = 0.3
 
 
 def random_model(
-    seed: int, classes: tuple[str, ...] = CLASSES, composite: CompositeLatent = COMPOSITE, **schedule
+    seed: int,
+    classes: tuple[str, ...] = CLASSES,
+    composite: CompositeLatent = COMPOSITE,
+    network: dict | None = None,
+    **schedule,
 ) -> Model:
     """A model whose velocity depends on everything: no weight is zero."""
-    config = DiTConfig(
-        depth=1, width=16, heads=2, composite=composite, num_classes=len(classes), clocks=composite.names
-    )
+    size = {"depth": 1, "width": 16, "heads": 2} | (network or {})
+    config = DiTConfig(**size, composite=composite, num_classes=len(classes), clocks=composite.names)
     with rng.seeded(seed, "test"):
         texture = autoencoder_kl.build(autoencoder_kl.Config(patch=2, widths=(8,), latent_channels=2))
-        network = LightningDiT(config)
-        for parameter in network.parameters():
+        transformer = LightningDiT(config)
+        for parameter in transformer.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     spec = schedule or {"name": "offset", "delta": DELTA}
-    return Model(network.eval(), build_schedule(spec, composite.names), texture.eval(), classes)
+    return Model(transformer.eval(), build_schedule(spec, composite.names), texture.eval(), classes)

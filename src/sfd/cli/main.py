@@ -193,7 +193,7 @@ def report(**arguments: Any) -> None:
 @click.option("--steps", type=int, help="solver steps; an adaptive solver chooses its own")
 @click.option("--solver", help="euler, heun, multistep, sde, dopri5")
 @click.option("--guidance", type=float, help="scale for all streams; 1: none")
-@click.option("--weak", type=FOLDER, help="a less trained model for AutoGuidance; else the null class guides")
+@click.option("--weak", type=FOLDER, help="a less trained model, for AutoGuidance; sets guidance_from=weak_model")
 @device_option
 def sample(**arguments: Any) -> None:
     """Sample images from a MODEL directory, a run's folder or a shipped model. Image k depends on seed k alone.

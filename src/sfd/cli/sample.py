@@ -45,7 +45,7 @@ def sample_images(
     where = choose_device(local_device(device))
     loaded = load_model(model_folder(model), where)
     weaker = load_model(model_folder(weak), where) if weak else None
-    settings = sample_settings(loaded, overrides, **options)
+    settings = sample_settings(loaded, overrides, guidance_from="weak_model" if weak else None, **options)
     labels = asked_labels(loaded, classes)
     if in_turn:
         pairs = [(labels[i % len(labels)], seed) for i, seed in enumerate(chosen_seeds)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -16,6 +16,8 @@ from sfd.schedule import Schedule
 from sfd.solvers import SOLVERS
 from sfd.utils.config import Free, Settings
 
+GUIDED_BY = {"null_class": "the null class", "weak_model": "a weak model", "inside": "the second head"}
+
 
 class SamplingConfig(Settings):
     """How images are sampled."""
@@ -25,6 +27,10 @@ class SamplingConfig(Settings):
     options: dict[str, Any] = Field({}, description="of the solver, such as rtol")
     shift: float = Field(1.0, ge=MIN_SHIFT, le=MAX_SHIFT, description="time shift; below 1: more steps near noise")
     guidance: float | dict[str, float] = Field(1.0, description="scale for all streams, or by stream; 1: none")
+    guidance_from: Literal["null_class", "weak_model", "inside"] = Field(
+        "null_class",
+        description="what guides: the null class, a less trained model, or the network's second head, at no extra call",
+    )
     interval: tuple[float, float] | dict[str, tuple[float, float]] | None = Field(
         None, description="stream times within which to guide, for all streams or by stream; null: throughout"
     )
@@ -60,14 +66,15 @@ class SamplingConfig(Settings):
     def summary(self) -> str:
         """Solver, steps and guidance in a few words."""
         steps = "adaptive steps" if self.adaptive else f"{self.steps} steps"
-        return f"{self.solver}, {steps}, guidance {self.guidance}"
+        source = f" by {GUIDED_BY[self.guidance_from]}" if self.guides and self.guidance_from != "null_class" else ""
+        return f"{self.solver}, {steps}, guidance {self.guidance}{source}"
 
     def check(self, schedule: Schedule, latent: CompositeLatent, *, has_guiding: bool) -> None:
         """Refuse settings that do not fit the streams or the schedule, before there is anything to integrate.
 
         Args:
             schedule, latent: the model's.
-            has_guiding: whether there is a guiding model, or classes and so a null class.
+            has_guiding: whether what `guidance_from` names is there.
         """
 
         def zero(x: Tensor, t: Tensor) -> Tensor:

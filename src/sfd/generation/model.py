@@ -30,6 +30,10 @@ from sfd.utils.device import choose_device, full_float32
 from sfd.utils.errors import SFDError, unknown
 
 DECODED_AT_ONCE = 32  # images: pixels take far more memory than latents
+NO_SOURCE = {
+    "weak_model": "guidance_from is weak_model, but no weak model was given; name its folder (--weak)",
+    "inside": "guidance_from is inside, but this network has no second head; train one with transformer.guide_block",
+}
 
 Classes = str | int | Sequence[str | int]
 Output = Literal["pil", "array", "tensor", "latent"]
@@ -100,14 +104,14 @@ class Model:
         Args:
             classes: names or numbers, one per image, or one for all; None: all classes in turn.
             seeds: whole numbers ≥ 0, one per image, or one for all; None: 0, 1, 2, …
-            guiding: a less trained model for AutoGuidance; None: guided by the null class.
+            guiding: a less trained model, for AutoGuidance; sets guidance_from to weak_model.
             output: "pil": a list of PIL images; "array": uint8 (B, S, S, 3); "tensor": float32 (B, 3, S, S) in [0, 1];
                 "latent": packed, normalised latents (B, N), which `composite.unpack` splits.
             callback: called after each solver step, batch by batch.
             settings: fields of `SamplingConfig` that differ from the model's own, such as steps and guidance.
         """
         labels, chosen = self._pairs(classes, seeds)
-        config = self.config(**settings)
+        config = self.config(**({"guidance_from": "weak_model"} if guiding else {}) | settings)
         batches = list(self.sample_batches(labels, chosen, config, guiding=guiding, callback=callback))
         if output == "latent":
             return torch.cat([batch.latents for batch in batches])
@@ -205,23 +209,37 @@ class Model:
 
     def check_sampling(self, config: SamplingConfig, guiding: Model | None = None) -> None:
         """Refuse settings or a guiding model that do not fit, before anything is computed."""
-        config.check(self.schedule, self.composite, has_guiding=guiding is not None or bool(self.classes))
+        able = self._able(config, guiding)
         if guiding is not None:
+            if config.guidance_from != "weak_model":
+                raise SFDError(
+                    f"a weak model was given, but guidance_from is {config.guidance_from}; set it to weak_model, or "
+                    "leave the model out"
+                )
             _check_guiding(self, guiding)
+        elif config.guides and not able and config.guidance_from in NO_SOURCE:
+            raise SFDError(f"{NO_SOURCE[config.guidance_from]}, or set guidance_from=null_class")
+        config.check(self.schedule, self.composite, has_guiding=able)
         if config.compile:
             require_compiler(self.device)
 
     def velocity_field(self, labels: Tensor, config: SamplingConfig, guiding: Model | None = None) -> VelocityField:
         """The guided velocity of labels (B,)."""
         network = self.inference(config.precision, config.compile)
-        null = torch.full_like(labels, self.transformer.null_class)
-        unguided, pair = None, None
+        weak, pair = None, None
         if guiding is not None:
-            unguided = guiding.inference(config.precision, config.compile).velocity(labels)
-        elif self.classes:
-            unguided, pair = network.velocity(null), network.pair(labels, null)
-        cond = network.velocity(labels)
-        return guide(cond, unguided, config.guidance, self.composite, config.interval, batched=pair)
+            weak = guiding.inference(config.precision, config.compile).velocity(labels)
+        elif self._able(config) and config.guidance_from == "inside":
+            pair = network.inside(labels)
+        elif self._able(config):
+            pair = network.pair(labels, torch.full_like(labels, self.transformer.null_class))
+        return guide(network.velocity(labels), weak, config.guidance, self.composite, config.interval, batched=pair)
+
+    def _able(self, config: SamplingConfig, guiding: Model | None = None) -> bool:
+        """Whether what `config.guidance_from` names is there."""
+        second_head = self.transformer.config.guide_block is not None
+        sources = {"null_class": bool(self.classes), "weak_model": guiding is not None, "inside": second_head}
+        return sources[config.guidance_from]
 
     @torch.no_grad()
     @full_float32()

@@ -65,6 +65,9 @@ class DiTConfig(Settings):
     repa_block: int | None = Field(None, ge=1, description="1-based block whose tokens REPA aligns; None: no projector")
     repa_width: int = Field(2048, gt=0, description="hidden width of the projector")
     repa_channels: int | None = Field(None, gt=0, description="channels of the encoder features")
+    guide_block: int | None = Field(
+        None, ge=1, description="1-based block after which a second head predicts a weak velocity; None: no second head"
+    )
     checkpointing: bool | Literal["selective"] = Field(
         False,
         description="recompute each block in the backward pass to save memory; selective: not products and attention",
@@ -85,6 +88,8 @@ class DiTConfig(Settings):
             )
         if self.repa_block is not None and self.repa_block > self.depth:
             raise ValueError(f"repa_block {self.repa_block} is beyond the last block, {self.depth}")
+        if self.guide_block is not None and self.guide_block >= self.depth:
+            raise ValueError(f"guide_block {self.guide_block} must be before the last block, {self.depth}")
         if (self.repa_block is None) != (self.repa_channels is None):
             raise ValueError("repa_block and repa_channels must be given together")
         return self
@@ -97,6 +102,8 @@ class DiTOutput(NamedTuple):
     """(B, N) packed like the input, float32."""
     projection: Tensor | None
     """(B, T, C) tokens after the REPA projector, if requested."""
+    weak: Tensor | None = None
+    """(B, N) velocity of the second head, float32, if requested."""
 
 
 class LightningDiT(nn.Module):
@@ -127,6 +134,10 @@ class LightningDiT(nn.Module):
         self.final_modulation = nn.Linear(width, 2 * width)
         # Output heads; the attention heads are config.heads.
         self.heads = nn.ModuleList(nn.Linear(width, _patch_width(s)) for s in composite.streams)
+        if config.guide_block is not None:
+            self.guide_norm = ModulatedNorm(width)
+            self.guide_modulation = nn.Linear(width, 2 * width)
+            self.guide_heads = nn.ModuleList(nn.Linear(width, _patch_width(s)) for s in composite.streams)
         features = config.repa_channels
         self.projector = None if features is None else _projector(width, config.repa_width, features)
         grid = composite.token_grid
@@ -149,15 +160,20 @@ class LightningDiT(nn.Module):
         for module in self.time_embedders.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        for zero in (self.final_modulation, *self.heads, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(zero.weight)
+        zeros = [self.final_modulation, *self.heads, *(block.modulation for block in self.blocks)]
+        if self.config.guide_block is not None:
+            zeros += [self.guide_modulation, *self.guide_heads]
+        for zero in zeros:
+            nn.init.zeros_(zero.get_parameter("weight"))
 
     @property
     def null_class(self) -> int:
         """Label of the null class."""
         return self.config.num_classes
 
-    def forward(self, x: Tensor, times: Tensor, labels: Tensor, *, project: bool = False) -> DiTOutput:
+    def forward(
+        self, x: Tensor, times: Tensor, labels: Tensor, *, project: bool = False, guide: bool = False
+    ) -> DiTOutput:
         """Predict the velocity.
 
         Args:
@@ -165,11 +181,12 @@ class LightningDiT(nn.Module):
             times: (B, K), each stream's own time, in the composite's order; all equal with one time embedding.
             labels: (B,), int64, in [0, num_classes]; num_classes is the null class.
             project: also give the REPA projection.
+            guide: also give the second head's velocity.
         """
-        self._check(x, times, project)
+        self._check(x, times, project, guide)
         tokens = self.embed(x)
         condition = self.condition(times, labels)
-        projection = None
+        projection, weak = None, None
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing and torch.is_grad_enabled():
                 # A compiler does not take the default, where it is given by name.
@@ -188,7 +205,10 @@ class LightningDiT(nn.Module):
                 tokens = block(tokens, condition, self.rope)
             if project and self.projector is not None and number == self.config.repa_block:
                 projection = self.projector(tokens)
-        return DiTOutput(self._velocity(tokens, condition), projection)
+            if guide and number == self.config.guide_block:
+                weak = self._velocity(tokens, condition, self.guide_norm, self.guide_modulation, self.guide_heads)
+        velocity = self._velocity(tokens, condition, self.final_norm, self.final_modulation, self.heads)
+        return DiTOutput(velocity, projection, weak)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, N) → tokens (B, T, width): the sum of the streams' patch embeddings and the position's."""
@@ -203,16 +223,18 @@ class LightningDiT(nn.Module):
         clocks = [embedder(times[:, k]) for embedder, k in zip(self.time_embedders, self.clock_streams, strict=True)]
         return nn.functional.silu(torch.cat(clocks, dim=1) + self.class_embedding(labels))
 
-    def _velocity(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.final_modulation(condition)[:, None].chunk(2, dim=-1)
-        tokens = self.final_norm(tokens, shift, scale)
+    def _velocity(
+        self, tokens: Tensor, condition: Tensor, norm: nn.Module, modulation: nn.Module, heads: nn.ModuleList
+    ) -> Tensor:
+        shift, scale = modulation(condition)[:, None].chunk(2, dim=-1)
+        tokens = norm(tokens, shift, scale)
         latents = {
             s.name: unpatchify(head(tokens), s.patch_size, s.grid)
-            for head, s in zip(self.heads, self.config.composite.streams, strict=True)
+            for head, s in zip(heads, self.config.composite.streams, strict=True)
         }
         return self.config.composite.pack(latents).float()
 
-    def _check(self, x: Tensor, times: Tensor, project: bool) -> None:
+    def _check(self, x: Tensor, times: Tensor, project: bool, guide: bool) -> None:
         composite = self.config.composite
         if x.shape[1:] != (composite.size,):
             raise SFDError(f"expected packed latents (batch, {composite.size}), got {tuple(x.shape)}")
@@ -222,6 +244,8 @@ class LightningDiT(nn.Module):
             )
         if project and self.projector is None:
             raise SFDError("this network has no REPA projector; set repa_block and repa_channels in its configuration")
+        if guide and self.config.guide_block is None:
+            raise SFDError("this network has no second head; set guide_block in its configuration")
 
 
 @lru_cache(maxsize=64)
@@ -234,8 +258,8 @@ def parameter_count(config: DiTConfig) -> int:
 def flops(config: DiTConfig) -> int:
     """Floating-point operations of all matrix products in one forward pass of one image, 2 for each multiply-add.
 
-    The REPA projector, which only training uses, is left out (`projector_flops`); a training step costs three times
-    the forward pass.
+    The REPA projector, which only training uses, and a second head are left out (`projector_flops`,
+    `second_head_flops`); a training step costs three times the forward pass.
     """
     width, tokens, clocks = config.width, config.composite.token_grid**2, max(1, len(config.clocks))
     block = (4 * width + 3 * swiglu_width(width)) * width + 2 * tokens * width
@@ -251,6 +275,14 @@ def projector_flops(config: DiTConfig) -> int:
         return 0
     products = (config.width + config.repa_width + config.repa_channels) * config.repa_width
     return 2 * config.composite.token_grid**2 * products
+
+
+def second_head_flops(config: DiTConfig) -> int:
+    """Floating-point operations of the second head on one image, counted like `flops`; 0 without one."""
+    if config.guide_block is None:
+        return 0
+    patches = sum(_patch_width(s) for s in config.composite.streams)
+    return 2 * (config.composite.token_grid**2 * patches + 2 * config.width) * config.width
 
 
 def _selective_context() -> Any:

@@ -76,6 +76,7 @@ def _source_name(name: str, config: DiTConfig, source: DiTConfig) -> str | None:
     streams = {
         "embeddings": (config.composite.names, source.composite.names),
         "heads": (config.composite.names, source.composite.names),
+        "guide_heads": (config.composite.names, source.composite.names),
         "time_embedders": (config.clocks or ("",), source.clocks or ("",)),
     }
     if kind not in streams:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from sfd.encoders._hub import local
-from sfd.generation.config import SamplingConfig
+from sfd.generation.config import GUIDED_BY, SamplingConfig
 from sfd.generation.directory import model_config
-from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops
+from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops, second_head_flops
 from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
 from sfd.run.validate import check, latent_bytes, planned_compressor, planned_encoder
 from sfd.utils.errors import SFDError
@@ -61,7 +61,7 @@ def estimate(recipe: Recipe) -> Estimate:
     """Compute the estimates of a recipe."""
     config, train = check(recipe, dry=True), recipe.train
     parameters, forward = parameter_count(config), flops(config)
-    step = PASSES_PER_STEP * (forward + projector_flops(config)) * train.batch_size
+    step = PASSES_PER_STEP * (forward + projector_flops(config) + second_head_flops(config)) * train.batch_size
     return Estimate(
         config=config,
         parameters=parameters,
@@ -226,12 +226,13 @@ def _solver(sample: SamplingConfig) -> str:
 
 def _evaluation(recipe: Recipe, known: Estimate) -> str:
     """Operations of one velocity evaluation per image, guided or not."""
-    weak, guidance = recipe.evaluation.weak, recipe.sample.guidance
+    weak, guidance, source = recipe.evaluation.weak, recipe.sample.guidance, recipe.sample.guidance_from
     strong = f"{known.forward / 1e9:.4g} GFLOP per velocity"
     if not recipe.sample.guides:
         return f"unguided, {strong}"
     if weak is None:
-        return f"guidance {guidance} by the null class, {2 * known.forward / 1e9:.4g} GFLOP per velocity"
+        operations = known.forward * (2 if source == "null_class" else 1) + second_head_flops(known.config)
+        return f"guidance {guidance} by {GUIDED_BY[source]}, {operations / 1e9:.4g} GFLOP per velocity"
     try:
         config = model_config(Path(weak))
     except SFDError:

@@ -332,15 +332,16 @@ class Pipeline:
         model = Model(cast(LightningDiT, network), schedule, self.texture, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
         settings = self.sample_settings(model).model_copy(update={"batch_size": PREVIEW_IMAGES, "compile": False})
-        if self.recipe.evaluation.weak is not None:
+        if settings.guidance_from == "weak_model":
             settings = settings.unguided()
         (batch,) = model.sample_batches(labels, range(PREVIEW_IMAGES), settings)
         with files.atomic_write(folder / f"step-{step:09d}.png") as partial:
             image_grid(batch.images, columns=max(1, min(len(classes), 10))).save(partial, "PNG")
 
     def sample_settings(self, model: Model) -> SamplingConfig:
-        """The recipe's sampling settings, without guidance if there is neither a null class nor a guiding model."""
-        sample, able = self.recipe.sample, bool(model.classes) or self.recipe.evaluation.weak is not None
+        """The recipe's sampling settings, without guidance by the null class if there are no classes."""
+        sample = self.recipe.sample
+        able = bool(model.classes) or sample.guidance_from != "null_class"
         return sample if sample.guides and able else sample.unguided()
 
     @cached_property

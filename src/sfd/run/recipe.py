@@ -148,6 +148,9 @@ class TransformerSettings(Settings):
     clocks: Literal["streams", "one"] = Field("streams", description="one time embedder per stream, or one for all")
     repa_block: int | None = Field(2, ge=1, description="block (from 1) whose tokens REPA aligns; null: no projector")
     repa_width: int = Field(2048, gt=0)
+    guide_block: int | None = Field(
+        None, ge=1, description="block (from 1) after which a second head predicts a weak velocity; null: none"
+    )
     checkpointing: Free[bool | Literal["selective"]] = Field(
         False, description="recompute activations in the backward pass to save memory; selective: only the cheap ones"
     )
@@ -171,7 +174,7 @@ class EvaluationSettings(Settings):
     )
     weak: Free[str | None] = Field(
         None,
-        description="a model's directory or a run's folder, for AutoGuidance; null: guide by the null class",
+        description="the weak model that sample.guidance_from: weak_model takes, its directory or its run's folder",
     )
 
 
@@ -225,8 +228,25 @@ class Recipe(Settings):
             )
         if self.loss.repa and self.transformer.repa_block is None:
             raise SFDError("loss.repa is set, but transformer.repa_block is null; set it, or set loss.repa to 0")
+        self._check_guidance()
         self._check_data()
         return self
+
+    def _check_guidance(self) -> None:
+        source, weak = self.sample.guidance_from, self.evaluation.weak
+        if (source == "weak_model") != (weak is not None):
+            raise SFDError(
+                f"sample.guidance_from is {source} and evaluation.weak is {weak or 'null'}; for AutoGuidance set "
+                "sample.guidance_from to weak_model and evaluation.weak to the weak model's folder, else neither"
+            )
+        block, weight = self.transformer.guide_block, self.loss.guide
+        if (block is None) != (weight is None):
+            raise SFDError(
+                f"transformer.guide_block is {block} and loss.guide is {weight}, but a second head needs both; "
+                "give a block and a weight, such as 0.25, or neither"
+            )
+        if source == "inside" and block is None:
+            raise SFDError("sample.guidance_from is inside, which needs transformer.guide_block and loss.guide")
 
     @property
     def uses_semantics(self) -> bool:

@@ -174,6 +174,7 @@ def architecture(recipe: Recipe, composite: CompositeLatent, num_classes: int, f
         composite=composite,
         num_classes=num_classes,
         clocks=leading_first(schedule) if given.clocks == "streams" else (),
+        guide_block=given.guide_block,
         repa_block=given.repa_block if repa else None,
         repa_width=given.repa_width,
         repa_channels=features if repa else None,

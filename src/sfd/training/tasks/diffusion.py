@@ -28,6 +28,9 @@ class LossSettings(Settings):
     base_time: flow.BaseTime = Field("logit_normal", description="as the published runs; the paper's text says uniform")
     cosine: float = Field(1.0, ge=0, description="weight of 1 − cos(v̂, v)")
     repa: float = Field(1.0, ge=0, description="weight of the REPA loss; 0: none")
+    guide: float | None = Field(
+        None, gt=0, description="weight of the second head's velocity and cosine loss; small, such as 0.25"
+    )
     stationary_streams: bool = Field(
         True, description="also train the velocity of a stream whose rate is 0, as the published runs"
     )
@@ -106,22 +109,33 @@ class DiffusionTask:
         x1, x0, times = batch["x1"], batch["x0"], batch["times"]
         x = flow.interpolate(x1, x0, self.composite.per_entry(times))
         target = flow.velocity_target(x1, x0)
-        output: DiTOutput = model(x, times, batch["labels"], project=bool(self.settings.repa))
-        predicted = output.velocity
+        settings = self.settings
+        output: DiTOutput = model(
+            x, times, batch["labels"], project=bool(settings.repa), guide=settings.guide is not None
+        )
+        predicted, weak = output.velocity, output.weak
         if "moving" in batch:  # entries that are 0 in both count neither in the squares nor in the cosine
             moving = self.composite.per_entry(batch["moving"])
             predicted, target = predicted * moving, target * moving
-        self._weights = self._weights.to(x.device)  # once: each copy would wait for a GPU
+            weak = weak * moving if weak is not None else None
+        losses = self._velocity_losses(predicted, target)
+        if weak is not None and settings.guide is not None:
+            losses["guide"] = self._velocity_losses(weak, target)["loss"]
+            losses["loss"] = losses["loss"] + settings.guide * losses["guide"]
+        if output.projection is not None:
+            losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
+            losses["loss"] = losses["loss"] + self.settings.repa * losses["repa"]
+        return losses | self._by_stream(predicted, target, times)
+
+    def _velocity_losses(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
+        self._weights = self._weights.to(target.device)  # once: each copy would wait for a GPU
         velocity = flow.velocity_loss(predicted, target, self._weights).mean()
         losses = {"loss": velocity, "velocity": velocity}
         if self.settings.cosine:
             per_position = self.composite.per_position
             losses["cosine"] = flow.cosine_loss(per_position(predicted), per_position(target)).mean()
-            losses["loss"] = losses["loss"] + self.settings.cosine * losses["cosine"]
-        if output.projection is not None:
-            losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
-            losses["loss"] = losses["loss"] + self.settings.repa * losses["repa"]
-        return losses | self._by_stream(predicted, target, times)
+            losses["loss"] = velocity + self.settings.cosine * losses["cosine"]
+        return losses
 
     @torch.no_grad()
     def _by_stream(self, velocity: Tensor, target: Tensor, times: Tensor) -> dict[str, Tensor]:
