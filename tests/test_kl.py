@@ -128,11 +128,11 @@ class TestBadSources:
 
     def test_no_weights(self, copy):
         (copy / WEIGHTS).unlink()
-        self.refused(copy, "has none")
+        self.refused(copy, "has no weights")
 
     def test_pickles_alone(self, copy):
         (copy / WEIGHTS).rename(copy / "diffusion_pytorch_model.bin")
-        self.refused(copy, r"pickled ones \(diffusion_pytorch_model\.bin\)")
+        self.refused(copy, "pickled ones")
 
     def test_truncated_weights(self, copy):
         (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-9])

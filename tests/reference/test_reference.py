@@ -17,7 +17,7 @@ from sfd.convert import autoencoder
 from sfd.convert import transformer as published
 from sfd.data.published import open_published
 from sfd.data.shards import FEATURES
-from sfd.encoders._base import autoencoder as build_autoencoder
+from sfd.encoders._base import autoencoder_class
 from sfd.evaluation.metrics import frechet_distance, gaussian, inception_score, precision_recall
 from sfd.guidance import GuidedVelocity, guide
 from sfd.models.component import assemble, differences, shapes
@@ -251,7 +251,7 @@ def test_checkpoint_names(case: Case):
         case.compare("parameters", parameter_count(config) + config.composite.token_grid**2 * config.width)
     elif "channel_multipliers" in case:
         config = autoencoder.inferred_config(sizes)
-        network = on_meta(lambda: build_autoencoder(**config))
+        network = on_meta(lambda: autoencoder_class()(**config))
         given = autoencoder.renamed(given, len(config["block_out_channels"]))
         compare_autoencoder_sizes(case, config)
         case.compare("parameters", parameters(network))

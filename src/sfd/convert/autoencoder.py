@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sfd.encoders._base import autoencoder
+from sfd.encoders._base import autoencoder_class
 from sfd.models.component import assemble
 from sfd.utils.errors import SFDError
 
@@ -74,7 +74,7 @@ def inferred_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def from_published(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> AutoencoderKL:
     """Build the autoencoder with the tensors of an LDM checkpoint, those that only training needs left out."""
     try:
-        return assemble(lambda: autoencoder(**config), renamed(state, len(config["block_out_channels"])), WHAT)
+        return assemble(lambda: autoencoder_class()(**config), renamed(state, len(config["block_out_channels"])), WHAT)
     except (ValueError, RuntimeError, ZeroDivisionError) as error:  # channels that do not divide into 32 groups
         raise SFDError(f"there is no {WHAT} of these shapes: {error}") from None
 

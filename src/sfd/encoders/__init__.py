@@ -8,24 +8,10 @@ from sfd.encoders._base import (
     TextureEncoder,
     encoder_module,
     load_encoder,
-    load_semantic_encoder,
-    load_texture_encoder,
     open_semantic,
     open_texture,
     planned_encoder,
 )
 
-__all__ = [
-    "SEMANTIC",
-    "TEXTURE",
-    "EncoderConfig",
-    "SemanticEncoder",
-    "TextureEncoder",
-    "encoder_module",
-    "load_encoder",
-    "load_semantic_encoder",
-    "load_texture_encoder",
-    "open_semantic",
-    "open_texture",
-    "planned_encoder",
-]
+__all__ = ["SEMANTIC", "TEXTURE", "EncoderConfig", "SemanticEncoder", "TextureEncoder"]
+__all__ += ["encoder_module", "load_encoder", "open_semantic", "open_texture", "planned_encoder"]

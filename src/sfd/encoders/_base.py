@@ -1,4 +1,4 @@
-"""The encoder protocols, and loading of encoders.
+"""What every encoder is, and how one is found and loaded.
 
 An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config` and a function `build(config)` that gives a
 `Component` with fresh weights; if published weights can be used, also `planned(source, given)`, which reads their
@@ -16,14 +16,13 @@ from torch import Tensor
 from sfd.encoders._hub import without_torchvision
 from sfd.models import component
 from sfd.models.component import Component
+from sfd.models.convnet import check_divisible as check_divisible
 from sfd.utils import files, registry
 from sfd.utils.config import parse
-from sfd.utils.errors import SFDError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-PACKAGE = "sfd.encoders"
 TEXTURE, SEMANTIC = "texture encoder", "semantic encoder"
 
 
@@ -71,37 +70,12 @@ class TextureEncoder(SemanticEncoder, Protocol):
 
 def encoder_module(name: str) -> ModuleType:
     """Import the module that defines an encoder."""
-    return registry.find(PACKAGE, name, "encoder")
+    return registry.find("sfd.encoders", name, "encoder")
 
 
-def load_encoder(folder: Path) -> Component:
-    """Load the encoder in `folder`, texture or semantic, in eval mode, without gradients, on the CPU."""
-    return component.load(folder, (TEXTURE, SEMANTIC), encoder_module)
-
-
-def load_texture_encoder(folder: Path) -> TextureEncoder:
-    """Load the texture encoder in `folder`; see `load_encoder`."""
-    return cast(TextureEncoder, component.load(folder, (TEXTURE,), encoder_module))
-
-
-def load_semantic_encoder(folder: Path) -> SemanticEncoder:
-    """Load the semantic encoder in `folder`; see `load_encoder`."""
-    return cast(SemanticEncoder, component.load(folder, (SEMANTIC,), encoder_module))
-
-
-def planned_encoder(name: str, source: str | None, folder: str | None, given: dict[str, Any]) -> EncoderConfig:
-    """Learn an encoder's configuration without its weights; nothing is downloaded.
-
-    Args:
-        name: the encoder's module.
-        source: a published model (folder or hub name); None: it is not published.
-        folder: that of a trained component; None: it is trained in the run.
-        given: fields of its `Config`.
-    """
-    if folder is not None:
-        return cast(EncoderConfig, component.read_config(Path(folder), (TEXTURE, SEMANTIC), encoder_module))
-    module = encoder_module(name)
-    return cast(EncoderConfig, module.planned(source, given) if source else parse(module.Config, given))
+def load_encoder(folder: Path, *kinds: str) -> Component:
+    """Load the component in `folder`, in eval mode, without gradients, on the CPU; `kinds`: both, unless given."""
+    return component.load(folder, kinds or (TEXTURE, SEMANTIC), encoder_module)
 
 
 def open_texture(source: str | Path) -> TextureEncoder:
@@ -125,13 +99,23 @@ def open_semantic(source: str | Path) -> SemanticEncoder:
 def _open(source: str, kind: str, published: str) -> Component:
     config = Path(source) / component.CONFIG_FILE
     if config.is_file() and "kind" in files.read_json(config, kind):
-        return component.load(Path(source), (kind,), encoder_module)
+        return load_encoder(Path(source), kind)
     return cast(Component, encoder_module(published).pretrained(source, {}))
 
 
-def autoencoder(**shape: Any) -> AutoencoderKL:
-    """Make diffusers' `AutoencoderKL` with fresh weights."""
-    return autoencoder_class()(**shape)
+def planned_encoder(name: str, source: str | None, folder: str | None, given: dict[str, Any]) -> EncoderConfig:
+    """Learn an encoder's configuration without its weights; nothing is downloaded.
+
+    Args:
+        name: the encoder's module.
+        source: a published model (folder or hub name); None: it is not published.
+        folder: that of a trained component; None: it is trained in the run.
+        given: fields of its `Config`.
+    """
+    if folder is not None:
+        return cast(EncoderConfig, component.read_config(Path(folder), (TEXTURE, SEMANTIC), encoder_module))
+    module = encoder_module(name)
+    return cast(EncoderConfig, module.planned(source, given) if source else parse(module.Config, given))
 
 
 def autoencoder_class() -> type[AutoencoderKL]:
@@ -140,13 +124,3 @@ def autoencoder_class() -> type[AutoencoderKL]:
         from diffusers import AutoencoderKL
 
     return AutoencoderKL
-
-
-def check_divisible(images: Tensor, downsample: int) -> None:
-    """Refuse images whose sides are not multiples of `downsample`."""
-    height, width = images.shape[-2:]
-    if height % downsample or width % downsample:
-        raise SFDError(
-            f"images of {height}×{width} do not fit an encoder that shrinks them by {downsample}; "
-            f"choose an image size that is a multiple of {downsample}"
-        )

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sfd.models.component import abbreviate
+from sfd.models.component import misfit
 from sfd.utils import files
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
 
 CONFIG_FILE = "config.json"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 ConfigType = TypeVar("ConfigType", bound=Settings)
 
@@ -44,29 +43,46 @@ def fetch(source: str, weights: str) -> Path:
         source: a folder, or a hub name.
         weights: file name of the weights, without `.safetensors`.
     """
-    folder = local(source)
-    if folder is None or not (Path(source).is_dir() or _weights(folder, weights)):
-        folder = _download(source, weights)
-    found = _weights(folder, weights)
+    pattern, folder = f"{weights}*.safetensors", local(source)
+    if folder is None or not (Path(source).is_dir() or any(folder.glob(pattern))):
+        folder = _download(source, [CONFIG_FILE, pattern, f"{pattern}.index.json"])
+    found = sorted(folder.glob(pattern))
     if not found:
-        pickled = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
-        only = f"only pickled ones ({abbreviate(sorted(pickled))}), which can run code" if pickled else "none"
-        raise SFDError(f"{source} should have weights in {weights}.safetensors, but has {only}; fetch or convert them")
+        raise SFDError(
+            f"{source} has no weights in {weights}.safetensors; fetch or convert them (pickled ones can run code, and "
+            "are not read)"
+        )
     for path in found:
         if reason := files.failed_download(path):
             raise SFDError(f"{path} is {reason}")
     return folder
 
 
-def expected(source: str, given: Mapping[str, Any], found: Mapping[str, Any], kind: type[ConfigType]) -> ConfigType:
-    """Join what a recipe says of a published encoder with what the model itself says; they must agree.
+def _download(source: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    Args:
-        source: the model's name, for errors.
-        given: fields of the recipe.
-        found: fields that the model decides.
-        kind: the encoder's `Config`.
-    """
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except HFValidationError:
+        raise absent(source) from None
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise absent(source, f", and downloading it failed ({reason})") from None
+
+
+def absent(source: str, reason: str = "") -> SFDError:
+    """Build the error for a model that is not on this machine."""
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        return SFDError(f"there is no folder {source}; give a folder, or a model's name on the hub (OWNER/NAME)")
+    return SFDError(
+        f"{source} is neither a folder nor a model in the hub's local cache{reason}; if it is a hub name, run "
+        f"`hf download {source}` where there is a network"
+    )
+
+
+def expected(source: str, given: Mapping[str, Any], found: Mapping[str, Any], kind: type[ConfigType]) -> ConfigType:
+    """Join a published encoder's own configuration (`found`) with what a recipe says of it; they must agree."""
     config = parse(kind, {**given, **found}, source)
     for field, value in files.jsonable(given).items():
         actual = files.jsonable(getattr(config, field))
@@ -82,36 +98,24 @@ def load(network: Any, folder: Path, **options: Any) -> Any:
     """Load a network by its library's `from_pretrained`, with every tensor accounted for."""
     from safetensors import SafetensorError
 
+    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are reported
     try:
-        net, report = network.from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported
-            **options,
+        net, found = network.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, **report, **options
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SFDError(f"{folder} cannot be loaded ({reason}); make or fetch its files again") from None
     # Heads and decoders may be left over, but nothing of the network itself.
     own = {name for name, _ in net.named_children()}
-    unexpected = [name for name in report["unexpected_keys"] if name.partition(".")[0] in own]
-    problems = {"missing": report["missing_keys"], "unexpected": unexpected, "misshapen": report["mismatched_keys"]}
-    differences = "; ".join(f"{label}: {abbreviate(sorted(map(str, n)))}" for label, n in problems.items() if n)
-    if differences:
+    problems = {
+        "missing": found["missing_keys"],
+        "unexpected": [name for name in found["unexpected_keys"] if name.partition(".")[0] in own],
+        "misshapen": [str(key) for key in found["mismatched_keys"]],
+    }
+    if differences := misfit(problems):
         raise SFDError(f"{folder}: the weights do not fit {CONFIG_FILE} ({differences}); use the files of one model")
     return net
-
-
-def absent(source: str, reason: str = "") -> SFDError:
-    """Build the error for a model that is not on this machine."""
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        return SFDError(f"there is no folder {source}; give a folder, or a model's name on the hub (OWNER/NAME)")
-    return SFDError(
-        f"{source} is neither a folder nor a model in the hub's local cache{reason}; if it is a hub name, run "
-        f"`hf download {source}` where there is a network"
-    )
 
 
 @contextmanager
@@ -128,21 +132,3 @@ def without_torchvision() -> Iterator[None]:
         yield
     finally:
         del sys.modules["torchvision"]
-
-
-def _download(source: str, weights: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    patterns = [CONFIG_FILE, f"{weights}.safetensors", f"{weights}.safetensors.index.json", f"{weights}-*.safetensors"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except HFValidationError:
-        raise absent(source) from None
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise absent(source, f", and downloading it failed ({reason})") from None
-
-
-def _weights(folder: Path, weights: str) -> list[Path]:
-    return sorted(folder.glob(f"{weights}.safetensors")) + sorted(folder.glob(f"{weights}-*-of-*.safetensors"))

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd.encoders._base import TEXTURE, autoencoder, check_divisible
+from sfd.encoders._base import TEXTURE, autoencoder_class, check_divisible
 from sfd.models.component import Component
 from sfd.models.gaussian import DiagonalGaussian
 from sfd.utils.config import Settings
@@ -70,7 +70,7 @@ class TextureAutoencoder(Component):
         self.config = config
         self.channels, self.downsample = config.channels, config.downsample
         levels = len(config.widths)
-        self.net = autoencoder(
+        self.net = autoencoder_class()(
             in_channels=3 * config.patch**2,
             out_channels=3 * config.patch**2,
             down_block_types=("DownEncoderBlock2D",) * levels,

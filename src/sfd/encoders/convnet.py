@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sfd.encoders._base import SEMANTIC, check_divisible
+from sfd.encoders._base import SEMANTIC
 from sfd.models.component import Component
 from sfd.models.convnet import ConvNet, ConvNetConfig
 from sfd.utils.config import Settings
@@ -64,7 +64,6 @@ class ConvNetEncoder(Component):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Compute features."""
-        check_divisible(images, self.downsample)
         return self(images).contiguous()
 
 

@@ -76,11 +76,8 @@ class EfficientNetLiteEncoder(Component):
     def encode(self, images: Tensor) -> Tensor:
         """Enlarge images and compute features."""
         check_divisible(images, self.downsample)
-        large = (
-            F.interpolate(images, scale_factor=self.config.enlarge, mode="bicubic")
-            if self.config.enlarge > 1
-            else images
-        )
+        factor = self.config.enlarge
+        large = F.interpolate(images, scale_factor=factor, mode="bicubic") if factor > 1 else images
         bf16 = self.config.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             features = self.net(large.contiguous(memory_format=torch.channels_last))
@@ -108,9 +105,7 @@ def pretrained(source: str, given: Mapping[str, Any]) -> EfficientNetLiteEncoder
     config = planned(source, given)
     encoder = EfficientNetLiteEncoder(config)
     load_published(encoder.net, source)
-    encoder.eval().requires_grad_(False)
-    encoder.stamp = encoder.identity
-    return encoder
+    return encoder.finished()
 
 
 def load_published(network: EfficientNetLite, source: str) -> None:

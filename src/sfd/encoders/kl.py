@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sfd.encoders import _hub
-from sfd.encoders._base import TEXTURE, autoencoder, autoencoder_class, check_divisible
+from sfd.encoders._base import TEXTURE, autoencoder_class, check_divisible
 from sfd.models.component import Component
 from sfd.utils import files
 from sfd.utils.config import Settings
@@ -77,7 +77,7 @@ class PublishedAutoencoder(Component):
         super().__init__()
         self.config = config
         self.channels, self.downsample = config.channels, config.downsample
-        self.net = autoencoder(**config.model_dump()) if net is None else net
+        self.net = autoencoder_class()(**config.model_dump()) if net is None else net
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -118,18 +118,11 @@ def planned(source: str, given: Mapping[str, Any]) -> Config:
 
 
 def pretrained(source: str, given: Mapping[str, Any]) -> PublishedAutoencoder:
-    """Load a published autoencoder, in eval mode, without gradients, on the CPU.
-
-    Args:
-        source: a folder with `config.json` and `diffusion_pytorch_model.safetensors`, or a hub name.
-        given: fields of `Config` that it is expected to have.
-    """
+    """Load a published autoencoder (a folder in diffusers' format, or a hub name), in eval mode; see `planned`."""
     folder = _hub.fetch(source, WEIGHTS)
     config = planned(str(folder), given)
     net = _hub.load(autoencoder_class(), folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    encoder = PublishedAutoencoder(config, net).eval().requires_grad_(False)
-    encoder.stamp = encoder.identity
-    return encoder
+    return PublishedAutoencoder(config, net).finished()
 
 
 def _architecture(path: Path) -> dict[str, Any]:

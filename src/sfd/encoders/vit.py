@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfd.encoders import _hub
-from sfd.encoders._base import SEMANTIC
+from sfd.encoders._base import SEMANTIC, check_divisible
 from sfd.models.component import Component
 from sfd.utils import files
 from sfd.utils.config import Settings
@@ -94,13 +94,8 @@ class VisionTransformer(Component):
     def encode(self, images: Tensor) -> Tensor:
         """Encode each tile separately."""
         tile, grid = self.config.tile, self.config.grid
-        height, width = images.shape[-2:]
-        if height % tile or width % tile:
-            raise SFDError(
-                f"images of {height}×{width} do not divide into this encoder's tiles of {tile}×{tile}; choose an "
-                "image size that is a multiple, or set `tile` in the encoder's config"
-            )
-        rows, columns = height // tile, width // tile
+        check_divisible(images, tile)
+        rows, columns = images.shape[2] // tile, images.shape[3] // tile
         cut = images.unflatten(3, (columns, tile)).unflatten(2, (rows, tile)).permute(0, 2, 4, 1, 3, 5)
         tokens = self.net(pixel_values=self.prepare(cut.flatten(0, 2))).last_hidden_state
         patches = tokens[:, 1 + self.config.num_register_tokens :]  # (B·rows·columns, grid², C)
@@ -127,36 +122,33 @@ def planned(source: str, given: Mapping[str, Any]) -> Config:
     """
     folder = _hub.local(source)
     known = re.fullmatch(r"facebook/(dinov2(?:-with-registers)?)-(\w+)", source)
+    found: dict[str, Any] = {}
     if folder is not None:
         found = _architecture(folder)
     elif known and known[2] in SIZES:
-        sizes = zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), SIZES[known[2]], strict=True)
-        registers = 4 if known[1].endswith("registers") else 0
-        found = {**dict(sizes), "model_type": known[1].replace("-", "_"), "num_register_tokens": registers}
-        found["use_swiglu_ffn"] = known[2] == "giant"
-    elif "hidden_size" in given:
-        found = {}
-    else:
+        width, depth, heads = SIZES[known[2]]
+        found = {
+            "model_type": known[1].replace("-", "_"),
+            "hidden_size": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": heads,
+            "num_register_tokens": 4 if known[1].endswith("registers") else 0,
+            "use_swiglu_ffn": known[2] == "giant",
+        }
+    elif "hidden_size" not in given:
         raise _hub.absent(source)
     return _hub.expected(source, given, found, Config)
 
 
 def pretrained(source: str, given: Mapping[str, Any]) -> VisionTransformer:
-    """Load a published encoder, in eval mode, without gradients, on the CPU.
-
-    Args:
-        source: a folder with `config.json` and `model.safetensors`, or a hub name.
-        given: `tile` and `grid`, and fields of `Config` that the network is expected to have.
-    """
+    """Load a published encoder (a folder in transformers' format, or a hub name), in eval mode; see `planned`."""
     folder = _hub.fetch(source, WEIGHTS)
     config = planned(str(folder), given)
     with _hub.without_torchvision(), _quiet():
         from transformers import AutoModel
 
         net = _hub.load(AutoModel, folder, dtype=torch.float32)
-    encoder = VisionTransformer(config, net).eval().requires_grad_(False)
-    encoder.stamp = encoder.identity
-    return encoder
+    return VisionTransformer(config, net).finished()
 
 
 def _network(config: Config) -> Any:

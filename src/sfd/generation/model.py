@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfd.data.classes import find_class
 from sfd.data.images import to_pixels
-from sfd.encoders import TextureEncoder, load_texture_encoder
+from sfd.encoders import TextureEncoder, open_texture
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import FORMAT, RECORD, TEXTURE_FOLDER, WEIGHTS, fetch_model, read_record
 from sfd.guidance import VelocityField, guide
@@ -317,7 +317,7 @@ def load_model(folder: Path, device: torch.device) -> Model:
     tensors = read_weights(folder / WEIGHTS, record.sha256)
     transformer = assemble(lambda: LightningDiT(record.transformer), tensors, str(folder / WEIGHTS))
     schedule = build_schedule(record.schedule, record.transformer.composite.names)
-    texture = load_texture_encoder(folder / TEXTURE_FOLDER)
+    texture = open_texture(folder / TEXTURE_FOLDER)
     _check_tokenizer(record.transformer.composite, texture, str(folder))
     model = Model(transformer, schedule, texture, record.classes, record.history, record.identity, record.sample)
     return model.to(device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, TypeVar
@@ -25,6 +25,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 Network = TypeVar("Network", bound=nn.Module)
+Own = TypeVar("Own", bound="Component")
 
 
 class Component(nn.Module):
@@ -39,6 +40,12 @@ class Component(nn.Module):
     def identity(self) -> str:
         """Sixteen hexadecimal digits: of a loaded component what was saved with it, else computed."""
         return self.stamp or fingerprint([self.kind, self.name, self.config.model_dump(mode="json")], self)
+
+    def finished(self: Own) -> Own:
+        """Take the weights as final: in eval mode, without gradients, with an identity that stays."""
+        self.eval().requires_grad_(False)
+        self.stamp = self.identity
+        return self
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the component to `folder`, weights as `dtype`; the configuration last: where it is, the rest is."""
@@ -61,32 +68,31 @@ def load(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]
         kinds: the kinds of component that are accepted.
         find: gives the module of a component's name; the module has a `Config` and `build(config)`.
     """
-    about, module = _described(folder, kinds, find)
-    config = parse(module.Config, about["config"], str(folder / CONFIG_FILE))
+    about, config, build = _described(folder, kinds, find)
     tensors = read_weights(folder / WEIGHTS_FILE, about["sha256"])
-    component: Component = assemble(lambda: module.build(config), tensors, str(folder))
+    component: Component = assemble(lambda: build(config), tensors, str(folder))
     component.stamp = about["identity"]
     return component
 
 
 def read_config(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]) -> Settings:
     """Read a component's configuration alone; see `load`."""
-    about, module = _described(folder, kinds, find)
-    config: Settings = parse(module.Config, about["config"], str(folder / CONFIG_FILE))
-    return config
+    return _described(folder, kinds, find)[1]
 
 
 def _described(
     folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]
-) -> tuple[dict[str, Any], ModuleType]:
-    wanted = " or ".join(kinds)
-    about = files.read_json(folder / CONFIG_FILE, wanted)
+) -> tuple[dict[str, Any], Settings, Callable[[Settings], Component]]:
+    """Read `config.json`: all of it, the configuration in it, and what builds the component."""
+    path, wanted = folder / CONFIG_FILE, " or ".join(kinds)
+    about = files.read_json(path, wanted)
     missing = [key for key in ("kind", "name", "identity", "sha256", "config") if key not in about]
     if missing:
-        raise SFDError(f"{folder / CONFIG_FILE} describes no {wanted}: it lacks {', '.join(missing)}; restore the file")
+        raise SFDError(f"{path} describes no {wanted}: it lacks {', '.join(missing)}; restore the file")
     if about["kind"] not in kinds:
         raise SFDError(f"{folder} holds a {about['kind']} ({about['name']}), but a {wanted} was expected")
-    return about, find(about["name"])
+    module = find(about["name"])
+    return about, parse(module.Config, about["config"], str(path)), module.build
 
 
 def fingerprint(about: Any, network: nn.Module) -> str:
@@ -130,31 +136,26 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def differences(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
     """List the tensors that are "missing", "unexpected" and "misshapen", by comparing names and shapes."""
+    both = sorted(expected.keys() & given.keys())
     return {
         "missing": sorted(expected.keys() - given.keys()),
         "unexpected": sorted(given.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} {given[name]} for {shape}"
-            for name, shape in expected.items()
-            if name in given and given[name] != shape
-        ],
+        "misshapen": [f"{n} {given[n]} for {expected[n]}" for n in both if given[n] != expected[n]],
     }
 
 
-def misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """Name the tensors that are missing, unexpected and misshapen, the first few of each; "" if all fit."""
-    problems = differences({name: tuple(t.shape) for name, t in tensors.items()}, expected)
-    return "; ".join(f"{label}: {abbreviate(names)}" for label, names in problems.items() if names)
+def misfit(problems: Mapping[str, Sequence[str]], limit: int = 4) -> str:
+    """Name the first few tensors of each kind of problem; "" if there is none."""
+    parts = []
+    for label, names in problems.items():
+        if names:
+            more = f" and {len(names) - limit} more" if len(names) > limit else ""
+            parts.append(f"{label}: {', '.join(sorted(names)[:limit])}{more}")
+    return "; ".join(parts)
 
 
 def require_match(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuse tensors that are not those expected; `where` (a file, a kind of network) is named first."""
-    problems = misfit(tensors, expected)
+    problems = misfit(differences({name: tuple(t.shape) for name, t in tensors.items()}, expected))
     if problems:
         raise SFDError(f"{where}: the weights do not fit the configuration ({problems}); use the files of one model")
-
-
-def abbreviate(names: list[str], limit: int = 4) -> str:
-    """List the first few of many names."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -69,12 +69,7 @@ class ConvNet(nn.Module):
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Compute what leaves every stage, fine to coarse; the last is `forward`'s, the others are not normalised."""
-        height, width = images.shape[-2:]
-        if height % self.config.downsample or width % self.config.downsample:
-            raise SFDError(
-                f"images of {height}×{width} do not divide by this network's downsampling of {self.config.downsample}; "
-                f"choose an image size that is a multiple of {self.config.downsample}"
-            )
+        check_divisible(images, self.config.downsample)
         hidden, levels = self.stem(images), []
         for index, block in enumerate(self.stages, start=1):
             hidden = block(hidden)
@@ -98,6 +93,13 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+
+
+def check_divisible(images: Tensor, divisor: int) -> None:
+    """Refuse images whose sides are not multiples of `divisor`."""
+    height, width = images.shape[-2:]
+    if height % divisor or width % divisor:
+        raise SFDError(f"images are {height}×{width}, but each side must be a multiple of {divisor} pixels")
 
 
 def _initialise(module: nn.Module) -> None:

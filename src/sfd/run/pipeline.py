@@ -26,7 +26,7 @@ from sfd.data.published import PublishedLatents
 from sfd.data.shards import MANIFEST, LatentSet, read_manifest
 from sfd.data.source import check_classes, open_source
 from sfd.data.split import split
-from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic_encoder, load_texture_encoder
+from sfd.encoders import SemanticEncoder, TextureEncoder, open_semantic, open_texture
 from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data, load_classifier
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import RECORD, model_config, model_folder, read_record
@@ -169,14 +169,14 @@ class Pipeline:
     def texture(self) -> TextureEncoder:
         """The texture encoder that the recipe names or that this run trained."""
         settings = self.recipe.texture
-        encoder = _published(settings) or load_texture_encoder(_trained(settings, self._texture_stage))
+        encoder = _published(settings) or open_texture(_trained(settings, self._texture_stage))
         return cast(TextureEncoder, encoder.to(self.device))
 
     @cached_property
     def semantic(self) -> SemanticEncoder:
         """The semantic encoder that the recipe names or that this run trained."""
         settings = self.recipe.semantic
-        encoder = _published(settings) or load_semantic_encoder(_trained(settings, self._semantic_stage))
+        encoder = _published(settings) or open_semantic(_trained(settings, self._semantic_stage))
         return cast(SemanticEncoder, encoder.to(self.device))
 
     def _compressor_stage(self) -> Stage:
