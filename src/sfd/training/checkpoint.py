@@ -24,7 +24,7 @@ from sfd.utils import distributed, files
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import say
 
-ENTRY = "checkpoint"  # the one entry of the metadata
+ENTRY = "checkpoint"  # the one entry of the metadata: safetensors writes several in any order, and bytes should repeat
 PATTERN = f"step-{9 * '[0-9]'}.safetensors"  # copies under other names are left alone
 
 
@@ -33,9 +33,13 @@ class Checkpoint:
     """An intact checkpoint in memory; `record` is all but the tensors."""
 
     path: Path
-    step: int
     record: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        """Number of steps that had been taken."""
+        return int(self.record["step"])
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
         """Copy what was saved into live tensors of the same names."""
@@ -53,14 +57,8 @@ class Checkpoint:
 
 def newest(folder: Path) -> Checkpoint | None:
     """Find the newest intact checkpoint, the same on all ranks; damaged ones are named and passed over."""
-    found: list[Checkpoint | None] = []  # by this rank
-
-    def find() -> Path | None:
-        found.append(_newest_intact(folder))
-        return None if found[0] is None else found[0].path
-
-    path = distributed.decide(find)
-    return found[0] if found else None if path is None else _read(path)
+    path = distributed.decide(lambda: _newest_intact(folder))
+    return None if path is None else _read(path)
 
 
 def newest_record(folder: Path) -> dict[str, Any] | None:
@@ -71,11 +69,14 @@ def newest_record(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _newest_intact(folder: Path) -> Checkpoint | None:
+def _newest_intact(folder: Path) -> Path | None:
     paths = _paths(folder)
     for path in paths:
         try:
-            return _read(path)
+            metadata = _metadata(path)
+            if metadata["sha256"] == _digest(metadata["record"], files.read_tensors(path)):
+                return path
+            say(f"checkpoint passed over: {path} does not match its checksum")
         except SFDError as error:
             say(f"checkpoint passed over: {error}")
     if paths:
@@ -84,11 +85,7 @@ def _newest_intact(folder: Path) -> Checkpoint | None:
 
 
 def _read(path: Path) -> Checkpoint:
-    tensors, metadata = files.read_tensors(path), _metadata(path)
-    if metadata["sha256"] != _digest(metadata["record"], tensors):
-        raise SFDError(f"{path} does not match its checksum")
-    record = json.loads(metadata["record"])
-    return Checkpoint(path, int(record["step"]), record, tensors)
+    return Checkpoint(path, json.loads(_metadata(path)["record"]), files.read_tensors(path))
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -96,12 +93,9 @@ def _metadata(path: Path) -> dict[str, str]:
 
     try:
         with safe_open(str(path), "pt") as handle:
-            metadata = handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise SFDError(f"{path} cannot be read ({error})") from None
-    if ENTRY not in metadata:
-        raise SFDError(f"{path} is not a checkpoint: its metadata lack {ENTRY!r}")
-    return dict(json.loads(metadata[ENTRY]))
+            return dict(json.loads((handle.metadata() or {})[ENTRY]))
+    except (SafetensorError, OSError, KeyError) as error:
+        raise SFDError(f"{path} is no intact checkpoint ({error})") from None
 
 
 def _digest(record: str, tensors: Mapping[str, Tensor]) -> str:
@@ -118,10 +112,6 @@ def _paths(folder: Path) -> list[Path]:
     return sorted(folder.glob(PATTERN), reverse=True)
 
 
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
-
-
 class CheckpointWriter:
     """Writes checkpoints in a thread: training waits until the state is copied, not until it is on the disk."""
 
@@ -129,7 +119,7 @@ class CheckpointWriter:
         self.folder, self.settings = folder, settings
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._host: dict[str, Tensor] = {}
+        self._host: dict[str, Tensor] = {}  # memory of the copy, used again for the next checkpoint
 
     def check_space(self, state: Mapping[str, Tensor]) -> None:
         """Refuse to start on a disk that cannot hold the checkpoints."""
@@ -162,7 +152,6 @@ class CheckpointWriter:
         self._pool.shutdown(wait=True)
 
     def _copy(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to the host, into memory that is used again for the next checkpoint."""
         for name, tensor in state.items():
             pinned = tensor.device.type == "cuda"
             if name not in self._host:
@@ -174,16 +163,12 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         text = json.dumps(record)
-        path = self.folder / f"step-{step:09d}.safetensors"
-        # One entry: safetensors writes several in any order, and equal states should give equal bytes.
         entry = json.dumps({"record": text, "sha256": _digest(text, state)})
-        files.write_tensors(path, state, {ENTRY: entry})
-        keep, every = self.settings.keep_checkpoints, self.settings.keep_every
-        # Any that are newer are damaged, or of a run that was resumed from before them.
-        newer: list[Path] = []
-        paths: list[Path] = []
-        for other in _paths(self.folder):
-            (newer if _step(other) > step else paths).append(other)
-        old = [other for other in paths[keep:] if not every or _step(other) % every]
-        for other in (*newer, *old):
-            other.unlink()
+        files.write_tensors(self.folder / f"step-{step:09d}.safetensors", state, {ENTRY: entry})
+        saved = {int(path.stem.removeprefix("step-")): path for path in _paths(self.folder)}
+        # Newer ones are damaged, or of a run that was resumed from before them.
+        newest = [other for other in saved if other <= step][: self.settings.keep_checkpoints]
+        every = self.settings.keep_every
+        for other, path in saved.items():
+            if other > step or not (other in newest or (every and other % every == 0)):
+                path.unlink()

@@ -72,14 +72,14 @@ class ImageBatches:
         return {"images": images, "labels": labels, "indices": torch.from_numpy(indices)}
 
     def uniform(self, purpose: str, step: int, samples: range, size: int) -> Tensor:
-        """Draw (B, size) uniform numbers. A sample's numbers do not depend on which others are drawn."""
-        draws = rng.generator(self.seed, purpose, step).random((samples.stop, size), dtype=np.float32)
-        return torch.from_numpy(draws[samples.start :])
+        """Draw (B, size) uniform numbers, each row from (seed, purpose, step, sample) alone."""
+        generators = rng.generators(self.seed, purpose, step, samples=samples)
+        return torch.from_numpy(np.stack([g.random(size, dtype=np.float32) for g in generators]))
 
     def normal(self, purpose: str, step: int, samples: range, shape: tuple[int, ...]) -> Tensor:
         """Draw (B, *shape) standard normal numbers, as `uniform` does."""
-        draws = rng.generator(self.seed, purpose, step).standard_normal((samples.stop, *shape), dtype=np.float32)
-        return torch.from_numpy(draws[samples.start :])
+        generators = rng.generators(self.seed, purpose, step, samples=samples)
+        return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]))
 
 
 def micro_batches(settings: TrainSettings) -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -32,19 +32,16 @@ class TrainingLog:
         self._steps, self._start = 0, time.monotonic()
 
     def start(self, step: int, state: Sequence[Any]) -> None:
-        """Continue after a step, with what `state` gave for its checkpoint."""
+        """Continue after a step, with what `state` gave for its checkpoint: lines of later steps are removed."""
         self._sums = {tuple(names): _of_rank(torch.tensor(sums)) for names, sums in state}
         self._steps, self._start = 0, time.monotonic()
-        if distributed.is_main_process():
-            with self._user_errors():
-                self._truncate(step)
-
-    def _truncate(self, step: int) -> None:
-        """Remove lines after a step, and a last line that a killed process left incomplete."""
+        if not distributed.is_main_process():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as handle:
+        with self._opened() as handle:
             handle.seek(0)
             lines = handle.readlines()
+            # A killed process may have left the last line incomplete.
             while lines and not (lines[-1].endswith(b"}\n") and read_line(lines[-1], self.path)["step"] <= step):
                 lines.pop()
             handle.truncate(sum(map(len, lines)))
@@ -72,14 +69,20 @@ class TrainingLog:
         speed = self._steps * self.batch_size / max(now - self._start, 1e-9)
         line |= {**extra, "images_per_second": speed}
         if distributed.is_main_process():
-            with self._user_errors(), self.path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(line) + "\n")
+            with self._opened() as handle:
+                handle.write(json.dumps(line).encode() + b"\n")
         self._sums, self._steps, self._start = {}, 0, now
         self.note = f"loss {line.get('loss', float('nan')):.4f}, {speed:.0f} images/s"
         return self.note
 
     def state(self) -> list[tuple[list[str], Any]]:
-        """Give what each rank has collected since the last line, as JSON values; waits for the device."""
+        """Give what each rank has collected since the last line, as JSON values; waits for the device.
+
+        The lines so far are brought to the disk, so that a checkpoint never outlives the lines before it.
+        """
+        if distributed.is_main_process() and self.path.exists():
+            with self._opened() as handle:
+                os.fsync(handle.fileno())
         return [(list(names), sums.tolist()) for names, sums in self._all_ranks()]
 
     def _all_ranks(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
@@ -90,16 +93,11 @@ class TrainingLog:
                 torch.distributed.all_gather(list(gathered), sums)
             yield names, gathered
 
-    def flush(self) -> None:
-        """Bring the lines to the disk, so that a checkpoint never outlives the lines before it."""
-        if distributed.is_main_process() and self.path.exists():
-            with self._user_errors(), self.path.open("a", encoding="utf-8") as handle:
-                os.fsync(handle.fileno())
-
     @contextmanager
-    def _user_errors(self) -> Iterator[None]:
+    def _opened(self) -> Iterator[IO[bytes]]:
         try:
-            yield
+            with self.path.open("a+b") as handle:
+                yield handle
         except OSError as error:
             raise files.as_user_error(error, self.path) from error
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ CHECK_EVERY = 10  # steps between looks at the count of skipped steps, each of w
 
 
 class TrainingTask(Protocol):
-    """What is trained. `batch` and `loss` are pure, so that a run can stop anywhere and resume exactly."""
+    """What is trained. `batch` and `loss` are pure, so that a run can stop anywhere and resume exactly.
+
+    A task may also have `preview(step, model, folder)`, which writes images that show what the model has learnt.
+    """
 
     name: str
 
@@ -47,15 +50,6 @@ class TrainingTask(Protocol):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute scalars: "loss" is minimised; the others are logged, and may be pairs (sum, count)."""
-        ...
-
-
-@runtime_checkable
-class Previewing(Protocol):
-    """A task that can show samples while it is trained."""
-
-    def preview(self, step: int, model: nn.Module, folder: Path) -> None:
-        """Write images under `folder`."""
         ...
 
 
@@ -93,7 +87,8 @@ def fit(
                 # A signal that comes from here on is seen after the next step, or at the end.
                 stop = distributed.all_reduce_max(received[0] if received else 0)
                 trainer.save_if_due(stopping=bool(stop))
-            trainer.finish()
+            trainer.writer.wait()
+            distributed.barrier()
         stop = distributed.all_reduce_max(received[0] if received else 0)
     if stop:
         raise Interrupted(stop)
@@ -116,8 +111,8 @@ class Trainer:
         self.step = 0
         self._saved: int | None = None  # step of the newest checkpoint of this state
         self._checkpoint_pause = 0.0
-        # Steps without a finite gradient: at present and at most in a row, and in all; on the device.
-        self._streak, self._longest, self._skipped = (torch.zeros((), device=device) for _ in range(3))
+        # Steps without a finite gradient, at present in a row and in all; on the device.
+        self._streak, self._skipped = (torch.zeros((), device=device) for _ in range(2))
 
     def train_step(self) -> None:
         """Take one step: AdamW on the mean loss over the global batch, which all ranks and micro-batches share.
@@ -138,7 +133,13 @@ class Trainer:
             self.log.collect(losses, 1 / micro_batches(settings))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip or math.inf)
         self.log.collect({"gradient_norm": norm}, 1 / distributed.world_size())
-        self._update_weights(skip=self._count_skipped(norm))
+
+        skip = (~torch.isfinite(norm)).float()
+        self._streak, self._skipped = (self._streak + 1) * skip, self._skipped + skip
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # 1: the optimizer's kernel changes nothing
+        if self.device.type not in IGNORES_FOUND_INF or not skip:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             update = get_ema_multi_avg_fn(ema_decay(settings, self.step))
             update(list(self.ema.parameters()), list(self.network.parameters()), None)
@@ -149,24 +150,6 @@ class Trainer:
         if last or not isinstance(self.model, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return cast(AbstractContextManager[None], self.model.no_sync())
-
-    def _update_weights(self, skip: Tensor) -> None:
-        """Let the optimizer take its step, unless `skip` is 1."""
-        if self.device.type in IGNORES_FOUND_INF:
-            if not bool(skip):
-                self.optimizer.step()
-        else:
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _count_skipped(self, gradient_norm: Tensor) -> Tensor:
-        """Give 1.0 if the step must be skipped, else 0.0, on the device."""
-        skip = (~torch.isfinite(gradient_norm)).float()
-        self._streak = (self._streak + 1) * skip
-        self._longest = torch.maximum(self._longest, self._streak)
-        self._skipped = self._skipped + skip
-        return skip
 
     def log_step(self) -> str:
         """Write a line to the log where one is due, and refuse to continue after too many skipped steps."""
@@ -186,23 +169,19 @@ class Trainer:
         return self.log.write(self.step, extra)
 
     def _check_skipped(self) -> None:
-        if self._longest < min(self.settings.max_skipped, self.settings.steps):
-            return
-        precision = ", with precision: float32" if self.settings.precision != "float32" else ""
-        raise SFDError(
-            f"{self.task.name}: the gradient was not finite {int(self._longest)} steps in a row, up to step "
-            f"{self.step}; resume from the last checkpoint with other batches (train.data_offset="
-            f"{self.settings.data_offset + 1_000_000}), or start anew in another folder with a lower "
-            f"learning_rate{precision}"
-        )
+        settings, streak = self.settings, int(self._streak)
+        if streak >= min(settings.max_skipped, settings.steps):
+            raise SFDError(
+                f"{self.task.name}: the gradient was not finite {streak} steps in a row, up to step {self.step}; "
+                f"resume from the last checkpoint with other batches (train.data_offset={settings.data_offset + 1_000_000}), "
+                "or start anew in another folder with a lower learning_rate, or with precision: float32"
+            )
 
     def preview(self) -> None:
         """Let the task show what the model has learnt, where that is due."""
-        every = self.settings.preview_every
-        if not every or self.step % every or not isinstance(self.task, Previewing):
-            return
-        if distributed.is_main_process():
-            self.task.preview(self.step, self.result(), self.folder / "previews")
+        every, show = self.settings.preview_every, getattr(self.task, "preview", None)
+        if show is not None and every and self.step % every == 0 and distributed.is_main_process():
+            show(self.step, self.result(), self.folder / "previews")
             self.network.train()
 
     @contextmanager
@@ -214,11 +193,6 @@ class Trainer:
         finally:
             self.data.close()
             self.writer.close()
-
-    def finish(self) -> None:
-        """Wait until everything is on the disk, on all ranks."""
-        self.writer.wait()
-        distributed.barrier()
 
     def result(self) -> nn.Module:
         """Give the averaged network, or the network itself without an average, in evaluation mode."""
@@ -239,9 +213,8 @@ class Trainer:
         None is written while steps are being skipped, so that the newest is one from before that.
         """
         must = stopping or self.step == self.settings.steps
-        if self._saved == self.step or not (must or self.settings.checkpoint_due(self.step)):
-            return
-        if self._streak and not must:
+        due = must or (self.settings.checkpoint_due(self.step) and not self._streak)
+        if not due or self._saved == self.step:
             return
         record = {
             "task": self.task.name,
@@ -249,7 +222,6 @@ class Trainer:
             "skipped": {"streak": int(self._streak), "total": int(self._skipped)},
             "log": self.log.state(),
         }
-        self.log.flush()
         if distributed.is_main_process():
             self._checkpoint_pause = self.writer.save(self.step, self.state(), record)
         self._saved = self.step
@@ -260,19 +232,17 @@ class Trainer:
         if distributed.is_main_process():
             files.remove_partials(folder)
         saved = checkpoint.newest(folder)
-        log: list[Any] = []
         if saved is not None:
             _check_same_run(self.folder, self.settings, saved.record)
             saved.fill(self.state())
             self.step = self._saved = saved.step
-            skipped, log = saved.record["skipped"], saved.record["log"]
-            self._streak, self._skipped = self._streak + skipped["streak"], self._skipped + skipped["total"]
-            self._longest = self._streak
+            self._streak += saved.record["skipped"]["streak"]
+            self._skipped += saved.record["skipped"]["total"]
             if self.step < self.settings.steps:
                 say(f"{self.task.name}: resuming after step {self.step}")
         if distributed.is_main_process() and self.step < self.settings.steps:
             self.writer.check_space(self.state())
-        self.log.start(self.step, log)
+        self.log.start(self.step, saved.record["log"] if saved is not None else [])
 
 
 def _distributed(network: nn.Module, settings: TrainSettings, device: torch.device) -> nn.Module:
