@@ -173,8 +173,8 @@ class Trainer:
         if streak >= min(settings.max_skipped, settings.steps):
             raise SFDError(
                 f"{self.task.name}: the gradient was not finite {streak} steps in a row, up to step {self.step}; "
-                f"resume from the last checkpoint with other batches (train.data_offset={settings.data_offset + 1_000_000}), "
-                "or start anew in another folder with a lower learning_rate, or with precision: float32"
+                f"resume from the last checkpoint with train.data_offset={settings.data_offset + 1_000_000} (other "
+                "batches), or start anew with a lower learning_rate or precision: float32"
             )
 
     def preview(self) -> None:
