@@ -19,8 +19,8 @@ from sfd.data.folder import FolderSource
 from sfd.encoders import autoencoder_kl
 from sfd.models.dit import LightningDiT
 from sfd.run.latents import find_latents
-from sfd.run.pipeline import transformer_config
 from sfd.run.recipe import load_recipe
+from sfd.run.transformer import transformer_config
 from sfd.schedule import build_schedule
 from sfd.training.config import TrainSettings
 from sfd.training.data import Prefetcher

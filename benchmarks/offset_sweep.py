@@ -14,9 +14,9 @@ from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
 from sfd.evaluation.reference import Reference
 from sfd.generation.model import Model
 from sfd.models.dit import LightningDiT
-from sfd.run.assessment import reference
-from sfd.run.pipeline import Pipeline, transformer_config
+from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, load_recipe
+from sfd.run.transformer import transformer_config
 from sfd.schedule import build_schedule
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
@@ -51,9 +51,9 @@ def offset_sweep(setting: Setting, recipe: Path = RECIPE, runs: tuple[tuple[floa
 def parts(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Pipeline, Reference]:
     """A run with all of its parts but the transformer, and what its samples are compared with."""
     pipeline = Pipeline(recipe, folder, device)
-    for stage in ("train_texture", "train_semantic", "train_compressor", "prepare", "train_evaluator"):
-        getattr(pipeline, stage)()
-    return pipeline, reference(pipeline)
+    for stage in (pipeline.texture, pipeline.semantic, pipeline.compressor, pipeline.latents, pipeline.evaluator):
+        stage.make()
+    return pipeline, pipeline.evaluator.reference()
 
 
 def trained(pipeline: Pipeline, delta: float, seed: int, folder: Path) -> Model:
@@ -64,7 +64,7 @@ def trained(pipeline: Pipeline, delta: float, seed: int, folder: Path) -> Model:
     network, size = LightningDiT(config, seed=seed), recipe.train.batch_size
     task = DiffusionTask(network, latents, schedule, recipe.loss, seed=seed, batch_size=size)
     network = fit(task, recipe.train, folder, device=pipeline.device)
-    return Model(network, schedule, pipeline.texture, latents.manifest.classes)
+    return Model(network, schedule, pipeline.texture.encoder, latents.manifest.classes)
 
 
 def evaluated(pipeline: Pipeline, model: Model, against: Reference, name: str) -> Metrics:

@@ -31,8 +31,8 @@ from sfd.guidance import VelocityField
 from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference
 from sfd.run.latents import find_latents
-from sfd.run.pipeline import transformer_config
 from sfd.run.recipe import load_recipe
+from sfd.run.transformer import transformer_config
 from sfd.sampling import DEFAULT_STEPS, initial_noise, integrate
 from sfd.schedule import build_schedule
 from sfd.training import trainer

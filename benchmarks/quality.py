@@ -91,9 +91,9 @@ def _evaluation(setting: Setting, way: str, folder: Path) -> Row:
 
 def held_out(pipeline: Pipeline, folder: Path) -> LatentSet:
     """Latents of the images that no transformer is trained on."""
-    tokenizers = pipeline.texture, pipeline.semantic, pipeline.compressor
+    tokenizers = pipeline.texture.encoder, pipeline.semantic.encoder, pipeline.compressor.compressor
     settings = LatentSettings(features=False)
-    LatentWriter(pipeline.images[1], *tokenizers, folder, settings, pipeline.device).write()
+    LatentWriter(pipeline.images.held_out, *tokenizers, folder, settings, pipeline.device).write()
     return LatentSet(folder)
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from sfd.run.assessment import assess
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
 from tiny import write_recipe
@@ -27,7 +26,7 @@ def finished(tmp_path_factory):
     """A whole run, from images to report."""
     folder = tmp_path_factory.mktemp("run")
     pipeline = Pipeline(load_recipe(write_recipe(folder)), folder / "out", torch.device("cpu"))
-    pipeline.save_recipe()
-    pipeline.all()
-    assess(pipeline)
+    pipeline.run.save_recipe()
+    pipeline.make_model()
+    pipeline.report()
     return pipeline

@@ -129,7 +129,8 @@ def test_no_model(tmp_path):
         (["--guidance=-1"], "at least 0"),
         (["--guidance", "2", "interval=[0.9, 0.1]"], "interval"),
         (["shift=0"], "shift"),
-        (["--weak", "nowhere"], "nowhere"),
+        (["--guiding-model", "nowhere"], "nowhere"),
+        (["--weak", "nowhere"], "--guiding-model"),
         (["options=[1"], "not valid YAML"),
         (["batch_size=0"], "batch_size"),
     ],
@@ -306,9 +307,11 @@ def test_an_exported_model_is_half_the_size(finished, tmp_path):
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_a_strip_is_drawn(finished, tmp_path):
-    assert sfd("strip", finished.folder.root, "--class", "star", "--out", tmp_path / "strip.png").exit_code == 0
-    assert Image.open(tmp_path / "strip.png").width > 500
+def test_a_trajectory_is_drawn(finished, tmp_path):
+    assert (
+        sfd("trajectory", finished.folder.root, "--class", "star", "--out", tmp_path / "trajectory.png").exit_code == 0
+    )
+    assert Image.open(tmp_path / "trajectory.png").width > 500
 
 
 def test_files_without_a_record_of_what_they_were_made_from_are_refused(finished, recipe, tmp_path):

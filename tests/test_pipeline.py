@@ -19,7 +19,6 @@ from sfd.evaluation.evaluate import read_metrics
 from sfd.generation.config import SamplingConfig
 from sfd.generation.folder import read_images, write_samples
 from sfd.generation.model import load_model
-from sfd.run.assessment import assess
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
 from sfd.utils import files
@@ -50,13 +49,13 @@ def test_previews_are_written(finished):
 def test_the_same_command_does_nothing_again(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.folder.root.rglob("*.safetensors")}
     again = Pipeline(finished.recipe, finished.folder.root, CPU)
-    again.all()
+    again.make_model()
     assert before == {p: p.stat().st_mtime_ns for p in finished.folder.root.rglob("*.safetensors")}
 
 
 def test_the_same_recipe_gives_the_same_bytes(finished, tmp_path):
     other = Pipeline(finished.recipe, tmp_path, CPU)
-    other.all()
+    other.make_model()
     assert same(weights(tmp_path), weights(finished.folder.root))
 
 
@@ -79,13 +78,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
 def test_another_recipe_in_the_same_folder_is_refused(finished):
     other = load_recipe(finished.folder.recipe, ["loss.cosine=0.5"])
     with pytest.raises(SFDError, match=r"loss\.cosine was 1\.0 before and is 0\.5 now"):
-        Pipeline(other, finished.folder.root, CPU).train()
+        Pipeline(other, finished.folder.root, CPU).transformer.make()
 
 
 def test_a_stage_names_what_it_needs_first(tmp_path):
     pipeline = Pipeline(load_recipe(write_recipe(tmp_path)), tmp_path / "out", CPU)
     with pytest.raises(SFDError, match="sfd train-texture"):
-        pipeline.train()
+        pipeline.transformer.make()
 
 
 def test_image_k_depends_on_seed_k_alone(finished):
@@ -132,19 +131,19 @@ def without_classifier(finished, out, *overrides):
 
 def test_without_a_classifier_a_run_ends_with_samples_and_how_to_evaluate_them(finished, tmp_path):
     pipeline = without_classifier(finished, tmp_path / "out")
-    pipeline.all()
-    assess(pipeline)
+    pipeline.make_model()
+    pipeline.report()
     page = pipeline.folder.report.read_text()
     assert "sfd evaluate" in page and "Fréchet distance" not in page
     assert len(list((pipeline.folder.samples / "guided").glob("0*.png"))) == 20
     with pytest.raises(SFDError, match=r"has no evaluation\.classifier"):
-        pipeline.train_evaluator()
+        _ = pipeline.evaluator.extractor
 
 
 def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
-    pipeline = without_classifier(finished, tmp_path / "out", WEAK, f"evaluation.weak={finished.folder.root}")
-    pipeline.all()
-    assess(pipeline)
+    pipeline = without_classifier(finished, tmp_path / "out", WEAK, f"evaluation.guiding_model={finished.folder.root}")
+    pipeline.make_model()
+    pipeline.report()
     record = files.read_json(pipeline.folder.samples / "guided" / "samples.json", "samples")
     assert record["guiding"] == finished.model.identity
     guided, unguided = (read_images(pipeline.folder.samples / name, range(4)) for name in ("guided", "unguided"))
@@ -152,22 +151,22 @@ def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
 
 
 def test_a_missing_weak_model_is_found_before_training(finished, tmp_path):
-    recipe = load_recipe(finished.folder.recipe, [WEAK, "evaluation.weak=nowhere"])
+    recipe = load_recipe(finished.folder.recipe, [WEAK, "evaluation.guiding_model=nowhere"])
     with pytest.raises(SFDError, match="there is no model nowhere"):
-        Pipeline(recipe, tmp_path, CPU).all()
+        Pipeline(recipe, tmp_path, CPU).make_model()
 
 
 def test_a_batch_that_does_not_divide_is_found_before_anything_is_trained(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path), ["train.accumulate=3"])
     with pytest.raises(SFDError, match="batch_size 8 does not divide into 1 ranks × 3 micro-batches"):
-        Pipeline(recipe, tmp_path / "out", CPU).all()
+        Pipeline(recipe, tmp_path / "out", CPU).make_model()
     assert not (tmp_path / "out").exists()
 
 
 def test_data_of_another_number_of_classes_are_refused(finished, tmp_path):
     recipe = load_recipe(finished.folder.recipe, ["data.classes=1000"])
     with pytest.raises(SFDError, match=r"data\.classes is 1000, but shapes has 10 classes"):
-        Pipeline(recipe, tmp_path, CPU).train_texture()
+        Pipeline(recipe, tmp_path, CPU).texture.make()
 
 
 def test_samples_are_evaluated_by_a_run_as_a_folder_and_packed(finished, tmp_path):
@@ -190,8 +189,8 @@ def test_a_model_in_half_precision_is_still_itself(finished, tmp_path):
 def test_a_model_with_another_texture_encoder_is_refused(finished, tmp_path):
     shutil.copytree(finished.folder.model, tmp_path / "model")
     other = Pipeline(load_recipe(finished.folder.recipe, ["seed=1"]), tmp_path / "other", CPU)
-    other.train_texture()
-    other.texture.save(tmp_path / "model" / "texture")
+    other.texture.make()
+    other.texture.encoder.save(tmp_path / "model" / "texture")
     with pytest.raises(SFDError, match="made by tokenizer"):
         load_model(tmp_path / "model", CPU)
 
@@ -205,11 +204,11 @@ def test_weights_of_another_model_are_refused(finished, tmp_path):
 
 
 def test_latents_read_back_what_was_encoded(finished):
-    latents, source = LatentSet(finished.folder.latents), finished.images[0]
+    latents, source = LatentSet(finished.folder.latents), finished.images.training
     numbers = np.array([3, 77, 51])
     from sfd.data.images import to_tensor
 
-    expected = finished.texture.encode(to_tensor(source.load(numbers)).flip(-1))
+    expected = finished.texture.encoder.encode(to_tensor(source.load(numbers)).flip(-1))
     torch.testing.assert_close(latents.read("texture", numbers, np.ones(3, bool)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -227,9 +226,9 @@ def test_variants_of_the_method_run(finished, tmp_path, overrides):
     for part in ("texture", "semantic"):
         shutil.copytree(finished.folder.root / part, tmp_path / part)
     pipeline = Pipeline(load_recipe(finished.folder.recipe, overrides), tmp_path, CPU)
-    pipeline.train_compressor()
-    pipeline.prepare()
-    pipeline.train()
+    pipeline.compressor.make()
+    pipeline.latents.make()
+    pipeline.transformer.make()
     images = next(pipeline.model.sample_batches([0], [0], SamplingConfig(steps=3))).images
     assert images.shape == (1, 32, 32, 3)
 
@@ -244,6 +243,6 @@ def test_a_folder_without_classes_trains_an_unconditional_model(tmp_path):
         [f"data={{source: '{tmp_path / 'flat'}', holdout: 0.5}}", "evaluation.samples_per_class=8"],
     )
     pipeline = Pipeline(recipe, tmp_path / "out", CPU)
-    pipeline.all()
-    assess(pipeline)
+    pipeline.make_model()
+    pipeline.report()
     assert pipeline.model.classes == () and pipeline.folder.report.exists()

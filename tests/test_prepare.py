@@ -63,7 +63,7 @@ def recipe(tmp_path_factory):
 def alone(encoders, recipe):
     """What one process makes undisturbed."""
     pipeline = Pipeline(load_recipe(recipe, SLOW), encoders(), CPU)
-    pipeline.prepare()
+    pipeline.latents.make()
     return contents(pipeline.folder.latents)
 
 
@@ -88,7 +88,7 @@ def test_ranks_of_a_launcher_make_the_same_bytes_as_one(encoders, recipe, alone)
     process = start(recipe, out, *torchrun)
     assert process.communicate()[1].count("encoding latents") == 1  # rank 0 alone speaks
     assert process.returncode == 0 and contents(out / "latents") == alone
-    Pipeline(load_recipe(recipe, SLOW), out, CPU).latents_stage.require()
+    Pipeline(load_recipe(recipe, SLOW), out, CPU).latents.require()
 
 
 def test_the_last_job_of_an_array_finishes_the_stage_and_counts_all_time(encoders, recipe, alone, monkeypatch):
@@ -98,9 +98,9 @@ def test_the_last_job_of_an_array_finishes_the_stage_and_counts_all_time(encoder
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
         pipeline = Pipeline(load_recipe(recipe, SLOW), out, CPU)
-        pipeline.prepare()
+        pipeline.latents.make()
         seconds.append(files.read_json(out / "latents" / "stage.json", "stage")["seconds"])
-        assert pipeline.latents_stage.finished() == (rank == 0)
+        assert pipeline.latents.finished() == (rank == 0)
     assert contents(out / "latents") == alone and seconds[1] > seconds[0] > 0
 
 
@@ -116,7 +116,7 @@ def test_without_semantics_no_semantic_encoder_is_needed(encoders, recipe):
     ]
     pipeline = Pipeline(load_recipe(recipe, baseline), out, CPU)
     check(pipeline.recipe)
-    pipeline.all()
+    pipeline.make_model()
     assert set(LatentSet(out / "latents").manifest.streams) == {"texture"}
     assert pipeline.model.composite.names == ("texture",)
     assert not (out / "semantic").exists() and not (out / "compressor").exists()
@@ -127,7 +127,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(encoders, recipe, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     out = encoders()
     with pytest.raises(SFDError, match=r"GiB free; free some.*latents\.features=false"):
-        Pipeline(load_recipe(recipe), out, CPU).prepare()
+        Pipeline(load_recipe(recipe), out, CPU).latents.make()
     assert not list((out / "latents").glob("shard-*"))
 
 

@@ -67,7 +67,7 @@ def recipe(published, where, compressor=PCA, overrides=()):
 def test_a_run_with_published_encoders(published, tmp_path, compressor, channels):
     pipeline = Pipeline(recipe(published, tmp_path, compressor), tmp_path / "out", CPU)
     planned = check(pipeline.recipe)
-    pipeline.all()
+    pipeline.make_model()
     # The model directory alone is enough to sample.
     model = load_model(shutil.move(tmp_path / "out" / "model", tmp_path / "model"), CPU)
     assert model.composite["semantic"].channels == channels
@@ -76,7 +76,7 @@ def test_a_run_with_published_encoders(published, tmp_path, compressor, channels
     ]
     images = next(model.sample_batches([0], [0], SamplingConfig(steps=3))).images
     assert images.shape == (1, 32, 32, 3)
-    assert model.composite["texture"].tokenizer == pipeline.texture.identity
+    assert model.composite["texture"].tokenizer == pipeline.texture.encoder.identity
     assert not (tmp_path / "out" / "texture").exists() and not (tmp_path / "out" / "semantic").exists()
 
 
@@ -84,7 +84,7 @@ def test_a_published_encoder_that_is_missing_is_found_before_any_training(publis
     changed = recipe(published, tmp_path, SEMVAE, ABSENT)
     check(changed)  # its architecture is known from the recipe
     with pytest.raises(SFDError, match="facebook/none is neither a folder nor"):
-        Pipeline(changed, tmp_path / "out", CPU).all()
+        Pipeline(changed, tmp_path / "out", CPU).make_model()
 
 
 def test_a_dry_run_says_what_is_not_here_yet(published, tmp_path):
@@ -115,7 +115,7 @@ class TestGivenCompressors:
         given = recipe(published, tmp_path, SEMVAE, [f"compressor.folder={tmp_path}/none"])
         assert check(given).composite["semantic"].channels == 5
         with pytest.raises(SFDError, match="a compressor was expected there"):
-            Pipeline(given, tmp_path / "out", CPU).all()
+            Pipeline(given, tmp_path / "out", CPU).make_model()
 
     @pytest.mark.parametrize(
         ("compressor", "message"),

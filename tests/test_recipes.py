@@ -16,7 +16,6 @@ from sfd.generation.folder import read_images
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.models.semvae import SemVAE, SemVAEConfig
-from sfd.run.assessment import assess
 from sfd.run.estimate import KEPT_BYTES, describe, estimate, table
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, load_recipe
@@ -173,32 +172,32 @@ def shrunk(small: Path, name: str, *overrides: str) -> Recipe:
 )
 def test_a_recipe_trains_and_samples(small, tmp_path, name, streams):
     pipeline = Pipeline(shrunk(small, name), tmp_path, CPU)
-    pipeline.all()
+    pipeline.make_model()
     model = pipeline.model
     assert {s.name: (s.channels, s.grid) for s in model.composite.streams} == streams
-    made = next(model.sample_batches([0, 1], [0, 1], pipeline.sample_settings(model)))
+    made = next(model.sample_batches([0, 1], [0, 1], pipeline.recipe.sampling(model.classes)))
     assert made.images.shape == (2, 32, 32, 3) and torch.isfinite(made.latents).all()
 
 
 def test_published_latents_are_trained_on(small, tmp_path):
     made = Pipeline(shrunk(small, "ablation/4-offset"), tmp_path / "made", CPU)
-    made.train_compressor()
-    made.prepare()
+    made.compressor.make()
+    made.latents.make()
     write_published(LatentSet(made.folder.latents), tmp_path / "shards", 20)
     overrides = ["data.source=null", f"latents.published={tmp_path / 'shards'}"]
     pipeline = Pipeline(shrunk(small, "published-latents", *overrides), tmp_path / "out", CPU)
-    pipeline.all()
-    made_images = next(pipeline.model.sample_batches([9], [0], pipeline.sample_settings(pipeline.model))).images
+    pipeline.make_model()
+    made_images = next(pipeline.model.sample_batches([9], [0], pipeline.recipe.sampling(pipeline.model.classes))).images
     assert made_images.shape == (1, 32, 32, 3)
 
 
 def test_autoguidance_from_end_to_end(small, tmp_path):
     weak = Pipeline(shrunk(small, "guidance-b"), tmp_path / "weak", CPU)
-    weak.all()
-    names = f"evaluation.weak={tmp_path / 'weak'}"
+    weak.make_model()
+    names = f"evaluation.guiding_model={tmp_path / 'weak'}"
     strong = Pipeline(shrunk(small, "xl-80", names, "train.steps=6", "transformer.depth=3"), tmp_path / "strong", CPU)
-    strong.all()
-    assess(strong)
+    strong.make_model()
+    strong.report()
     record = files.read_json(strong.folder.samples / "guided" / "samples.json", "samples")
     assert record["guiding"] == weak.model.identity and record["sampling"]["guidance"] == 1.5
     assert read_images(strong.folder.samples / "guided", range(10)).shape == (10, 32, 32, 3)

@@ -12,7 +12,6 @@ from sfd.evaluation.evaluate import Metrics, Protocol
 from sfd.evaluation.report import (
     Gallery,
     ReportContent,
-    StageCost,
     write_report,
 )
 from sfd.generation.trajectory import ScheduleCurves, Trajectory
@@ -63,6 +62,11 @@ def schedule():
     return ScheduleCurves(("texture", "semantic"), base, times, rates, (3 / 13, 10 / 13))
 
 
+def cost(stage, seconds, memory, device_memory=0):
+    sizes = {"peak_memory_bytes": memory, "peak_device_memory_bytes": device_memory}
+    return {"stage": stage, "seconds": seconds, **sizes}
+
+
 def full_content():
     log = [{"step": 20 * i, "loss": 1 / i, "images_per_second": 100.0, "skipped": 0} for i in range(1, 30)]
     base = np.linspace(0, 1, 5)
@@ -71,12 +75,12 @@ def full_content():
         summary="What was run.",
         facts={"Data": "two shapes"},
         recipe="name: demo\n",
-        galleries=[Gallery("Guided", "with care", images(8), np.arange(8) % 2, CLASSES)],
+        galleries=[Gallery("Guided", "with care", [(name, images(4)) for name in CLASSES])],
         schedule=schedule(),
-        strip=Trajectory("a disk", base, np.stack([base, base], axis=1), RNG.normal(size=(5, 4, 2, 2)), images(5)),
+        trajectory=Trajectory("a disk", base, np.stack([base, base], axis=1), RNG.normal(size=(5, 4, 2, 2)), images(5)),
         logs={"transformer": log},
         metrics=[row(), row("real training images", real=True, class_accuracy=0.98)],
-        stages=[StageCost("transformer", 200, 1_200_000_000)],
+        stages=[cost("transformer", 200, 1_200_000_000)],
     )
 
 
@@ -111,7 +115,7 @@ def test_a_phase_in_which_nothing_moves_is_at_rest():
 
 def test_memory_of_a_device_is_shown_where_one_was_used(page, tmp_path):
     assert "device memory" not in page and ">1.2 GB<" in page
-    costs = [StageCost("latents", 20, 1_200_000_000), StageCost("transformer", 200, 1_300_000_000, 7_700_000_000)]
+    costs = [cost("latents", 20, 1_200_000_000), cost("transformer", 200, 1_300_000_000, 7_700_000_000)]
     write_report(tmp_path / "report.html", ReportContent("T", "", {}, "", stages=costs))
     shown = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Peak device memory" in shown and shown.count(">7.7 GB<") == 2 and shown.count(">0 MB<") == 1
@@ -155,7 +159,7 @@ def test_a_report_draws_what_is_logged_and_nothing_else(page):
 
 def test_a_report_of_an_unconditional_run_without_training(tmp_path):
     metrics = [row(class_accuracy=None, inception_score=None, accuracy_by_class={}, balanced=False)]
-    gallery = Gallery("Samples", "", images(23), None, ())
+    gallery = Gallery("Samples", "", [("", images(10)), ("", images(10)), ("", images(3))])
     write_report(tmp_path / "report.html", ReportContent("Title", "", {}, "", [gallery], metrics=metrics))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<img") == 3
@@ -163,9 +167,8 @@ def test_a_report_of_an_unconditional_run_without_training(tmp_path):
 
 
 def test_a_report_of_large_images_stays_small(tmp_path):
-    content = ReportContent(
-        "T", "", {}, "", [Gallery("G", "", images(200, 256), np.arange(200) % 20, [*map(str, range(20))])]
-    )
+    rows = [(str(label), images(10, 256)) for label in range(20)]
+    content = ReportContent("T", "", {}, "", [Gallery("G", "", rows)])
     write_report(tmp_path / "report.html", content)
     assert (tmp_path / "report.html").stat().st_size < 5e6
 

@@ -12,7 +12,7 @@ from PIL import Image
 from sfd.cli.main import main
 from sfd.data.folder import write_folder
 from sfd.data.shapes import ShapesSource
-from sfd.run import assessment, pipeline
+from sfd.run import pipeline
 from sfd.run.recipe import load_recipe
 from sfd.training import checkpoint
 from sfd.utils import files
@@ -31,7 +31,7 @@ FREE_IN_TRAINING |= {"log_every", "preview_every", "max_skipped", "data_offset"}
 for training in ("texture.train", "semantic.train", "compressor.train", "train", "evaluation.classifier.training"):
     FREE |= {f"{training}.{field}" for field in FREE_IN_TRAINING}
 # What is there is compared, not where it is; tested below.
-PLACES = {"data.source", "latents.published", "compressor.folder", "evaluation.weak"}
+PLACES = {"data.source", "latents.published", "compressor.folder", "evaluation.guiding_model"}
 PLACES |= {f"{part}train.init" for part in ("", "texture.", "semantic.", "compressor.")}
 PLACES |= {"evaluation.classifier.training.init"}
 PLACES |= {f"{part}.{field}" for part in ("texture", "semantic") for field in ("folder", "pretrained")}
@@ -111,7 +111,7 @@ def changed(settings, name, value):
 def refusals(recipe, root):
     """Give the sentences of the stages that refuse a recipe, by folder."""
     run, found = pipeline.Pipeline(recipe, root, CPU), {}
-    for stage in [*run.stages(), *assessment.stages(run)]:
+    for stage in run.stages():
         assert (stage.folder / "stage.json").exists()
         try:
             stage.check_recipe()
@@ -224,7 +224,7 @@ def test_encoders_from_elsewhere_are_compared_by_identity(stopped, finished, tmp
     assert sfd(*command, f"texture={given % moved}").exit_code == 0
     stop(stopped, "training")
     other = pipeline.Pipeline(load_recipe(write_recipe(tmp_path), ["seed=1"]), tmp_path / "other", CPU)
-    other.train_texture()
+    other.texture.make()
     refused(sfd(*command, f"texture={given % other.folder.texture}"), "tokenizers.texture was")
 
 
@@ -318,18 +318,18 @@ def test_a_schedule_longer_than_the_training_is_refused(tmp_path, overrides, wor
     assert all(word in str(refusal.value) for word in words)
 
 
-@pytest.mark.parametrize("command", ["strip", "pack", "export", "evaluate"])
+@pytest.mark.parametrize("command", ["trajectory", "pack", "export", "evaluate"])
 def test_only_a_command_s_own_output_is_overwritten(finished, tmp_path, command):
     samples, run = finished.folder.samples / "guided", finished.folder.root
     out, start = {
-        "strip": (tmp_path / "out.png", lambda out: ("strip", run, "--out", out, "--device", "cpu")),
+        "trajectory": (tmp_path / "out.png", lambda out: ("trajectory", run, "--out", out, "--device", "cpu")),
         "pack": (tmp_path / "out.npz", lambda out: ("pack", samples, out)),
         "export": (tmp_path / "out", lambda out: ("export", run, out)),
         "evaluate": (tmp_path / "out.json", lambda out: ("evaluate", samples, "--run", run, "--out", out)),
     }[command]
     if command == "export":
         shutil.copytree(finished.folder.model, out)
-    elif command == "strip":
+    elif command == "trajectory":
         Image.new("RGB", (8, 8)).save(out)
     else:
         out.write_text('{"mine": 1}')

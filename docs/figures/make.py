@@ -2,7 +2,7 @@
 
     python docs/figures/make.py [overview schedules times knots offset speed solvers solvers_trained training_curves]
 
-All of them take about half a minute. The phases of a sample are drawn by `sfd strip models/shapes`.
+All of them take about half a minute. The phases of a sample are drawn by `sfd trajectory models/shapes`.
 """
 
 from __future__ import annotations

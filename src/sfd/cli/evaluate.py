@@ -13,7 +13,6 @@ from sfd.evaluation.features import extract
 from sfd.evaluation.npz import RECORD, Npz
 from sfd.evaluation.reference import Reference, open_reference
 from sfd.evaluation.samples import Samples, load_samples, pack
-from sfd.run.assessment import held_out_images
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
 from sfd.utils import files
@@ -55,7 +54,7 @@ def evaluate_samples(
         if not (run / "recipe.yaml").exists():
             raise SFDError(f"{run} is not a run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
         pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, chosen)
-        network, real = pipeline.evaluator, held_out_images(pipeline)
+        network, real = pipeline.evaluator.extractor, pipeline.evaluator.reference_images()
     else:
         assert reference is not None and extractor is not None
         network = pretrained(extractor, weights, chosen)

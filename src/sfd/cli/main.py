@@ -16,6 +16,7 @@ from sfd.utils.errors import SFDError
 
 if TYPE_CHECKING:
     from sfd.run.pipeline import Pipeline
+    from sfd.run.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
@@ -30,6 +31,11 @@ def main() -> None:
 
     `sfd run RECIPE --out DIR` does everything; the other commands are its single stages, and tools for their results.
     """
+
+
+def _renamed(context: click.Context, option: click.Parameter, value: object) -> None:
+    if value is not None:
+        raise SFDError("the option --weak is now --guiding-model")
 
 
 def recipe_command(function: Command) -> Command:
@@ -54,7 +60,7 @@ def recipe_command(function: Command) -> Command:
 
 
 def _stage(
-    work: Callable[[Pipeline], None],
+    work: Callable[[Pipeline], object],
     recipe: Path,
     overrides: tuple[str, ...],
     out: Path,
@@ -63,40 +69,41 @@ def _stage(
     dry_run: bool,
     tflops: float | None,
     device: str,
-    whole: bool = False,
 ) -> None:
-    """Validate the recipe, lock the run's folder and do a stage's work, or a `whole` run's."""
-    from sfd.run import assessment, stages
+    """Validate the recipe, lock the run's folder and make stages."""
     from sfd.run.pipeline import Pipeline
     from sfd.run.recipe import load_recipe
-    from sfd.run.validate import check, check_machine, check_out
+    from sfd.run.validate import check, check_out
     from sfd.utils import files, signals
     from sfd.utils.device import choose_device
 
-    resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
+    def read() -> Recipe:
+        resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
+        if not dry_run:
+            check_out(resolved, out)
+            check(resolved)
+        return resolved
+
+    if tflops is not None and not dry_run:
+        raise SFDError("--tflops only affects the estimate of --dry-run; give both")
     if dry_run:
         from sfd.run.estimate import describe
 
         if distributed.is_main_process():
-            click.echo(describe(resolved, choose_device(device), tflops))
+            click.echo(describe(read(), choose_device(device), tflops))
         return
-    if tflops is not None:
-        raise SFDError("--tflops only affects the estimate of --dry-run; give both")
-    check_out(resolved, out)
-    check(resolved)
-    chosen = choose_device(distributed.init(device))
-    if whole:
-        check_machine(resolved, chosen)
+    name = distributed.init(device)
+    resolved = distributed.decide(read)
     with ExitStack() as held:
         held.enter_context(signals.limit(max_hours))
         if distributed.is_main_process():
             held.enter_context(files.exclusive(out))
         distributed.broadcast(None)  # the folder is this run's
-        pipeline = Pipeline(resolved, out, chosen)
-        distributed.decide(lambda: stages.check([*pipeline.stages(), *assessment.stages(pipeline)]))
+        pipeline = Pipeline(resolved, out, choose_device(name))
+        distributed.decide(pipeline.check_recipe)
         work(pipeline)
         if distributed.is_main_process():
-            pipeline.save_recipe()
+            pipeline.run.save_recipe()
     distributed.shutdown()
 
 
@@ -109,35 +116,31 @@ def run(**arguments: Any) -> None:
     """
 
     def work(pipeline: Pipeline) -> None:
-        from sfd.run.assessment import assess
+        pipeline.make_model()
+        _report(pipeline)
 
-        pipeline.all()
-        assess(pipeline)
-        if distributed.is_main_process():
-            click.echo(f"report: {pipeline.folder.report}")
-
-    _stage(work, whole=True, **arguments)
+    _stage(work, **arguments)
 
 
 @main.command("train-texture")
 @recipe_command
 def train_texture(**arguments: Any) -> None:
     """Train the texture autoencoder."""
-    _stage(lambda pipeline: pipeline.train_texture(), **arguments)
+    _stage(lambda pipeline: pipeline.texture.make(), **arguments)
 
 
 @main.command("train-semantic")
 @recipe_command
 def train_semantic(**arguments: Any) -> None:
     """Train the semantic encoder."""
-    _stage(lambda pipeline: pipeline.train_semantic(), **arguments)
+    _stage(lambda pipeline: pipeline.semantic.make(), **arguments)
 
 
 @main.command("train-semvae")
 @recipe_command
 def train_semvae(**arguments: Any) -> None:
     """Train the compressor of the semantic features: a SemVAE, or PCA if the recipe says so."""
-    _stage(lambda pipeline: pipeline.train_compressor(), **arguments)
+    _stage(lambda pipeline: pipeline.compressor.make(), **arguments)
 
 
 @main.command("prepare")
@@ -147,40 +150,34 @@ def prepare(**arguments: Any) -> None:
 
     Ranks share the work: those of torchrun, or of an array job that sets RANK and WORLD_SIZE.
     """
-    from sfd.run.pipeline import Pipeline
-
-    _stage(Pipeline.prepare, **arguments)
+    _stage(lambda pipeline: pipeline.latents.make(), **arguments)
 
 
 @main.command("train")
 @recipe_command
 def train(**arguments: Any) -> None:
     """Train the transformer on prepared latents."""
-    from sfd.run.pipeline import Pipeline
-
-    _stage(Pipeline.train, **arguments)
+    _stage(lambda pipeline: pipeline.transformer.make(), **arguments)
 
 
 @main.command("train-evaluator")
 @recipe_command
 def train_evaluator(**arguments: Any) -> None:
     """Train the evaluation classifier on held-out images."""
-    _stage(lambda pipeline: pipeline.train_evaluator(), **arguments)
+    _stage(lambda pipeline: pipeline.evaluator.make(), **arguments)
 
 
 @main.command("report")
 @recipe_command
 def report(**arguments: Any) -> None:
     """Sample from a trained run, evaluate the samples and write report.html."""
+    _stage(_report, **arguments)
 
-    def work(pipeline: Pipeline) -> None:
-        from sfd.run.assessment import assess
 
-        assess(pipeline)
-        if distributed.is_main_process():
-            click.echo(f"report: {pipeline.folder.report}")
-
-    _stage(work, **arguments)
+def _report(pipeline: Pipeline) -> None:
+    pipeline.report()
+    if distributed.is_main_process():
+        click.echo(f"report: {pipeline.folder.report}")
 
 
 @main.command()
@@ -193,7 +190,8 @@ def report(**arguments: Any) -> None:
 @click.option("--steps", type=int, help="solver steps; an adaptive solver chooses its own")
 @click.option("--solver", help="euler, heun, multistep, sde, dopri5")
 @click.option("--guidance", type=float, help="scale for all streams; 1: none")
-@click.option("--weak", type=FOLDER, help="a less trained model, for AutoGuidance; sets guidance_from=weak_model")
+@click.option("--guiding-model", type=FOLDER, help="a less trained model for AutoGuidance; else the null class guides")
+@click.option("--weak", hidden=True, expose_value=False, callback=_renamed)
 @device_option
 def sample(**arguments: Any) -> None:
     """Sample images from a MODEL directory, a run's folder or a shipped model. Image k depends on seed k alone.
@@ -235,17 +233,16 @@ def export_latents(latents: Path, out: Path) -> None:
 
 @main.command()
 @click.argument("model", type=FOLDER)
-@click.option("--out", type=FOLDER, default=Path("strip.png"), show_default=True, help="the PNG to write")
+@click.option("--out", type=FOLDER, default=Path("trajectory.png"), show_default=True, help="the PNG to write")
 @click.option("--class", "class_name", help="name or number  [default: the first]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--guidance", type=float, help="scale  [default: 2, and 1 without classes]")
 @device_option
-def strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str) -> None:
-    """Draw one sample of a MODEL from noise to image, through the phases of the schedule."""
-    from sfd.cli.sample import draw_strip
+def trajectory(**arguments: Any) -> None:
+    """Draw one sample of a MODEL from noise to image: semantic latent and decoded texture at 13 base times."""
+    from sfd.cli.sample import draw_trajectory
 
-    draw_strip(model, out, class_name, seed, guidance, device)
-    click.echo(f"{out}")
+    draw_trajectory(**arguments)
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""`sfd sample`, `sfd strip` and `sfd export`."""
+"""`sfd sample`, `sfd trajectory` and `sfd export`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from sfd.utils.distributed import local_device
 from sfd.utils.errors import SFDError
 
 MAX_GRID_IMAGES = 400
-STRIP_GUIDANCE = 2.0
-SOFTWARE = "sfd strip"  # in the metadata of the PNG
+TRAJECTORY_GUIDANCE = 2.0
+SOFTWARE = "sfd trajectory"  # in the metadata of the PNG
 
 
 def sample_images(
@@ -35,7 +35,7 @@ def sample_images(
     classes: str,
     seeds: str,
     in_turn: bool,
-    weak: Path | None,
+    guiding_model: Path | None,
     device: str,
     overrides: Sequence[str],
     **options: Any,
@@ -44,15 +44,15 @@ def sample_images(
     chosen_seeds = parse_seeds(seeds)
     where = choose_device(local_device(device))
     loaded = load_model(model_folder(model), where)
-    weaker = load_model(model_folder(weak), where) if weak else None
-    settings = sample_settings(loaded, overrides, guidance_from="weak_model" if weak else None, **options)
+    guiding = load_model(model_folder(guiding_model), where) if guiding_model else None
+    settings = sample_settings(loaded, overrides, **options)
     labels = asked_labels(loaded, classes)
     if in_turn:
         pairs = [(labels[i % len(labels)], seed) for i, seed in enumerate(chosen_seeds)]
     else:
         pairs = [(label, seed) for label in labels for seed in chosen_seeds]
     labels_of, seeds_of = [label for label, _ in pairs], [seed for _, seed in pairs]
-    missing = write_samples(out, loaded, labels_of, seeds_of, settings, guiding=weaker)
+    missing = write_samples(out, loaded, labels_of, seeds_of, settings, guiding=guiding)
     if missing:
         click.echo(f"rank {distributed.rank()} is done; {missing} of {len(pairs)} images in {out} are not made yet")
         return
@@ -63,20 +63,23 @@ def sample_images(
     click.echo(f"{len(pairs)} images in {out}")
 
 
-def draw_strip(model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str) -> None:
-    """Draw the phases of one sample into a PNG; see `sfd strip --help`."""
-    files.check_replaceable(out, _is_strip, "a strip of images")
+def draw_trajectory(
+    model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str
+) -> None:
+    """Draw one sample from noise to image into a PNG; see `sfd trajectory --help`."""
+    files.check_replaceable(out, _is_trajectory, "a trajectory")
     loaded = load_model(model_folder(model), choose_device(device))
     label = asked_labels(loaded, class_name)[0] if class_name else None
     if guidance is None:
-        guidance = STRIP_GUIDANCE if loaded.classes else 1.0
-    seen = follow_sample(loaded, SamplingConfig(guidance=guidance), seed, label)
-    figure = trajectory(seen, schedule_curves(loaded))
+        guidance = TRAJECTORY_GUIDANCE if loaded.classes else 1.0
+    followed = follow_sample(loaded, SamplingConfig(guidance=guidance), seed, label)
+    figure = trajectory(followed, schedule_curves(loaded))
     with files.atomic_write(out) as partial:
         figure.savefig(partial, format="png", facecolor="white", metadata={"Software": SOFTWARE})
+    click.echo(f"{out}")
 
 
-def _is_strip(path: Path) -> bool:
+def _is_trajectory(path: Path) -> bool:
     with Image.open(path) as image:
         return bool(image.info.get("Software") == SOFTWARE)
 

@@ -102,9 +102,9 @@ def phases(curves: ScheduleCurves) -> list[tuple[float, float, str]]:
     return found
 
 
-def trajectory(strip: Trajectory, curves: ScheduleCurves) -> Figure:
+def trajectory(followed: Trajectory, curves: ScheduleCurves) -> Figure:
     """Draw one sample on its way from noise to an image: phases, semantic latents, decoded images, times."""
-    count = len(strip.base)
+    count = len(followed.base)
     figure = Figure(figsize=(count * 0.82 + 0.9, 3.1), layout="constrained", dpi=160)
     grid = figure.add_gridspec(3, count, height_ratios=(0.22, 1, 1))
     header = figure.add_subplot(grid[0, :])
@@ -112,14 +112,14 @@ def trajectory(strip: Trajectory, curves: ScheduleCurves) -> Figure:
     header.set_xlim(-0.5, count - 0.5)
     header.set_ylim(0, 1)
     for start, end, text in phases(curves):
-        left = -0.5 if start == 0 else float(np.interp(start, strip.base, np.arange(count)))
-        right = count - 0.5 if end == 1 else float(np.interp(end, strip.base, np.arange(count)))
+        left = -0.5 if start == 0 else float(np.interp(start, followed.base, np.arange(count)))
+        right = count - 0.5 if end == 1 else float(np.interp(end, followed.base, np.arange(count)))
         header.plot([left + 0.06, right - 0.06], [0.1, 0.1], color=INK, linewidth=1)
         header.text((left + right) / 2, 0.35, text, ha="center", color=INK, fontsize=8)
     names = ["u", *curves.names]
     for row, label, pictures in (
-        (1, "semantic\nlatent", semantic_colours(strip.semantic)),
-        (2, "decoded\ntexture", strip.decoded),
+        (1, "semantic\nlatent", semantic_colours(followed.semantic)),
+        (2, "decoded\ntexture", followed.decoded),
     ):
         for column, image in enumerate(pictures):
             axis = figure.add_subplot(grid[row, column])
@@ -130,7 +130,7 @@ def trajectory(strip: Trajectory, curves: ScheduleCurves) -> Figure:
             if column == 0:
                 axis.set_ylabel(label, color=INK, fontsize=8)
             if row == 2:
-                values = [strip.base[column], *strip.times[column]]
+                values = [followed.base[column], *followed.times[column]]
                 lines = [f"{name[0]} {value:.2f}" for name, value in zip(names, values, strict=True)]
                 axis.set_xlabel("\n".join(lines), color=INK, fontsize=7)
     initials = ", ".join(f"{name[0]}: {name} time" for name in curves.names)

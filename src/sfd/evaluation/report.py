@@ -36,23 +36,11 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Gallery:
-    """Samples by class, one row per class."""
+    """Samples in rows of one class each."""
 
     title: str  # "Guided"
     caption: str  # how they were made
-    images: np.ndarray  # uint8 (N, H, W, 3)
-    labels: np.ndarray | None  # (N,), into classes; None: images have no class
-    classes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """Time and memory of a stage."""
-
-    stage: str
-    seconds: float
-    peak_memory_bytes: int
-    peak_device_memory_bytes: int = 0  # of an accelerator; 0: none was used
+    rows: Sequence[tuple[str, np.ndarray]]  # name of the class, or "", and images: uint8 (N, S, S, 3)
 
 
 @dataclass(frozen=True)
@@ -65,10 +53,10 @@ class ReportContent:
     recipe: str  # the resolved recipe, YAML
     galleries: Sequence[Gallery] = ()
     schedule: ScheduleCurves | None = None
-    strip: Trajectory | None = None
+    trajectory: Trajectory | None = None
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # part's name to lines of its log
     metrics: Sequence[Metrics] = ()  # the row that matters most first; real images, if any, last
-    stages: Sequence[StageCost] = ()
+    stages: Sequence[Mapping[str, Any]] = ()  # records of the stages, with their time and memory
 
 
 def write_report(path: Path, content: ReportContent) -> None:
@@ -77,21 +65,21 @@ def write_report(path: Path, content: ReportContent) -> None:
         loader=jinja2.PackageLoader("sfd.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"duration": duration, "memory": memory, "percent": percent, "number": number}
-    schedule, strip = content.schedule, content.strip
+    schedule, followed = content.schedule, content.trajectory
     page = environment.get_template("report.html").render(
         content=content,
         version=__version__,
         cards=_cards(content.metrics),
         galleries=[_gallery(gallery) for gallery in content.galleries],
-        strip=figures.render(figures.trajectory(strip, schedule)) if strip and schedule else None,
+        trajectory=figures.render(figures.trajectory(followed, schedule)) if followed and schedule else None,
         schedule=figures.schedule(schedule) if schedule else None,
         curves=[_curves(name, lines) for name, lines in content.logs.items() if lines],
         has_sfid=any(row.sfid is not None for row in content.metrics),
         doubts=list(dict.fromkeys(text for row in content.metrics for why in row.caveats.values() for text in why)),
         classes=list(dict.fromkeys(name for row in content.metrics for name in row.accuracy_by_class)),
         protocols=list(dict.fromkeys(_protocol(row) for row in content.metrics)),
-        total_seconds=sum(stage.seconds for stage in content.stages),
-        device_memory=max((stage.peak_device_memory_bytes for stage in content.stages), default=0),
+        total_seconds=sum(stage["seconds"] for stage in content.stages),
+        device_memory=max((stage["peak_device_memory_bytes"] for stage in content.stages), default=0),
     )
     files.write_text(path, page)
 
@@ -143,26 +131,13 @@ def _protocol(row: Metrics) -> str:
 
 
 def _gallery(gallery: Gallery) -> dict[str, Any]:
-    """Cut a gallery into rows, one picture for each class."""
-    images = [_thumbnail(image) for image in gallery.images]
-    if gallery.labels is None or not gallery.classes:
-        rows = [("", images[start : start + MAX_COLUMNS]) for start in range(0, len(images), MAX_COLUMNS)]
-    else:
-        by_class: dict[int, list[np.ndarray]] = {}
-        for label, image in sorted(zip(gallery.labels.tolist(), images, strict=True), key=lambda pair: pair[0]):
-            by_class.setdefault(label, []).append(image)
-        rows = [(gallery.classes[label], members[:MAX_COLUMNS]) for label, members in by_class.items()]
-    shown = [
-        {
-            "name": name,
-            "columns": len(row),
-            "picture": figures.picture(image_grid(np.stack(row), len(row)), row[0].shape[0]),
-        }
-        for name, row in rows[:MAX_ROWS]
-    ]
-    left_out = f"The first {MAX_ROWS} of {len(rows)} rows." if len(rows) > MAX_ROWS else ""
-    columns = max((len(row) for _, row in rows[:MAX_ROWS]), default=1)
-    return {"gallery": gallery, "rows": shown, "left_out": left_out, "columns": columns}
+    """Draw a gallery's rows, each as one picture."""
+    rows: list[dict[str, Any]] = []
+    for name, images in gallery.rows:
+        shown = np.stack([_thumbnail(image) for image in images[:MAX_COLUMNS]])
+        picture = figures.picture(image_grid(shown, len(shown)), shown.shape[1])
+        rows.append({"name": name, "columns": len(shown), "picture": picture})
+    return {"gallery": gallery, "rows": rows, "columns": max((row["columns"] for row in rows), default=1)}
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ class Samples:
     def sampling(self) -> dict[str, Any]:
         """Solver, steps, guidance, model, seeds …; empty if not recorded."""
         known = dict(self.record.get("sampling") or {})
-        for name in ("model", "weak"):
+        for name in ("model", "guiding"):
             if self.record.get(name):
                 known[name] = str(self.record[name])
         if self.record.get("seeds"):

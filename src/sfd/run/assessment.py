@@ -1,253 +1,186 @@
-"""After training: samples, their metrics against held-out images, and the report.
-
-Without an evaluation classifier there are samples and a report that says how to evaluate them.
-"""
+"""The stages after training: evaluation classifier, samples, and their metrics against held-out images."""
 
 from __future__ import annotations
 
-import os
-import platform
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import Any, Literal
 
 from sfd.evaluation.evaluate import Metrics, evaluate, evaluate_real, read_metrics
+from sfd.evaluation.extractors.classifier import ClassifierExtractor, load_classifier
 from sfd.evaluation.reference import RealImages, Reference, reference_of
-from sfd.evaluation.report import MAX_ROWS, Gallery, ReportContent, StageCost, write_report
+from sfd.evaluation.report import MAX_COLUMNS, MAX_ROWS
 from sfd.evaluation.samples import load_samples
 from sfd.generation.config import SamplingConfig
-from sfd.generation.folder import image_path, read_images, write_grid, write_samples
+from sfd.generation.folder import image_path, write_grid, write_samples
 from sfd.generation.model import Model
-from sfd.generation.trajectory import Trajectory, follow_sample, schedule_curves
-from sfd.run.pipeline import Pipeline
-from sfd.run.recipe import Recipe, dump_recipe
-from sfd.run.stages import RunFolder, Stage, pick
-from sfd.training.log import read_line
-from sfd.training.tasks.classifier import divide
-from sfd.utils import distributed, files
-from sfd.utils.config import parse
-
-GUIDED, UNGUIDED = "guided", "unguided"
-GRID_COLUMNS = 10
+from sfd.models.component import CONFIG_FILE
+from sfd.run.images import RunImages
+from sfd.run.stages import Run, Stage
+from sfd.run.transformer import TransformerStage
+from sfd.training.tasks.classifier import ClassifierSettings, divide, train_classifier
+from sfd.utils import distributed
+from sfd.utils.errors import SFDError
 
 
-def assess(pipeline: Pipeline) -> None:
-    """Sample with and without guidance, evaluate both and real images, and write the report."""
-    variants = _variants(pipeline)
-    for name, settings in variants.items():
-        _sample(pipeline, name, settings)
-    if pipeline.recipe.evaluation.classifier is not None:
-        pipeline.carry_out(_metrics_stage(pipeline, list(variants)), lambda: _measure(pipeline, list(variants)))
-    if distributed.is_main_process():
-        write_run_report(pipeline, list(variants))
+class EvaluatorStage(Stage):
+    """Trains the evaluation classifier, on images that nothing else in the run sees."""
 
+    def __init__(self, run: Run, images: RunImages) -> None:
+        self.images, settings = images, run.recipe.evaluation.classifier
+        name, command, fields = "evaluation classifier", "sfd train-evaluator", ("data", "evaluation.classifier")
+        super().__init__(run, name, command, run.folder.evaluator, fields, settings.training if settings else None)
 
-def stages(pipeline: Pipeline) -> list[Stage]:
-    """List the stages that come after the model, without loading anything."""
-    sample = pipeline.recipe.sample
-    listed = [_samples_stage(pipeline, GUIDED, sample), _samples_stage(pipeline, UNGUIDED, sample.unguided())]
-    if pipeline.recipe.evaluation.classifier is not None:
-        listed.append(_metrics_stage(pipeline, []))
-    return listed
+    def needed(self) -> bool:
+        """Whether the recipe has an evaluation classifier."""
+        return self.run.recipe.evaluation.classifier is not None
 
+    def inputs(self) -> dict[str, Any]:
+        """The images."""
+        return self.images.identity()
 
-def _metrics_stage(pipeline: Pipeline, names: list[str]) -> Stage:
-    def inputs() -> dict[str, Any]:
-        return _models(pipeline, weak=GUIDED in names) | {"evaluator": pipeline.evaluator.identity}
+    def results(self) -> tuple[Path, ...]:
+        """The classifier."""
+        return (self.folder / "extractor" / CONFIG_FILE,)
 
-    folder, fields = pipeline.folder, pick(pipeline.fixed, "seed", "data", "sample", "evaluation")
-    results = tuple(metrics_path(folder, row) for row in _rows(names))
-    return Stage("metrics", "sfd report", folder.metrics, fields, inputs, results=results)
-
-
-def _samples_stage(pipeline: Pipeline, name: str, settings: SamplingConfig, count: int = 0) -> Stage:
-    folder = pipeline.folder.samples / name
-    fields = pick(pipeline.fixed, "evaluation.samples_per_class", "evaluation.seed") | {"sample": settings.fixed()}
-    results = tuple(image_path(folder, number, count) for number in range(count))
-    inputs = partial(_models, pipeline, weak=name == GUIDED)
-    return Stage(f"{name} samples", "sfd report", folder, fields, inputs, results=results)
-
-
-def _models(pipeline: Pipeline, *, weak: bool) -> dict[str, Any]:
-    """Identify what makes the samples."""
-    weaker = pipeline.weak if weak else None
-    return {"model": pipeline.model.identity, "weak model": weaker.identity if weaker else None}
-
-
-def _variants(pipeline: Pipeline) -> dict[str, SamplingConfig]:
-    """The sampling settings that are compared: the recipe's, and the same without guidance."""
-    recipe, settings = pipeline.recipe, pipeline.sample_settings(pipeline.model)
-    plain = settings.unguided()
-    if settings == plain:
-        return {UNGUIDED: plain}
-    return {GUIDED: settings, **({UNGUIDED: plain} if recipe.evaluation.unguided else {})}
-
-
-def _sample(pipeline: Pipeline, name: str, settings: SamplingConfig) -> None:
-    evaluation, model = pipeline.recipe.evaluation, pipeline.model
-    labels = [label for label in model.labels for _ in range(evaluation.samples_per_class)]
-    seeds = list(range(evaluation.seed, evaluation.seed + len(labels)))
-    folder = pipeline.folder.samples / name
-    weak = pipeline.weak if name == GUIDED else None
-
-    def work() -> None:
-        write_samples(folder, model, labels, seeds, settings, guiding=weak)
-        distributed.barrier()  # after a change of their number one may be hours behind the others
-        per_class = evaluation.samples_per_class
+    def work(self) -> None:
+        """Train the classifier."""
+        network = train_classifier(self.images.held_out, self._settings, self.folder, device=self.run.device)
         if distributed.is_main_process():
-            write_grid(folder, _grid_numbers(per_class, _shown_classes(model)), min(GRID_COLUMNS, per_class))
+            network.save(self.folder / "extractor")
 
-    pipeline.carry_out(_samples_stage(pipeline, name, settings, len(seeds)), work, together=True)
+    @cached_property
+    def extractor(self) -> ClassifierExtractor:
+        """The trained classifier."""
+        _ = self._settings
+        self.require()
+        return load_classifier(self.folder / "extractor", self.run.device)
 
+    def reference_images(self) -> RealImages:
+        """Real images that neither the model nor the evaluation classifier was trained on."""
+        _, images = divide(self.images.held_out, self._settings)
+        return RealImages("held-out real images", images.identity, images)
 
-def _shown_classes(model: Model) -> list[int]:
-    """Numbers of the classes that grids show: all, or an even selection that fits a page."""
-    classes = len(model.labels)
-    rows = min(classes, MAX_ROWS)
-    return [i * classes // rows for i in range(rows)]
+    def reference(self) -> Reference:
+        """The features of these images by the classifier."""
+        real = self.reference_images()
+        assert real.images is not None
+        return reference_of(real.images, self.extractor, real.name)
 
-
-def _grid_numbers(per_class: int, classes: list[int]) -> list[int]:
-    """Numbers of the first images of each of these classes, one row per class."""
-    if len(classes) == 1:
-        return list(range(min(per_class, GRID_COLUMNS**2)))
-    return [c * per_class + i for c in classes for i in range(min(GRID_COLUMNS, per_class))]
-
-
-def held_out_images(pipeline: Pipeline) -> RealImages:
-    """Real images that neither the model nor the evaluation classifier was trained on."""
-    _, images = divide(pipeline.images[1], pipeline.classifier_settings)
-    return RealImages("held-out real images", images.identity, images)
-
-
-def reference(pipeline: Pipeline) -> Reference:
-    """The reference of the run's metrics: features of held-out images by the evaluation classifier."""
-    real = held_out_images(pipeline)
-    assert real.images is not None
-    return reference_of(real.images, pipeline.evaluator, real.name)
-
-
-def _measure(pipeline: Pipeline, names: list[str]) -> None:
-    against = reference(pipeline)
-    rows = []
-    for name in names:
-        samples = load_samples(pipeline.folder.samples / name)
-        labels = samples.labels_among(pipeline.evaluator.classes)
-        rows.append(evaluate(samples.images, labels, against, name=f"{name} samples", sampling=samples.sampling))
-    rows.append(evaluate_real(pipeline.images[0], against, rows[0].n_samples, pipeline.recipe.seed))
-    for row in rows:
-        row.write(metrics_path(pipeline.folder, row.name))
+    @property
+    def _settings(self) -> ClassifierSettings:
+        settings = self.run.recipe.evaluation.classifier
+        if settings is None:
+            raise SFDError(
+                f"recipe {self.run.recipe.name!r} has no evaluation.classifier; "
+                "measure its samples with `sfd evaluate SAMPLES --reference …`, or set evaluation.classifier={}"
+            )
+        return settings
 
 
-def metrics_path(folder: RunFolder, row: str) -> Path:
-    """Path of one row of the metrics."""
-    return folder.metrics / f"{row.replace(' ', '-')}.json"
+class SamplesStage(Stage):
+    """Samples every class, with the recipe's guidance or with the conditional model alone."""
+
+    def __init__(
+        self,
+        run: Run,
+        variant: Literal["guided", "unguided"],
+        transformer: TransformerStage,
+        guiding: Callable[[], Model | None] = lambda: None,
+    ) -> None:
+        self.variant, self.transformer, self.guiding = variant, transformer, guiding
+        folder, fields = run.folder.samples / variant, ("evaluation.samples_per_class", "evaluation.seed")
+        super().__init__(run, f"{variant} samples", "sfd report", folder, fields)
+        sample = run.recipe.sample if variant == "guided" else run.recipe.sample.unguided()
+        self.fields["sample"] = sample.fixed()
+
+    def distinct(self) -> bool:
+        """Whether these samples are wanted: without guidance there is one kind of them."""
+        settings = self.run.recipe.sampling(self.model.classes)
+        guides = settings != settings.unguided()
+        return guides if self.variant == "guided" else self.run.recipe.evaluation.unguided or not guides
+
+    @property
+    def model(self) -> Model:
+        """What is sampled."""
+        return self.transformer.model
+
+    @property
+    def settings(self) -> SamplingConfig:
+        """Solver, steps, guidance."""
+        settings = self.run.recipe.sampling(self.model.classes)
+        return settings if self.variant == "guided" else settings.unguided()
+
+    @property
+    def labels(self) -> list[int]:
+        """Class of each image; the images of a class follow one another."""
+        return [label for label in self.model.labels for _ in range(self.run.recipe.evaluation.samples_per_class)]
+
+    def inputs(self) -> dict[str, Any]:
+        """The model, and the one that guides it."""
+        guiding = self.guiding()
+        return {"model": self.model.identity, "guiding model": guiding.identity if guiding else None}
+
+    def results(self) -> list[Path]:
+        """The images."""
+        count = len(self.labels)
+        return [image_path(self.folder, number, count) for number in range(count)]
+
+    def work(self) -> None:
+        """Sample the images; draw some of them as a grid."""
+        first, labels = self.run.recipe.evaluation.seed, self.labels
+        seeds = range(first, first + len(labels))
+        write_samples(self.folder, self.model, labels, seeds, self.settings, guiding=self.guiding())
+        distributed.barrier()  # after a change of their number one rank may be hours behind the others
+        if distributed.is_main_process():
+            rows = self.shown()
+            write_grid(self.folder, [number for row in rows for number in row], columns=len(rows[0]))
+
+    def shown(self) -> list[list[int]]:
+        """Numbers of the images that grids show: the first of each class, one row per class, as fit a page."""
+        each, labels = self.run.recipe.evaluation.samples_per_class, self.model.labels
+        if len(labels) == 1:
+            return [list(range(each))[i : i + MAX_COLUMNS] for i in range(0, min(each, MAX_COLUMNS**2), MAX_COLUMNS)]
+        rows = min(len(labels), MAX_ROWS)
+        classes = [i * len(labels) // rows for i in range(rows)]
+        return [[c * each + i for i in range(min(each, MAX_COLUMNS))] for c in classes]
 
 
-def _rows(names: list[str]) -> list[str]:
-    """Name the rows: the variants, then real images."""
-    return [*(f"{name} samples" for name in names), "real training images"]
+class MetricsStage(Stage):
+    """Measures samples, and real training images, against held-out images."""
 
+    together = False
 
-def read_run_metrics(folder: RunFolder, names: list[str]) -> list[Metrics]:
-    """Read what a run measured: the named variants, then real images."""
-    return [read_metrics(metrics_path(folder, row)) for row in _rows(names)]
+    def __init__(self, run: Run, samples: Sequence[SamplesStage], evaluator: EvaluatorStage, images: RunImages) -> None:
+        self.samples, self.evaluator, self.images = samples, evaluator, images
+        fields = ("seed", "data", "sample", "evaluation")
+        super().__init__(run, "metrics", "sfd report", run.folder.metrics, fields)
 
+    def needed(self) -> bool:
+        """Whether there is a classifier to measure by."""
+        return self.evaluator.needed()
 
-def write_run_report(pipeline: Pipeline, names: list[str]) -> None:
-    """Write report.html from the files of a finished run."""
-    recipe, folder, model = pipeline.recipe, pipeline.folder, pipeline.model
-    evaluated = recipe.evaluation.classifier is not None
-    metrics = read_run_metrics(folder, names) if evaluated else []
-    costs = [
-        StageCost(r["stage"], r["seconds"], r["peak_memory_bytes"], r["peak_device_memory_bytes"])
-        for r in folder.finished()
-    ]
-    content = ReportContent(
-        title=recipe.name,
-        summary=_summary(recipe, model, metrics),
-        facts=_facts(pipeline),
-        recipe=dump_recipe(recipe),
-        galleries=[_gallery(pipeline, name) for name in names],
-        schedule=schedule_curves(model),
-        strip=_strip(pipeline),
-        logs=_logs(folder),
-        metrics=metrics,
-        stages=costs,
-    )
-    write_report(folder.report, content)
+    def inputs(self) -> dict[str, Any]:
+        """What made the samples, and the classifier."""
+        return self.samples[0].inputs() | {"evaluator": self.evaluator.extractor.identity}
 
+    def results(self) -> list[Path]:
+        """A file of metrics for each kind of samples, and one for real images."""
+        names = [*(stage.name for stage in self.samples), "real training images"]
+        return [self.folder / f"{name.replace(' ', '-')}.json" for name in names]
 
-def _strip(pipeline: Pipeline) -> Trajectory | None:
-    """Follow the first sample of the class in the middle; a single stream has no phases to show."""
-    model, labels = pipeline.model, pipeline.model.labels
-    if len(model.composite.streams) < 2:
-        return None
-    seed, settings = pipeline.recipe.evaluation.seed, pipeline.sample_settings(model)
-    return follow_sample(model, settings, seed, labels[len(labels) // 2], pipeline.weak)
+    def work(self) -> None:
+        """Measure the samples, and real training images as if they were samples."""
+        reference, rows = self.evaluator.reference(), []
+        for stage in self.samples:
+            samples = load_samples(stage.folder)
+            labels = samples.labels_among(self.evaluator.extractor.classes)
+            rows.append(evaluate(samples.images, labels, reference, name=stage.name, sampling=samples.sampling))
+        rows.append(evaluate_real(self.images.training, reference, rows[0].n_samples, self.run.recipe.seed))
+        for row, path in zip(rows, self.results(), strict=True):
+            row.write(path)
 
-
-def _summary(recipe: Recipe, model: Model, metrics: list[Metrics]) -> str:
-    accuracy = metrics[0].class_accuracy if metrics and "class_accuracy" not in metrics[0].caveats else None
-    evaluated = "" if accuracy is None else f" An independent classifier recognises {accuracy:.1%} of its samples."
-    if not metrics:
-        evaluated = " This run has no evaluation classifier: use sfd evaluate SAMPLES --reference …"
-    parameters = f"{model.history['parameters']:,}"
-    return (
-        f"A semantic-first diffusion model of {parameters} parameters, trained from nothing on {data_name(recipe)}."
-        + evaluated
-    )
-
-
-def data_name(recipe: Recipe) -> str:
-    """Describe the training data."""
-    published = recipe.latents.published
-    return str(recipe.data.source) if published is None else f"the published latents in {published}"
-
-
-def _facts(pipeline: Pipeline) -> dict[str, str]:
-    recipe, model = pipeline.recipe, pipeline.model
-    streams = "; ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid}" for s in model.composite.streams)
-    held_out = "" if recipe.data.source is None else f", {len(pipeline.images[1]):,} held out"
-    return {
-        "Data": f"{data_name(recipe)}, {len(pipeline.latents):,} training images{held_out}",
-        "Latent": streams,
-        "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
-        "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
-        "Sampling": pipeline.sample_settings(model).summary(),
-        "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {pipeline.device}",
-        "Software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
-    }
-
-
-def _gallery(pipeline: Pipeline, name: str) -> Gallery:
-    model, per_class = pipeline.model, pipeline.recipe.evaluation.samples_per_class
-    shown = _shown_classes(model)
-    numbers = _grid_numbers(per_class, shown)
-    record = files.read_json(pipeline.folder.samples / name / "samples.json", "folder of samples")
-    labels = np.array([record["labels"][i] for i in numbers]) if model.classes else None
-    caption = parse(SamplingConfig, record["sampling"], "samples.json").summary()
-    if model.classes and len(shown) < len(model.classes):
-        caption += f"; {len(shown)} of {len(model.classes)} classes"
-    return Gallery(
-        name.capitalize(), caption, read_images(pipeline.folder.samples / name, numbers), labels, model.classes
-    )
-
-
-def _logs(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
-    parts = {
-        "transformer": folder.training,
-        "SemVAE": folder.compressor,
-        "texture encoder": folder.texture,
-        "semantic encoder": folder.semantic,
-        "evaluation classifier": folder.evaluator,
-    }
-    logs = {name: path / "log.jsonl" for name, path in parts.items()}
-    return {
-        name: [read_line(line, path) for line in path.read_bytes().splitlines()]
-        for name, path in logs.items()
-        if path.exists()
-    }
+    def metrics(self) -> list[Metrics]:
+        """What was measured, one row for each kind of samples, then real images."""
+        return [read_metrics(path) for path in self.results()] if self.needed() else []

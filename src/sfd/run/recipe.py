@@ -172,7 +172,7 @@ class EvaluationSettings(Settings):
         ClassifierSettings(),
         description="the evaluation classifier; null: none, use `sfd evaluate`",
     )
-    weak: Free[str | None] = Field(
+    guiding_model: Free[str | None] = Field(
         None,
         description="the weak model that sample.guidance_from: weak_model takes, its directory or its run's folder",
     )
@@ -257,6 +257,11 @@ class Recipe(Settings):
     def encodes_semantics(self) -> bool:
         """Whether the run needs a semantic encoder; with published latents it does not."""
         return self.uses_semantics and self.latents.published is None
+
+    def sampling(self, classes: Sequence[str]) -> SamplingConfig:
+        """The sampling settings of a model with these classes; without any, and no guiding model, nothing guides."""
+        able = bool(classes) or self.evaluation.guiding_model is not None
+        return self.sample if self.sample.guides and able else self.sample.unguided()
 
     def fixed(self) -> dict[str, Any]:
         """Write out the defaults of the schedule, so that leaving one out is no difference."""

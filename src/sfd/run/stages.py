@@ -1,4 +1,4 @@
-"""A run's folder: where each stage writes, which stages are finished, and what each was made from.
+"""A run's folder and its stages: which are finished, and what each was made from.
 
 `stage.json` in a stage's folder is written before its first step, so that a stopped stage resumes only with what it was
 started with.
@@ -6,8 +6,9 @@ started with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 
 import torch
 
+from sfd.run.recipe import Recipe, dump_recipe
 from sfd.training.config import TrainSettings
 from sfd.training.trainer import check_resume
 from sfd.utils import distributed, files
 from sfd.utils.config import first_difference
-from sfd.utils.device import measured
+from sfd.utils.device import peak_memory, reset_peak_memory
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import say
 
@@ -53,44 +55,86 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One part of a run: what it is made from, and what it writes."""
+class Run:
+    """What every stage is given: the recipe, where results go, and the device."""
 
-    name: str
-    """For people ("texture encoder")."""
-    command: str
-    """What makes it ("sfd train-texture")."""
-    folder: Path
-    """Holds its record."""
-    recipe: Mapping[str, Any]
-    """The fixed fields of the recipe that it depends on, under their names there."""
-    inputs: Callable[[], Mapping[str, Any]]
-    """Gives the identities of the images and of the other stages' results that it reads, as JSON values."""
-    train: TrainSettings | None = None
-    """How it is trained, if it is; with more steps a finished stage resumes."""
-    results: tuple[Path, ...] = ()
-    """What must exist for it to be finished."""
+    recipe: Recipe
+    folder: RunFolder
+    device: torch.device
 
     @cached_property
-    def _inputs(self) -> Mapping[str, Any]:
-        return self.inputs()
+    def fixed(self) -> dict[str, Any]:
+        """The recipe's fields that a result depends on."""
+        return self.recipe.fixed()
 
-    @property
-    def _steps(self) -> int | None:
-        return self.train.steps if self.train is not None else None
+    def save_recipe(self) -> None:
+        """Write the resolved recipe of the last accepted command."""
+        files.write_text(self.folder.recipe, dump_recipe(self.recipe), shared=True)
+
+
+class Stage(ABC):
+    """One part of a run: what it is made from, the work, and what it writes."""
+
+    together = True
+    """Whether all ranks do the work; otherwise rank 0 does, and the others wait for it."""
+
+    def __init__(
+        self, run: Run, name: str, command: str, folder: Path, fields: Sequence[str], train: TrainSettings | None = None
+    ) -> None:
+        """Describe the stage; nothing is loaded.
+
+        Args:
+            run: recipe, folder and device.
+            name: for people ("texture encoder").
+            command: what makes it ("sfd train-texture").
+            folder: holds its record.
+            fields: dotted names of the recipe's fields that it depends on.
+            train: how it is trained, if it is; with more steps a finished stage resumes.
+        """
+        self.run, self.name, self.command, self.folder, self.train = run, name, command, folder, train
+        self.fields = pick(run.fixed, *fields)
+
+    def needed(self) -> bool:
+        """Whether the recipe asks for this stage."""
+        return True
+
+    @abstractmethod
+    def inputs(self) -> Mapping[str, Any]:
+        """Identities of the images and of the other stages' results that it reads, as JSON values."""
+
+    @abstractmethod
+    def results(self) -> Sequence[Path]:
+        """Files that must exist for it to be finished."""
+
+    @abstractmethod
+    def work(self) -> None:
+        """Make the results; resume where an earlier attempt stopped."""
+
+    def make(self) -> None:
+        """Do the work, unless it is done or not needed, and record its time and memory."""
+        if not self.needed():
+            return
+        if not distributed.decide(self._begin):
+            say(f"{self.name}: done before, in {self.folder}")
+            return
+        if distributed.is_main_process() or not distributed.has_group():
+            self._work_and_record()
+        elif self.together:
+            self.work()
+        distributed.broadcast(None)
 
     def check_recipe(self) -> None:
         """Refuse a recipe that differs from the recorded one, if the stage was started. Loads nothing."""
-        self._compare(("recipe", self.recipe))
+        self._compare(recipe=self.fields)
 
     def finished(self) -> bool:
         """Tell whether the stage is done, for as many steps, and all its results exist; refuse other inputs."""
-        record = self._compare(("recipe", self.recipe), ("inputs", self._inputs))
+        record = self._compare(recipe=self.fields, inputs=self._inputs)
         return (
             record is not None
             and record["finished"] is not None
             and record["steps"] == self._steps
-            and all(path.exists() for path in self.results)
+            and all(path.exists() for path in self.results())
         )
 
     def require(self) -> None:
@@ -102,68 +146,35 @@ class Stage:
         reason = f": it was made with steps = {record['steps']}, not {self._steps}" if trained else ""
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
 
-    def begin(self, device: torch.device, accepted: Callable[[], None]) -> bool:
-        """Compare with the record if there is one, and write it as unfinished.
+    @cached_property
+    def _inputs(self) -> Mapping[str, Any]:
+        return self.inputs()
 
-        Args:
-            device: where the work is to be done.
-            accepted: called before anything is written.
+    @property
+    def _steps(self) -> int | None:
+        return self.train.steps if self.train is not None else None
 
-        Returns:
-            whether there is something to do.
-        """
+    def _begin(self) -> bool:
+        """Tell whether there is something to do; if so, record the stage as unfinished."""
         if self.finished():
             return False
         if self.train is not None:
-            check_resume(self.folder, self.train, device)
-        accepted()
+            check_resume(self.folder, self.train, self.run.device)
+        self.run.save_recipe()
         self._write(finished=None, seconds=self._elapsed())
         return True
 
-    def run(
-        self, work: Callable[[], object], device: torch.device, accepted: Callable[[], None], *, together: bool = False
-    ) -> None:
-        """Do the work, unless it is done; then record how long it took and its memory.
-
-        Args:
-            work: does it; resumes where an earlier attempt stopped.
-            device: whose memory is measured.
-            accepted: called on rank 0 once the record agrees, before anything is written.
-            together: all ranks do it; otherwise rank 0 does, and the others wait for it.
-        """
-        if not distributed.decide(lambda: self.begin(device, accepted)):
-            say(f"{self.name}: done before, in {self.folder}")
-            return
-        if distributed.is_main_process() or not distributed.has_group():
-            with self._measured(device):
-                work()
-        elif together:
-            work()
-        distributed.broadcast(None)
-
-    @contextmanager
-    def _measured(self, device: torch.device) -> Iterator[None]:
-        """Record the time and the memory of the work, and that the stage is finished if its results exist."""
+    def _work_and_record(self) -> None:
         say(f"{self.name} → {self.folder}")
-        with measured(device) as usage:
-            try:
-                yield
-            except BaseException:
-                # An interrupted attempt counts too; one that is killed outright cannot be counted.
-                self.add_elapsed(usage.so_far())
-                raise
-        if not all(path.exists() for path in self.results):  # ranks of an array job make the rest
-            self.add_elapsed(usage.seconds)
-            return
-        usage_record = usage.record()
-        usage_record["seconds"] += self._elapsed()
-        self._write(finished=files.now(), **usage_record)
-
-    def add_elapsed(self, seconds: float) -> None:
-        """Count the time of an attempt that did not finish the stage."""
-        record = self._read()
-        if record is not None:
-            files.write_json(self.folder / RECORD, record | {"seconds": record["seconds"] + seconds}, shared=True)
+        reset_peak_memory(self.run.device)
+        start, finished = time.monotonic(), None
+        try:
+            self.work()
+            if all(path.exists() for path in self.results()):  # else other ranks of an array job make the rest
+                finished = files.now()
+        finally:  # an interrupted attempt counts too; one that is killed outright cannot be counted
+            seconds = self._elapsed() + time.monotonic() - start
+            self._write(finished=finished, seconds=seconds, **peak_memory(self.run.device))
 
     def _elapsed(self) -> float:
         record = self._read()
@@ -181,11 +192,11 @@ class Stage:
         return record
 
     def _write(self, **progress: Any) -> None:
-        made_from = {"recipe": self.recipe, "inputs": self._inputs, "steps": self._steps}
+        made_from = {"recipe": self.fields, "inputs": self._inputs, "steps": self._steps}
         files.write_json(self.folder / RECORD, {"stage": self.name, **progress, **made_from}, shared=True)
 
-    def _compare(self, *parts: tuple[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-        """Give the record, or None before the first start; refuse if it differs in any of the named parts."""
+    def _compare(self, **parts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Give the record, or None before the first start; refuse if it differs in any of these parts."""
         record = self._read()
         if record is None:
             if self.folder.is_dir() and any(
@@ -196,7 +207,7 @@ class Stage:
                     "--out folder, or remove them"
                 )
             return None
-        for part, now in parts:
+        for part, now in parts.items():
             different = first_difference(record[part], files.jsonable(now))
             if different is not None:
                 field, before, value = different
@@ -205,12 +216,6 @@ class Stage:
                     f"give another --out folder, or remove {self.folder} to make it anew"
                 )
         return record
-
-
-def check(stages: Iterable[Stage]) -> None:
-    """Refuse a recipe that differs from what any started stage was made with, before the first of them works."""
-    for stage in stages:
-        stage.check_recipe()
 
 
 def pick(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sfd.utils.config import field_owner
 from sfd.utils.errors import SFDError
 
 # Fields of earlier recipes and their present names.
-RENAMED = {"loss.resting": "loss.stationary_streams"}
+RENAMED = {"loss.resting": "loss.stationary_streams", "evaluation.weak": "evaluation.guiding_model"}
 # Fields that are gone: the value that changed nothing, and what to do in place of another one.
 REMOVED: dict[str, tuple[Any, str]] = {
     "sample.budget": ("length", "steps are given to each interval by its length"),
@@ -88,7 +88,9 @@ def follow_changes(values: dict[str, Any], where: str) -> None:
     for field, name in RENAMED.items():
         record, old = _record_of(values, field)
         if old in record:
-            record.setdefault(name.rpartition(".")[2], record.pop(old))
+            value = record.pop(old)
+            if value is not None:  # null is the default, which need not be given
+                record[name.rpartition(".")[2]] = value
     for field, (harmless, instead) in REMOVED.items():
         record, old = _record_of(values, field)
         if old in record:

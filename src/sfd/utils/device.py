@@ -1,12 +1,10 @@
-"""Devices: choosing one, copying to it, and what it cannot do well; how long a block of work takes on it."""
+"""Devices: choosing one, copying to it, what it cannot do well, and how much memory was used."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -62,45 +60,19 @@ def slow_bf16(device: torch.device) -> str | None:
     return None
 
 
-@dataclass
-class Usage:
-    """Time and memory of a block; filled in when the block of `measured` ends."""
-
-    started: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    """Largest resident memory of the process, from its start to the end of the block."""
-    peak_device_memory_bytes: int = 0
-    """Largest memory that PyTorch allocated on a CUDA device within the block; 0 elsewhere."""
-
-    def so_far(self) -> float:
-        """Seconds since the block began."""
-        return time.monotonic() - self.started
-
-    def record(self) -> dict[str, float]:
-        """Give what was measured, as plain values."""
-        return {
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "peak_device_memory_bytes": self.peak_device_memory_bytes,
-        }
-
-
-@contextmanager
-def measured(device: torch.device) -> Iterator[Usage]:
-    """Measure time and memory of the block."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Start to measure anew what `peak_memory` gives for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    usage = Usage()
-    try:
-        yield usage
-    finally:
-        usage.seconds, usage.peak_memory_bytes = usage.so_far(), _peak_memory()
-        if device.type == "cuda":
-            usage.peak_device_memory_bytes = torch.cuda.max_memory_allocated(device)
 
 
-def _peak_memory() -> int:
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Largest memory of this process since it started, and on a CUDA device since `reset_peak_memory`, in bytes."""
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return {"peak_memory_bytes": _process_memory(), "peak_device_memory_bytes": on_device}
+
+
+def _process_memory() -> int:
     if sys.platform == "win32":
         return 0
     import resource

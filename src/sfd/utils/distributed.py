@@ -161,7 +161,7 @@ def decide(question: Callable[[], Any]) -> Any:
             answer = [None, str(error)]
     value, refusal = broadcast(answer)
     if refusal is not None:
-        raise SFDError(refusal)
+        raise SFDError(refusal, said_by_rank_0=not is_main_process() and has_group())
     return value
 
 

@@ -17,6 +17,10 @@ class SFDError(Exception):
     The command line prints it without a traceback and exits with code 2.
     """
 
+    def __init__(self, message: str = "", *, said_by_rank_0: bool = False) -> None:
+        super().__init__(message)
+        self.said_by_rank_0 = said_by_rank_0  # rank 0 raises it too, and prints it
+
 
 TIME_IS_OVER = 75  # EX_TEMPFAIL in sysexits.h: try again later
 

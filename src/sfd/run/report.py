@@ -1,0 +1,114 @@
+"""The report of a finished run, from its files."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sfd.evaluation.evaluate import Metrics
+from sfd.evaluation.report import Gallery, ReportContent, write_report
+from sfd.generation.folder import read_images
+from sfd.generation.model import Model
+from sfd.generation.trajectory import Trajectory, follow_sample, schedule_curves
+from sfd.run.assessment import SamplesStage
+from sfd.run.images import RunImages
+from sfd.run.recipe import Recipe, dump_recipe
+from sfd.run.stages import Run, RunFolder
+from sfd.training.log import read_line
+
+
+def write_run_report(
+    run: Run, samples: Sequence[SamplesStage], metrics: Sequence[Metrics], images: RunImages, latents: int
+) -> None:
+    """Write report.html.
+
+    Args:
+        run: recipe, folder and device.
+        samples: what was sampled; the first kind is the one that matters most.
+        metrics: what was measured of them, then of real images; empty without an evaluation classifier.
+        images: the run's images.
+        latents: number of training images.
+    """
+    model = samples[0].model
+    content = ReportContent(
+        title=run.recipe.name,
+        summary=_summary(run.recipe, model, metrics),
+        facts=_facts(run, model, samples[0], images, latents),
+        recipe=dump_recipe(run.recipe),
+        galleries=[_gallery(stage) for stage in samples],
+        schedule=schedule_curves(model),
+        trajectory=_trajectory(samples[0]),
+        logs=_logs(run.folder),
+        metrics=metrics,
+        stages=run.folder.finished(),
+    )
+    write_report(run.folder.report, content)
+
+
+def _trajectory(samples: SamplesStage) -> Trajectory | None:
+    """Follow the first sample of the class in the middle; a single stream has no phases to show."""
+    model, seed = samples.model, samples.run.recipe.evaluation.seed
+    if len(model.composite.streams) < 2:
+        return None
+    return follow_sample(model, samples.settings, seed, model.labels[len(model.labels) // 2], samples.guiding())
+
+
+def _summary(recipe: Recipe, model: Model, metrics: Sequence[Metrics]) -> str:
+    evaluated = ""
+    if not metrics:
+        evaluated = " This run has no evaluation classifier: use sfd evaluate SAMPLES --reference …"
+    elif metrics[0].class_accuracy is not None and "class_accuracy" not in metrics[0].caveats:
+        evaluated = f" An independent classifier recognises {metrics[0].class_accuracy:.1%} of its samples."
+    return (
+        f"A semantic-first diffusion model of {model.history['parameters']:,} parameters, trained from nothing on "
+        f"{_data_name(recipe)}.{evaluated}"
+    )
+
+
+def _data_name(recipe: Recipe) -> str:
+    published = recipe.latents.published
+    return str(recipe.data.source) if published is None else f"the published latents in {published}"
+
+
+def _facts(run: Run, model: Model, samples: SamplesStage, images: RunImages, latents: int) -> dict[str, str]:
+    recipe = run.recipe
+    held_out = "" if recipe.data.source is None else f", {len(images.held_out):,} held out"
+    return {
+        "Data": f"{_data_name(recipe)}, {latents:,} training images{held_out}",
+        "Latent": "; ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid}" for s in model.composite.streams),
+        "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
+        "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
+        "Sampling": samples.settings.summary(),
+        "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {run.device}",
+        "Software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+    }
+
+
+def _gallery(samples: SamplesStage) -> Gallery:
+    classes, shown, each = samples.model.classes, samples.shown(), samples.run.recipe.evaluation.samples_per_class
+    caption = samples.settings.summary()
+    if len(shown) < len(classes):
+        caption += f"; {len(shown)} of {len(classes)} classes"
+    names = [classes[row[0] // each] if classes else "" for row in shown]
+    images = [read_images(samples.folder, row) for row in shown]
+    return Gallery(samples.variant.capitalize(), caption, list(zip(names, images, strict=True)))
+
+
+def _logs(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    parts = {
+        "transformer": folder.training,
+        "SemVAE": folder.compressor,
+        "texture encoder": folder.texture,
+        "semantic encoder": folder.semantic,
+        "evaluation classifier": folder.evaluator,
+    }
+    paths = {name: part / "log.jsonl" for name, part in parts.items()}
+    return {
+        name: [read_line(line, path) for line in path.read_bytes().splitlines()]
+        for name, path in paths.items()
+        if path.exists()
+    }
