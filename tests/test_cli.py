@@ -224,7 +224,7 @@ def test_encoders_from_elsewhere_are_used(finished, recipe, tmp_path):
         result = sfd(command, recipe, *given, "--out", tmp_path / "o", "--device", "cpu")
         assert result.exit_code == 0, result.output
     manifest = files.read_json(tmp_path / "o" / "latents" / "manifest.json", "folder of latents")
-    assert manifest["streams"]["texture"]["tokenizer"] == finished.texture.identity
+    assert manifest["streams"]["texture"]["tokenizer"] == finished.texture.encoder.identity
     assert not (tmp_path / "o" / "texture").exists()
 
 

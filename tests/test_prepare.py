@@ -178,8 +178,8 @@ def test_real_latents_are_shown_decoded(finished):
 
     with Image.open(finished.folder.training / "previews" / "real.png") as image:
         shown = np.asarray(image.convert("RGB"))
-    images = finished.images[0]
-    decoded = finished.texture.decode(finished.texture.encode(to_tensor(images.load([0]))))
+    images = finished.images.training
+    decoded = finished.texture.encoder.decode(finished.texture.encoder.encode(to_tensor(images.load([0]))))
     first = (decoded[0].permute(1, 2, 0).clamp(-1, 1) + 1).mul(127.5).round().numpy()
     height, width = first.shape[:2]
     rows, columns = (range(size - edge + 1) for size, edge in zip(shown.shape, (height, width), strict=False))
