@@ -31,7 +31,7 @@ def guiding() -> Model:
 
 def latents(model: Model, guiding: Model | None = None, labels=LABELS, seeds=SEEDS, **settings) -> Tensor:
     """(B, N), sampled by Euler with one step in each segment unless told otherwise."""
-    source = {} if guiding is None else {"guidance_from": "weak_model"}
+    source = {} if guiding is None else {"guidance_from": "guiding_model"}
     config = SamplingConfig(**{"solver": "euler", "steps": 3, **source, **settings})
     return torch.cat([batch.latents for batch in model.sample_batches(labels, seeds, config, guiding=guiding)])
 

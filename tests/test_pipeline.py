@@ -112,13 +112,13 @@ def test_samples_made_otherwise_are_not_mixed(finished, tmp_path):
 
 
 def test_autoguidance_by_another_model(finished):
-    settings = SamplingConfig(steps=3, guidance={"semantic": 1.9, "texture": 1.3}, guidance_from="weak_model")
+    settings = SamplingConfig(steps=3, guidance={"semantic": 1.9, "texture": 1.3}, guidance_from="guiding_model")
     guided = next(finished.model.sample_batches([1], [0], settings, guiding=finished.model))
     plain = next(finished.model.sample_batches([1], [0], SamplingConfig(steps=3)))
     torch.testing.assert_close(guided.latents, plain.latents)  # guided by itself: unchanged
 
 
-WEAK = "sample.guidance_from=weak_model"
+WEAK = "sample.guidance_from=guiding_model"
 
 
 def without_classifier(finished, out, *overrides):
@@ -140,7 +140,7 @@ def test_without_a_classifier_a_run_ends_with_samples_and_how_to_evaluate_them(f
         _ = pipeline.evaluator.extractor
 
 
-def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
+def test_a_recipe_names_the_guiding_model_of_its_samples(finished, tmp_path):
     pipeline = without_classifier(finished, tmp_path / "out", WEAK, f"evaluation.guiding_model={finished.folder.root}")
     pipeline.make_model()
     pipeline.report()
@@ -150,7 +150,7 @@ def test_a_recipe_names_the_weak_model_of_its_samples(finished, tmp_path):
     assert np.abs(guided.astype(int) - unguided).max() <= 1  # guided by itself: unchanged, but for rounding
 
 
-def test_a_missing_weak_model_is_found_before_training(finished, tmp_path):
+def test_a_missing_guiding_model_is_found_before_training(finished, tmp_path):
     recipe = load_recipe(finished.folder.recipe, [WEAK, "evaluation.guiding_model=nowhere"])
     with pytest.raises(SFDError, match="there is no model nowhere"):
         Pipeline(recipe, tmp_path, CPU).make_model()

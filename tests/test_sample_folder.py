@@ -124,7 +124,7 @@ def test_names_sort_by_number_beyond_a_million():
         ({"guidance": 2.0}, {}, "guidance = 1.0, but this command has 2.0"),
         ({}, {"seeds": list(range(1, 11))}, "other seeds"),
         ({}, {"labels": [0] * 10}, "other labels"),
-        ({"guidance": 2.0, "guidance_from": "weak_model"}, {"guiding": random_model(1)}, "guiding = None, but"),
+        ({"guidance": 2.0, "guidance_from": "guiding_model"}, {"guiding": random_model(1)}, "guiding = None, but"),
     ],
     ids=["guidance", "seeds", "labels", "guiding model"],
 )

@@ -121,8 +121,8 @@ def test_its_operations_are_counted(model):
         ["transformer.guide_block=2"],
         ["loss.guide=0.25"],
         ["sample.guidance_from=inside"],
-        ["sample.guidance_from=weak_model"],
-        ["evaluation.weak=elsewhere"],
+        ["sample.guidance_from=guiding_model"],
+        ["evaluation.guiding_model=elsewhere"],
     ],
 )
 def test_recipes_that_name_a_source_and_lack_it_are_refused(overrides):
@@ -134,7 +134,7 @@ def test_sampling_without_the_source_is_refused(model):
     plain = random_model(0)
     with pytest.raises(SFDError, match="second head"):
         inside(plain, 2.0)
-    with pytest.raises(SFDError, match="no weak model was given"):
-        latents(plain, guidance=2.0, guidance_from="weak_model")
-    with pytest.raises(SFDError, match="a weak model was given"):
+    with pytest.raises(SFDError, match="no guiding model was given"):
+        latents(plain, guidance=2.0, guidance_from="guiding_model")
+    with pytest.raises(SFDError, match="a guiding model was given"):
         latents(plain, model, guidance=2.0, guidance_from="null_class")

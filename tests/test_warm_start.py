@@ -81,7 +81,7 @@ def test_a_run_starts_from_another_runs_model(finished, tmp_path):
         overrides.append(f"{part}={json.dumps({'name': name, 'folder': str(before.root / part)})}")
     overrides += ["compressor.train=null", f"compressor.folder={before.compressor}"]
     run = Pipeline(load_recipe(write_recipe(tmp_path), overrides), tmp_path / "out", torch.device("cpu"))
-    run.all()
+    run.make_model()
     old, new = load_model(before.model, torch.device("cpu")), load_model(run.folder.model, torch.device("cpu"))
     assert new.composite == old.composite  # the statistics are the model's, not those of the new images
     ours, theirs = new.transformer.state_dict(), old.transformer.state_dict()

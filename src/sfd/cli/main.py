@@ -190,7 +190,9 @@ def _report(pipeline: Pipeline) -> None:
 @click.option("--steps", type=int, help="solver steps; an adaptive solver chooses its own")
 @click.option("--solver", help="euler, heun, multistep, sde, dopri5")
 @click.option("--guidance", type=float, help="scale for all streams; 1: none")
-@click.option("--guiding-model", type=FOLDER, help="a less trained model for AutoGuidance; else the null class guides")
+@click.option(
+    "--guiding-model", type=FOLDER, help="a less trained model, for AutoGuidance; sets guidance_from=guiding_model"
+)
 @click.option("--weak", hidden=True, expose_value=False, callback=_renamed)
 @device_option
 def sample(**arguments: Any) -> None:

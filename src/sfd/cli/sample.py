@@ -45,7 +45,8 @@ def sample_images(
     where = choose_device(local_device(device))
     loaded = load_model(model_folder(model), where)
     guiding = load_model(model_folder(guiding_model), where) if guiding_model else None
-    settings = sample_settings(loaded, overrides, **options)
+    source = "guiding_model" if guiding_model else None
+    settings = sample_settings(loaded, overrides, guidance_from=source, **options)
     labels = asked_labels(loaded, classes)
     if in_turn:
         pairs = [(labels[i % len(labels)], seed) for i, seed in enumerate(chosen_seeds)]

@@ -16,7 +16,7 @@ from sfd.schedule import Schedule
 from sfd.solvers import SOLVERS
 from sfd.utils.config import Free, Settings
 
-GUIDED_BY = {"null_class": "the null class", "weak_model": "a weak model", "inside": "the second head"}
+GUIDED_BY = {"null_class": "the null class", "guiding_model": "a guiding model", "inside": "the second head"}
 
 
 class SamplingConfig(Settings):
@@ -27,7 +27,7 @@ class SamplingConfig(Settings):
     options: dict[str, Any] = Field({}, description="of the solver, such as rtol")
     shift: float = Field(1.0, ge=MIN_SHIFT, le=MAX_SHIFT, description="time shift; below 1: more steps near noise")
     guidance: float | dict[str, float] = Field(1.0, description="scale for all streams, or by stream; 1: none")
-    guidance_from: Literal["null_class", "weak_model", "inside"] = Field(
+    guidance_from: Literal["null_class", "guiding_model", "inside"] = Field(
         "null_class",
         description="what guides: the null class, a less trained model, or the network's second head, at no extra call",
     )

@@ -47,7 +47,7 @@ def write_samples(
         labels: class indices; the null class is the number of classes.
         seeds: one per image, ≥ 0.
         config: solver, steps, guidance, batch size.
-        guiding: the weak model, where `config.guidance_from` is weak_model.
+        guiding: the guiding model, where `config.guidance_from` is guiding_model.
 
     Returns:
         the number of images that are still missing, because other ranks are not done.

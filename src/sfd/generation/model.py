@@ -31,7 +31,7 @@ from sfd.utils.errors import SFDError, unknown
 
 DECODED_AT_ONCE = 32  # images: pixels take far more memory than latents
 NO_SOURCE = {
-    "weak_model": "guidance_from is weak_model, but no weak model was given; name its folder (--weak)",
+    "guiding_model": "guidance_from is guiding_model, but no guiding model was given; name one (--guiding-model)",
     "inside": "guidance_from is inside, but this network has no second head; train one with transformer.guide_block",
 }
 
@@ -104,14 +104,14 @@ class Model:
         Args:
             classes: names or numbers, one per image, or one for all; None: all classes in turn.
             seeds: whole numbers ≥ 0, one per image, or one for all; None: 0, 1, 2, …
-            guiding: a less trained model, for AutoGuidance; sets guidance_from to weak_model.
+            guiding: a less trained model, for AutoGuidance; sets guidance_from to guiding_model.
             output: "pil": a list of PIL images; "array": uint8 (B, S, S, 3); "tensor": float32 (B, 3, S, S) in [0, 1];
                 "latent": packed, normalised latents (B, N), which `composite.unpack` splits.
             callback: called after each solver step, batch by batch.
             settings: fields of `SamplingConfig` that differ from the model's own, such as steps and guidance.
         """
         labels, chosen = self._pairs(classes, seeds)
-        config = self.config(**({"guidance_from": "weak_model"} if guiding else {}) | settings)
+        config = self.config(**({"guidance_from": "guiding_model"} if guiding else {}) | settings)
         batches = list(self.sample_batches(labels, chosen, config, guiding=guiding, callback=callback))
         if output == "latent":
             return torch.cat([batch.latents for batch in batches])
@@ -211,10 +211,10 @@ class Model:
         """Refuse settings or a guiding model that do not fit, before anything is computed."""
         able = self._able(config, guiding)
         if guiding is not None:
-            if config.guidance_from != "weak_model":
+            if config.guidance_from != "guiding_model":
                 raise SFDError(
-                    f"a weak model was given, but guidance_from is {config.guidance_from}; set it to weak_model, or "
-                    "leave the model out"
+                    f"a guiding model was given, but guidance_from is {config.guidance_from}; set it to guiding_model, "
+                    "or leave the model out"
                 )
             _check_guiding(self, guiding)
         elif config.guides and not able and config.guidance_from in NO_SOURCE:
@@ -238,7 +238,7 @@ class Model:
     def _able(self, config: SamplingConfig, guiding: Model | None = None) -> bool:
         """Whether what `config.guidance_from` names is there."""
         second_head = self.transformer.config.guide_block is not None
-        sources = {"null_class": bool(self.classes), "weak_model": guiding is not None, "inside": second_head}
+        sources = {"null_class": bool(self.classes), "guiding_model": guiding is not None, "inside": second_head}
         return sources[config.guidance_from]
 
     @torch.no_grad()

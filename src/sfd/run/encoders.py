@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from sfd.data.images import to_tensor
-from sfd.encoders import encoder_module, load_semantic_encoder, load_texture_encoder
+from sfd.encoders import encoder_module, open_semantic, open_texture
 from sfd.models.component import CONFIG_FILE, WEIGHTS_FILE
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import fit_pca
@@ -61,14 +61,14 @@ class EncoderStage(Stage):
     @cached_property
     def encoder(self) -> Any:
         """The encoder, published, from a folder, or trained by this run: `TextureEncoder` or `SemanticEncoder`."""
-        settings, load = self.settings, load_texture_encoder if self.kind == "texture" else load_semantic_encoder
+        settings, opened = self.settings, open_texture if self.kind == "texture" else open_semantic
         if settings.pretrained is not None:
             encoder = encoder_module(settings.name).pretrained(settings.pretrained, settings.config)
         elif settings.folder is not None:
-            encoder = load(Path(settings.folder))
+            encoder = opened(Path(settings.folder))
         else:
             self.require()
-            encoder = load(self.folder)
+            encoder = opened(self.folder)
         return encoder.to(self.run.device)
 
 

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from sfd.encoders._hub import local
-from sfd.generation.config import GUIDED_BY, SamplingConfig
-from sfd.generation.directory import model_config
 from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops, second_head_flops
-from sfd.run.recipe import EncoderSettings, Recipe, dump_recipe
-from sfd.run.validate import check, latent_bytes, planned_compressor, planned_encoder
-from sfd.utils.errors import SFDError
+from sfd.run.recipe import Recipe, dump_recipe
+from sfd.run.validate import check, latent_bytes
 from sfd.utils.units import duration
 
 # A training step costs a forward and a backward pass, the latter twice the former.
@@ -40,10 +36,8 @@ class Estimate(NamedTuple):
     config: DiTConfig
     parameters: int  # trained, with the REPA projector
     published_parameters: int  # as published counts them: the fixed position table is among them
-    forward: int  # operations of the network on one image, 2 a multiply-add; without the projector
-    step: int  # operations of a training step
-    training: int  # operations of all steps
-    state: int  # bytes of weights, gradients, moments, average
+    training: int  # operations of the transformer's training, 2 for a multiply-add of a matrix product
+    state: int  # bytes of weights, gradients, AdamW's moments and EMA
     kept: int  # bytes that the backward pass keeps of one image
     images_at_once: int  # in one backward pass
 
@@ -60,16 +54,17 @@ class Estimate(NamedTuple):
 def estimate(recipe: Recipe) -> Estimate:
     """Compute the estimates of a recipe."""
     config, train = check(recipe, dry=True), recipe.train
-    parameters, forward = parameter_count(config), flops(config)
-    step = PASSES_PER_STEP * (forward + projector_flops(config) + second_head_flops(config)) * train.batch_size
+    parameters = parameter_count(config)
+    images = train.steps * train.batch_size
+    operations = PASSES_PER_STEP * (flops(config) + projector_flops(config) + second_head_flops(config))
+    # In float32 weights, gradients, two moments and EMA; autocast keeps a copy of the weights in bf16.
+    bytes_per_parameter = 16 + 4 * (train.ema is not None) + 2 * (train.precision == "bf16")
     return Estimate(
         config=config,
         parameters=parameters,
         published_parameters=parameters + config.composite.token_grid**2 * config.width,
-        forward=forward,
-        step=step,
-        training=step * train.steps,
-        state=_state_bytes(recipe, parameters),
+        training=operations * images,
+        state=parameters * bytes_per_parameter,
         kept=kept_bytes(config, train.precision),
         images_at_once=train.batch_size // train.accumulate,
     )
@@ -85,29 +80,32 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
     """
     known = estimate(recipe)
     rate, how = _rate(device, recipe.train.precision, tflops)
-    images = recipe.train.steps * recipe.train.batch_size
+    composite = known.config.composite
     rows = {
-        "published": ", ".join(f"{k} {_number(v)}" for k, v in recipe.published.items()) or "nothing",
-        "data": _data(recipe),
         "transformer": f"{known.parameters:,} trained parameters with REPA's projector; "
         f"{known.published_parameters:,} with the fixed position table, as published",
-        "latent": f"{_streams(known.config)}; {known.config.composite.token_grid**2} tokens",
-        "texture encoder": _encoder(recipe.texture),
-        **_semantic(recipe),
-        **_compressor(recipe),
+        "latent": ", ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid} patch {s.patch_size}" for s in composite.streams)
+        + f"; {composite.token_grid**2} tokens",
         "latents on disk": _latents(recipe),
-        "operations": f"{known.forward / 1e9:.4g} GFLOP per image forward (matrix products, 2 per multiply-add), "
-        f"{known.step / 1e12:.4g} TFLOP per training step ({PASSES_PER_STEP} × (forward + REPA projector) × batch)",
-        "training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {images:,} images, "
-        f"{known.training / 1e18:.4g} EFLOP",
+        "training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {known.training / 1e18:.4g} EFLOP",
         "estimated time": f"{duration(known.seconds(rate))} on one device, for the transformer only, at {how}",
         "estimated memory": f"{known.state / 2**30:.2f} GiB of weights, gradients, AdamW's state and EMA, and "
         f"{known.kept / 2**20:.1f} MiB per image: {known.memory / 2**30:.2f} GiB with {known.images_at_once} per "
         "micro-batch on one device, without the framework's own",
-        "samples": _samples(recipe, known),
+        "not here yet": ", ".join(f"{name} is missing" for name in missing(recipe)) or "nothing is missing",
     }
     width = max(map(len, rows))
     return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def missing(recipe: Recipe) -> list[str]:
+    """List the folders and published weights that the recipe names and that are not on this machine."""
+    encoders = [recipe.texture, recipe.semantic] if recipe.encodes_semantics else [recipe.texture]
+    source = recipe.data.source if recipe.data.source != "shapes" else None
+    folders = [source, recipe.latents.published, recipe.compressor.folder, recipe.evaluation.guiding_model]
+    folders += [encoder.folder for encoder in encoders]
+    absent = [folder for folder in folders if folder is not None and not Path(folder).exists()]
+    return absent + [e.pretrained for e in encoders if e.pretrained is not None and local(e.pretrained) is None]
 
 
 def table(recipes: Mapping[str, Recipe], tflops: float) -> str:
@@ -145,11 +143,6 @@ def _rate(device: torch.device, precision: str, tflops: float | None) -> tuple[f
     return peak * EFFICIENCY, f"{EFFICIENCY:.0%} of the {peak / 1e12:.3g} TFLOP/s of {precision} products on {device}"
 
 
-def _state_bytes(recipe: Recipe, parameters: int) -> int:
-    """Bytes of weights, gradients, AdamW's two moments and EMA in float32, and of autocast's copy of the weights."""
-    return parameters * (16 + 4 * (recipe.train.ema is not None) + 2 * (recipe.train.precision == "bf16"))
-
-
 def kept_bytes(config: DiTConfig, precision: str) -> int:
     """Bytes of activations that the backward pass keeps per image."""
     tokens, block = config.composite.token_grid**2, KEPT_BYTES[precision] * config.width
@@ -165,81 +158,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _data(recipe: Recipe) -> str:
-    source = recipe.data.source
-    if source is None:
-        return "no images"
-    if source == "shapes":
-        return f"shapes, {recipe.data.count:,} images"
-    return source if Path(source).exists() else f"{source} is missing; give data.source=FOLDER"
-
-
-def _streams(config: DiTConfig) -> str:
-    return ", ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid} patch {s.patch_size}" for s in config.composite.streams)
-
-
 def _latents(recipe: Recipe) -> str:
     if recipe.latents.published is not None:
-        here = Path(recipe.latents.published).is_dir()
-        return f"published, in {recipe.latents.published}{'' if here else ', which is missing'}"
+        return f"published, in {recipe.latents.published}"
     latents, features = latent_bytes(recipe)
-    total = (
-        f"{(latents + features) / 2**10:.4g} KiB per image, {(latents + features) * 1e6 / 2**30:.4g} GiB per million"
+    total = latents + features
+    return (
+        f"{total / 2**10:.4g} KiB per image, {total * 1e6 / 2**30:.4g} GiB per million; of that, "
+        f"{features / total:.0%} features for REPA"
     )
-    return f"{total}; of that, {features / (latents + features):.0%} features for REPA"
-
-
-def _semantic(recipe: Recipe) -> dict[str, str]:
-    if not recipe.encodes_semantics:
-        return {}
-    return {"semantic encoder": _encoder(recipe.semantic)}
-
-
-def _encoder(settings: EncoderSettings) -> str:
-    encoder = planned_encoder(settings)
-    absent = settings.pretrained is not None and local(settings.pretrained) is None
-    missing = f"; {settings.pretrained} is missing" if absent else ""
-    return f"{settings.name}, {encoder.channels} channels, {encoder.downsample} pixels per position{missing}"
-
-
-def _compressor(recipe: Recipe) -> dict[str, str]:
-    compressor = planned_compressor(recipe)
-    if compressor is None:
-        return {}
-    parts = {name: _count(part) for name, part in compressor.named_children()}
-    text = ", ".join(f"{name} {count:,} parameters" for name, count in parts.items()) or "nothing trained by gradient"
-    folder = recipe.compressor.folder
-    missing = "" if folder is None or Path(folder).is_dir() else f"; {folder} is missing"
-    return {"compressor": f"{text} ({recipe.compressor.name}){missing}"}
-
-
-def _samples(recipe: Recipe, known: Estimate) -> str:
-    classes, sample = recipe.data.classes, recipe.sample
-    each = recipe.evaluation.samples_per_class
-    count = f"{each * classes:,} ({each} per class)" if classes else f"{each} a class"
-    return f"{count}, {_solver(sample)}, {_evaluation(recipe, known)}"
-
-
-def _solver(sample: SamplingConfig) -> str:
-    return sample.solver if sample.adaptive else f"{sample.solver} {sample.steps}"
-
-
-def _evaluation(recipe: Recipe, known: Estimate) -> str:
-    """Operations of one velocity evaluation per image, guided or not."""
-    weak, guidance, source = recipe.evaluation.weak, recipe.sample.guidance, recipe.sample.guidance_from
-    strong = f"{known.forward / 1e9:.4g} GFLOP per velocity"
-    if not recipe.sample.guides:
-        return f"unguided, {strong}"
-    if weak is None:
-        operations = known.forward * (2 if source == "null_class" else 1) + second_head_flops(known.config)
-        return f"guidance {guidance} by {GUIDED_BY[source]}, {operations / 1e9:.4g} GFLOP per velocity"
-    try:
-        config = model_config(Path(weak))
-    except SFDError:
-        return f"guidance {guidance} by {weak}, which is missing: {strong} without it"
-    both = (known.forward + flops(config)) / 1e9
-    return f"guidance {guidance} by {weak} ({parameter_count(config):,} parameters), {both:.4g} GFLOP per velocity"
-
-
-def _count(part: nn.Module) -> int:
-    return sum(p.numel() for p in part.parameters())

@@ -174,7 +174,7 @@ class EvaluationSettings(Settings):
     )
     guiding_model: Free[str | None] = Field(
         None,
-        description="the weak model that sample.guidance_from: weak_model takes, its directory or its run's folder",
+        description="what sample.guidance_from: guiding_model takes: a model's directory or a run's folder",
     )
 
 
@@ -233,11 +233,11 @@ class Recipe(Settings):
         return self
 
     def _check_guidance(self) -> None:
-        source, weak = self.sample.guidance_from, self.evaluation.weak
-        if (source == "weak_model") != (weak is not None):
+        source, guiding = self.sample.guidance_from, self.evaluation.guiding_model
+        if (source == "guiding_model") != (guiding is not None):
             raise SFDError(
-                f"sample.guidance_from is {source} and evaluation.weak is {weak or 'null'}; for AutoGuidance set "
-                "sample.guidance_from to weak_model and evaluation.weak to the weak model's folder, else neither"
+                f"sample.guidance_from is {source} and evaluation.guiding_model is {guiding or 'null'}; for "
+                "AutoGuidance set the first to guiding_model and the second to that model's folder, else neither"
             )
         block, weight = self.transformer.guide_block, self.loss.guide
         if (block is None) != (weight is None):
@@ -259,8 +259,8 @@ class Recipe(Settings):
         return self.uses_semantics and self.latents.published is None
 
     def sampling(self, classes: Sequence[str]) -> SamplingConfig:
-        """The sampling settings of a model with these classes; without any, and no guiding model, nothing guides."""
-        able = bool(classes) or self.evaluation.guiding_model is not None
+        """The sampling settings of a model with these classes; without any the null class guides nothing."""
+        able = bool(classes) or self.sample.guidance_from != "null_class"
         return self.sample if self.sample.guides and able else self.sample.unguided()
 
     def fixed(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class TransformerStage(Stage):
         model = Model(cast(LightningDiT, network), schedule, self.texture.encoder, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]
         settings = recipe.sampling(classes).model_copy(update={"batch_size": PREVIEW_IMAGES, "compile": False})
-        if recipe.evaluation.guiding_model is not None:
+        if settings.guidance_from == "guiding_model":
             settings = settings.unguided()
         (batch,) = model.sample_batches(labels, range(PREVIEW_IMAGES), settings)
         with files.atomic_write(folder / f"step-{step:09d}.png") as partial:
