@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageOps
 
-from sfd.data.images import MAX_PIXELS, centre_crop, decode, read_image, stable_hash, to_tensor, to_uint8
+from sfd.data.images import centre_crop, decode, read_image, stable_hash, to_tensor, to_uint8
 from sfd.utils.errors import SFDError
 
 
@@ -146,11 +145,6 @@ def test_a_large_jpeg_is_decoded_at_a_fraction() -> None:
     image = decode(encoded(whole, "JPEG"), 32)
     # Decoding at an eighth is nearly a box filter.
     assert np.abs(image.astype(int) - centre_crop(whole.convert("RGB"), 32)).mean() < 4
-    side = int(MAX_PIXELS**0.5) + 1000
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        data = encoded(Image.new("L", (side, side), 77), "JPEG")
-    assert np.ptp(decode(data, 32)) == 0
 
 
 def test_a_decompression_bomb_is_refused() -> None:
@@ -173,7 +167,7 @@ def test_truncated_files_are_refused(kind: str) -> None:
     [
         (b"", "empty"),
         (b"hello, this is no image", "no image in a known format"),
-        (b"\xff\xd8\xff", "damaged"),
+        (b"\xff\xd8\xff", "no image"),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "no image|damaged"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC.*heif-convert"),
         (b"\xff\x0a\0\0", "JPEG XL.*djxl"),

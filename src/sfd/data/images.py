@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sfd.utils.errors import SFDError
@@ -22,18 +23,15 @@ Indices = Sequence[int] | np.ndarray
 
 # Formats that Pillow recognises but leaves to another program or library.
 _NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# Image formats that Pillow does not know, and what reads them.
-_CONVERTERS = {"HEIC": "heif-convert (of libheif)", "JPEG XL": "djxl (of libjxl)", "SVG": "rsvg-convert (of librsvg)"}
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# Image formats that Pillow does not know, how their files begin, and what reads them.
+_UNKNOWN = (
+    (r".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "HEIC", "heif-convert (of libheif)"),
+    (r"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", "djxl (of libjxl)"),
+    (r".{,1000}<svg", "SVG", "rsvg-convert (of librsvg)"),
+)
 NO_IMAGE = "no image in a known format"
 _PNG = b"\x89PNG\r\n\x1a\n"
-# EXIF orientation: how the stored image is turned upright.
-_UPRIGHT = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-), start=2))  # fmt: skip
-
-# More pixels than this are not decoded: at 3 bytes each they take half a gigabyte a thread.
+# More pixels than this Pillow does not decode: at 3 bytes each they take half a gigabyte a thread.
 MAX_PIXELS = 178_956_970
 # A JPEG of more pixels than this is decoded at a half, a quarter or an eighth of its size, by its DCT coefficients.
 REDUCED_PIXELS = 2**24
@@ -99,23 +97,20 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     Halved with a box filter while the shorter side is at least 2·size, then scaled bicubically. Smaller images are
     scaled up. Returns uint8 (size, size, 3).
     """
-    width, height = image.size
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        image = _trim(image, MAX_ASPECT * min(width, height))
+    longest = MAX_ASPECT * min(image.size)
+    image = _centre(image, longest, longest)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     target = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(target, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size].copy()
+    return np.array(_centre(image.resize(target, Image.Resampling.BICUBIC), size, size))
 
 
-def _trim(image: Image.Image, longest: int) -> Image.Image:
-    """Cut the longer side to its central `longest` pixels."""
-    left = max(0, (image.width - longest) // 2)
-    top = max(0, (image.height - longest) // 2)
-    return image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Cut out the centre, at most this wide and high."""
+    width, height = min(width, image.width), min(height, image.height)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def decode(data: bytes, size: int, *, exact: bool = False) -> np.ndarray:
@@ -163,11 +158,11 @@ def _read(data: bytes, reduced: int | None = None) -> Image.Image:
         raise SFDError("the file is empty")
     try:
         try:
-            return _to_rgb(_open(data, reduced))
+            return _to_rgb(data, reduced)
         except (ValueError, UnidentifiedImageError):
             if not data.startswith(_PNG):
                 raise
-            return _to_rgb(_open(_without_metadata(data), reduced))
+            return _to_rgb(_without_metadata(data), reduced)
     except SFDError:
         raise
     except UnidentifiedImageError:
@@ -179,30 +174,10 @@ def _read(data: bytes, reduced: int | None = None) -> Image.Image:
 
 
 def _why_unidentified(data: bytes) -> str:
-    kind = None
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
-        kind = "HEIC"
-    elif data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        kind = "JPEG XL"
-    elif b"<svg" in data[:1024]:
-        kind = "SVG"
-    if kind is not None:
-        return f"{kind}, which Pillow does not read; convert it to PNG, for example with {_CONVERTERS[kind]}"
+    for start, kind, converter in _UNKNOWN:
+        if re.match(start.encode(), data[:1024], re.DOTALL):
+            return f"{kind}, which Pillow does not read; convert it to PNG, for example with {converter}"
     return failed_download(data) or NO_IMAGE
-
-
-def _open(data: bytes, reduced: int | None) -> Image.Image:
-    """Open without decoding; large JPEGs are set to be decoded at a fraction of their size."""
-    file = io.BytesIO(data)
-    if not data.startswith(b"\xff\xd8\xff"):
-        return Image.open(file, formats=formats())
-    # Opened by its own class, since Image.open judges a JPEG's size before it can be asked for a fraction of it.
-    image = JpegImageFile(file)
-    if reduced is not None and image.width * image.height > REDUCED_PIXELS:
-        image.draft(None, (reduced, reduced))
-    if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError
-    return image
 
 
 def _without_metadata(data: bytes) -> bytes:
@@ -216,18 +191,14 @@ def _without_metadata(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(data: bytes, reduced: int | None) -> Image.Image:
     """Decode as 8-bit RGB, upright, over white."""
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # Pillow meets damaged EXIF data with errors of several types
-        orientation = None
-    rgb = _flattened(image)
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
-
-
-def _flattened(image: Image.Image) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=formats())
+    if reduced is not None and image.width * image.height > REDUCED_PIXELS:
+        image.draft(None, (reduced, reduced))  # of JPEGs alone
     image.load()
+    with suppress(Exception):  # Pillow meets damaged EXIF data with errors of several types
+        ImageOps.exif_transpose(image, in_place=True)
     # Pillow gives 16-bit grey as mode I where the format does not say more (PGM; PNG in older versions).
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.float32) / 257

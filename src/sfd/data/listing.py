@@ -19,7 +19,7 @@ import stat
 import unicodedata
 import zipfile
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,8 +45,6 @@ _SPLIT = re.compile(
 _LABELS = "dataset.json"
 UNREADABLE = "cannot be read"
 _LINKS = {errno.ENOENT: "a link to nothing", errno.ELOOP: "a link in a circle"}
-# Links to folders on the way to a file: folders that link to one another have countless ways.
-_MAX_LINKS = 2
 # Larger files are not read: several at once could fill the memory.
 _MAX_BYTES = 2**28
 
@@ -73,18 +71,16 @@ class ImageFiles:
         candidates = sorted((name for name in self._tree.sizes if _suffix(name) not in _SIDE), key=nfc)
         images = [name for name in candidates if meant_as_image(name)] or candidates
         while True:
-            listed = self._listed_labels()
-            names = [name[len(self.root) :] for name in images if name.startswith(self.root)]
+            listed, names = self._listed_labels(), self._below_root(images)
             folders = {name.partition("/")[0] for name in names if "/" in name}
             if listed is not None:
                 break
-            self.empty += sorted(self._folders() - folders)
+            self.empty += sorted({name.partition("/")[0] for name in self._below_root(self._tree.folders)} - folders)
             if len(folders) != 1 or not all("/" in name for name in names):
+                self._check_layout(names, folders)
                 break
             self.root += folders.pop() + "/"
-        if listed is None:
-            self._check_layout(names, folders)
-        below = [name[len(self.root) :] for name in candidates if name.startswith(self.root)]
+        below = self._below_root(candidates)
         class_of = _classes_of_folders(below, folders) if listed is None else self._classes_listed(below, listed)
         self.names = list(class_of)
         order = sorted(set(class_of.values()), key=lambda value: (isinstance(value, str), value))
@@ -94,6 +90,9 @@ class ImageFiles:
         used = {self.root + name for name in [*self.names, *([] if listed is None else [_LABELS])]}
         self.side = sorted(set(self._tree.sizes) - used)
         _check_names(self.path, self.classes)
+
+    def _below_root(self, names: Iterable[str]) -> list[str]:
+        return [name[len(self.root) :] for name in names if name.startswith(self.root)]
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
@@ -110,12 +109,8 @@ class ImageFiles:
 
     def fingerprint(self) -> str:
         """Hash what changes when an image is added, removed or changed; not the path."""
-        return self._tree.fingerprint([self.root + name for name in self.names])
-
-    def _folders(self) -> set[str]:
-        """The folders at the root."""
-        below = (name[len(self.root) :] for name in self._tree.folders if name.startswith(self.root))
-        return {name.partition("/")[0] for name in below}
+        tree, names = self._tree, [self.root + name for name in self.names]
+        return stable_hash(type(tree).__name__, files=[(name, tree.sizes[name], tree.stamps[name]) for name in names])
 
     def _check_layout(self, names: Sequence[str], folders: Collection[str]) -> None:
         """Refuse images next to class folders, and splits instead of classes."""
@@ -212,8 +207,7 @@ def _check_names(path: Path, classes: Sequence[str]) -> None:
     bad = [repr(shown(name)) for name in classes if shown(name) != name]
     if bad:
         raise SFDError(
-            f"{path}: the names of class folders must be UTF-8 without control characters, but {', '.join(bad[:5])} "
-            f"{'is' if len(bad) == 1 else 'are'} not; rename {'it' if len(bad) == 1 else 'them'}"
+            f"{path}: names of class folders must be UTF-8 without control characters; rename {', '.join(bad[:5])}"
         )
 
 
@@ -233,52 +227,47 @@ class _Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.sizes: dict[str, int] = {}
+        self.stamps: dict[str, int] = {}  # of modification, in nanoseconds
         self.folders: set[str] = set()
         self.skipped: list[tuple[str, str]] = []
-        self._changed: dict[str, int] = {}
         try:
             self._scan(str(path), "", (os.path.realpath(path),))
         except OSError as error:
             raise SFDError(f"{path} cannot be listed ({error.strerror}); give a readable one") from None
 
-    def _scan(self, folder: str, prefix: str, above: tuple[str, ...], links: int = 0) -> None:
+    def _scan(self, folder: str, prefix: str, above: tuple[str, ...]) -> None:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _is_system(entry.name):
                     continue
                 try:
-                    self._add(entry, prefix + entry.name, above, links + entry.is_symlink())
+                    self._add(entry, prefix + entry.name, above)
                 except OSError as error:
                     link = _LINKS.get(error.errno or 0) if entry.is_symlink() else None
                     self.skipped.append((prefix + entry.name, link or f"{UNREADABLE} ({error.strerror})"))
 
-    def _add(self, entry: os.DirEntry[str], name: str, above: tuple[str, ...], links: int) -> None:
+    def _add(self, entry: os.DirEntry[str], name: str, above: tuple[str, ...]) -> None:
         if entry.is_dir():
             real = os.path.realpath(entry.path)
-            if real in above or links > _MAX_LINKS:
-                self.skipped.append((name, "a link in a circle" if real in above else "a link behind others"))
-                return
+            if real in above:
+                raise OSError(errno.ELOOP, "a link in a circle")
             self.folders.add(name)
-            self._scan(entry.path, f"{name}/", (*above, real), links)
+            self._scan(entry.path, f"{name}/", (*above, real))
             return
         status = entry.stat()
         if stat.S_ISREG(status.st_mode):
-            self.sizes[name], self._changed[name] = status.st_size, status.st_mtime_ns
+            self.sizes[name], self.stamps[name] = status.st_size, status.st_mtime_ns
         else:
             self.skipped.append((name, "no regular file"))
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def fingerprint(self, names: Sequence[str]) -> str:
-        return stable_hash("folder", files=[(name, self.sizes[name], self._changed[name]) for name in names])
-
 
 class _Archive:
     """Members of a zip archive. One handle serves all threads: the zipfile module locks every read."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
             self._handle = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as error:
@@ -296,9 +285,7 @@ class _Archive:
                 parts.pop()
             self.folders |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
         self.sizes = {name: member.file_size for name, member in self._members.items()}
+        self.stamps = {name: member.CRC for name, member in self._members.items()}
 
     def read(self, name: str) -> bytes:
         return self._handle.read(self._members[name])
-
-    def fingerprint(self, names: Sequence[str]) -> str:
-        return stable_hash("archive", files=[(name, self.sizes[name], self._members[name].CRC) for name in names])
