@@ -97,7 +97,7 @@ def sde(
     return x
 
 
-_History = list[tuple[float, Tensor]]  # base times and values of f there, ascending
+History = list[tuple[float, Tensor]]  # base times and values of f there, ascending
 
 
 def multistep(
@@ -124,21 +124,21 @@ def multistep(
         dxdu, x, grid, callback: see the module.
         order: number of values that each polynomial goes through.
     """
-    history: _History = []
+    history: History = []
     corrected = x  # the state that the step before set out from
     for u, after in pairwise(grid):
         now = dxdu(u, x)
         nodes = [*history, (u, now)][-order:]
         if history:
-            x = _add_integral(corrected, nodes, history[-1][0], u)
+            x = add_integral(corrected, nodes, history[-1][0], u)
         corrected, history = x, nodes
-        x = _add_integral(corrected, history, u, after)
+        x = add_integral(corrected, history, u, after)
         if callback is not None:
             callback(after, x)
     return x
 
 
-def _add_integral(x: Tensor, nodes: _History, start: float, end: float) -> Tensor:
+def add_integral(x: Tensor, nodes: History, start: float, end: float) -> Tensor:
     """Add to x the integral from start to end of the polynomial through the nodes."""
     first, *others = adams_weights(tuple(u for u, _ in nodes), start, end)
     total = torch.add(x, nodes[0][1], alpha=first)

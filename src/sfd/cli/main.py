@@ -212,12 +212,18 @@ def sample(**arguments: Any) -> None:
 @main.command()
 @click.argument("model", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@click.option("--format", "form", type=click.Choice(["sfd", "diffusers"]), default="sfd", show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
-def export(model: Path, out: Path, dtype: str) -> None:
-    """Copy a MODEL directory (or a run's model) to OUT, by default with weights of half the size."""
-    from sfd.cli.sample import export_model
+@click.option("--licence", help="of the weights, for the model card: mit, apache-2.0 …  [default: not stated]")
+def export(model: Path, out: Path, form: str, dtype: str, licence: str | None) -> None:
+    """Write a MODEL directory, a run's model or an exported pipeline to OUT, with a model card.
 
-    export_model(model, out, dtype)
+    By default with weights of half the size. A run's card has its metrics and a grid of its samples. The format
+    diffusers is a folder for SFDPipeline.from_pretrained and DiffusionPipeline.from_pretrained.
+    """
+    from sfd.cli.export import export_model
+
+    export_model(model, out, form, dtype, licence)
 
 
 @main.command("export-latents")

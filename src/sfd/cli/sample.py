@@ -1,4 +1,4 @@
-"""`sfd sample`, `sfd trajectory` and `sfd export`."""
+"""`sfd sample` and `sfd trajectory`."""
 
 from __future__ import annotations
 
@@ -113,13 +113,3 @@ def parse_seeds(text: str) -> list[int]:
             raise SFDError(f"--seeds {text!r}: {part!r} is not a seed; give numbers ≥ 0, such as 0-63 or 1,5,9")
         seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return seeds
-
-
-def export_model(model: Path, out: Path, dtype: str) -> None:
-    """Copy a model directory with its weights in another precision."""
-    import torch
-
-    files.check_replaceable(out, None, "an exported model")
-    load_model(model_folder(model), torch.device("cpu")).save(out, getattr(torch, dtype))
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    click.echo(f"{out}: {size / 1e6:.2f} MB")

@@ -15,6 +15,7 @@ from torch import Tensor
 from sfd.data.classes import find_class
 from sfd.data.images import to_pixels
 from sfd.encoders import TextureEncoder, open_texture
+from sfd.generation.card import model_card
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import FORMAT, RECORD, TEXTURE_FOLDER, WEIGHTS, fetch_model, read_record
 from sfd.guidance import VelocityField, guide
@@ -28,6 +29,7 @@ from sfd.utils import files
 from sfd.utils.config import first_difference, parse
 from sfd.utils.device import choose_device, full_float32
 from sfd.utils.errors import SFDError, unknown
+from sfd.utils.hub import HubFolder
 
 DECODED_AT_ONCE = 32  # images: pixels take far more memory than latents
 NO_SOURCE = {
@@ -49,7 +51,7 @@ class SampleBatch(NamedTuple):
 
 
 @dataclass
-class Model:
+class Model(HubFolder):
     """A trained generator; `load` reads one from a model directory."""
 
     transformer: LightningDiT
@@ -298,6 +300,15 @@ class Model:
                 "sample": self.sampling.model_dump(mode="json"),
             }
             files.write_json(partial / RECORD, record)
+
+    @classmethod
+    def from_folder(cls, folder: Path, device: str | torch.device = "auto") -> Model:
+        """Load a model directory or a run's folder; see `load`."""
+        return load(folder, device)
+
+    def card(self, **known: Any) -> str:
+        """Write the text of the model card; see `sfd.generation.card.model_card`."""
+        return model_card(self, **known)
 
 
 def load(name: str | Path, device: str | torch.device = "auto") -> Model:

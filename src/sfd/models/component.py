@@ -8,11 +8,12 @@ agree), computed when the weights are made. A saved component carries it along, 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,36 @@ from torch import Tensor, nn
 from sfd.utils import files
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
+from sfd.utils.hub import HubFolder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+COMPONENT_CARD = """---
+library_name: sfd
+tags: [semantic-first-diffusion, "arxiv:2512.04926"]
+---
+# {kind} `{name}`
+
+A component of semantic-first diffusion with {parameters:,} parameters, identity `{identity}`.
+
+```python
+from {module} import {class_name}
+
+network = {class_name}.from_pretrained("OWNER/NAME")
+```
+
+```json
+{config}
+```
+"""
 
 Network = TypeVar("Network", bound=nn.Module)
 Own = TypeVar("Own", bound="Component")
 
 
-class Component(nn.Module):
-    """A network that can be saved as a folder. Subclasses set `config` in their constructor."""
+class Component(nn.Module, HubFolder):
+    """A network that can be saved as a folder, also on the hub. Subclasses set `config` in their constructor."""
 
     kind: ClassVar[str]  # what it does: "texture encoder", "semantic encoder", "compressor"
     name: ClassVar[str]  # which one it is: the module that defines it
@@ -58,6 +79,29 @@ class Component(nn.Module):
             "config": self.config.model_dump(mode="json"),
         }
         files.write_json(folder / CONFIG_FILE, about)
+
+    @classmethod
+    def from_folder(cls: type[Own], folder: Path) -> Own:
+        """Load a component of this class; see `load`."""
+
+        def find(name: str) -> ModuleType:
+            if name != cls.name:
+                raise SFDError(f"{folder} holds the {cls.kind} {name!r}, not {cls.name!r}; load it by its own class")
+            return importlib.import_module(cls.__module__)
+
+        return cast(Own, load(folder, (cls.kind,), find))
+
+    def card(self) -> str:
+        """Write the text of the model card."""
+        return COMPONENT_CARD.format(
+            kind=self.kind,
+            name=self.name,
+            module=type(self).__module__,
+            class_name=type(self).__name__,
+            identity=self.identity,
+            parameters=sum(p.numel() for p in self.parameters()),
+            config=json.dumps(self.config.model_dump(mode="json"), indent=2),
+        )
 
 
 def load(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]) -> Component:

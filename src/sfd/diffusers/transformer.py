@@ -1,0 +1,84 @@
+"""The velocity network as a diffusers model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from sfd.latents import CompositeLatent
+from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.utils.config import parse
+from sfd.utils.device import to_device
+
+
+class SFDTransformer(ModelMixin, ConfigMixin):
+    """v̂(x, t, y) on packed composite latents.
+
+    In float16 or bfloat16 only the weights of the blocks' matrix products are rounded: the residual stream, norms and
+    times stay float32, as in `sfd sample precision=bf16`.
+    """
+
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
+    _keep_in_fp32_modules = [
+        "embeddings",
+        "embedding_bias",
+        "time_embedders",
+        "class_embedding",
+        "attention_norm",
+        "mlp_norm",
+        "qk_weight",
+        "final_norm",
+        "final_modulation",
+        "heads",
+        "projector",
+    ]
+    _skip_layerwise_casting_patterns = ["norm", "modulation"]
+
+    @register_to_config
+    def __init__(self, architecture: dict[str, Any]) -> None:
+        """Build with fresh weights; `architecture` has the fields of `sfd.DiTConfig` as plain values."""
+        super().__init__()
+        self.dit = LightningDiT(parse(DiTConfig, architecture, "architecture"))
+
+    @property
+    def composite(self) -> CompositeLatent:
+        """The streams, with their statistics."""
+        return self.dit.config.composite
+
+    @property
+    def null_class(self) -> int:
+        """Label of the null class."""
+        return self.dit.null_class
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity.
+
+        Args:
+            hidden_states: (B, N) packed, normalised latents.
+            timestep: (K,) or (B, K), each stream's own time: 0 is noise, 1 is data.
+            class_labels: (B,) int64; the number of classes is the null class.
+            return_dict: give a record whose `sample` is the velocity (B, N), float32; False: a tuple.
+        """
+        x = hidden_states.float()
+        times = to_device(timestep.to(x.dtype), x.device).expand(len(x), -1)
+        velocity = self.dit(x, times, class_labels.to(x.device)).velocity
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SFDTransformer:
+        """Keep float32 what must stay so when the model is cast as a whole; `from_pretrained` does it by itself."""
+        super()._apply(fn, recurse)
+        kept = set(self._keep_in_fp32_modules)
+        named = [(name, p) for name, p in self.named_parameters() if kept & set(name.split("."))]
+        for _, tensor in [*named, *self.named_buffers()]:
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = tensor.data.float()
+        return self
