@@ -51,7 +51,8 @@ def _load(source: Path) -> Model:
 
 def _describe(model: Model, source: Path, out: Path, name: str, form: str, licence: str | None) -> None:
     """Write the model card; a run gives its metrics and a grid of its samples too."""
-    metrics = [read_metrics(path).model_dump(mode="json") for path in sorted(source.glob("metrics/*.json"))]
+    files_of_metrics = sorted(path for path in source.glob("metrics/*.json") if path.name != STAGE)
+    metrics = [read_metrics(path).model_dump(mode="json") for path in files_of_metrics]
     grid = next(iter(sorted(source.glob(f"samples/*/{GRID}"))), None)
     if grid is not None:
         shutil.copyfile(grid, out / PICTURE)

@@ -103,6 +103,7 @@ class SFDPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | dict[str, float] | None = None,
         guidance_interval: tuple[float, float] | dict[str, tuple[float, float]] | None = None,
+        guidance_from: str | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
@@ -115,9 +116,10 @@ class SFDPipeline(DiffusionPipeline):
 
         Args:
             class_labels: names or numbers, one per image or one for all; None: the null class.
-            num_inference_steps: None: the model's default, as for the next two.
-            guidance_scale: for all streams, or by stream; 1: none. The null class guides.
+            num_inference_steps: None: the model's default, as for the next three.
+            guidance_scale: for all streams, or by stream; 1: none.
             guidance_interval: stream times within which to guide, for all streams or by stream.
+            guidance_from: null_class, or inside: the network's second head.
             num_images_per_prompt: images for each label.
             generator: a fresh generator with seed k gives the image of `sfd sample --seeds k`. A list has one per
                 image; of a single one the first image has the seed and the others have seeds drawn from it.
@@ -133,7 +135,12 @@ class SFDPipeline(DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise unknown("tensor input of a callback", name, self._callback_tensor_inputs)
-        settings = self._settings(num_inference_steps, guidance_scale, guidance_interval)
+        settings = self._settings(
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+            interval=guidance_interval,
+            guidance_from=guidance_from,
+        )
         chosen = self._labels(class_labels, num_images_per_prompt, generator, latents)
         device = self._execution_device
         labels = torch.tensor(chosen, device=device)
@@ -181,12 +188,16 @@ class SFDPipeline(DiffusionPipeline):
         images = self.vae.decode(texture.to(self.vae.dtype)).sample.float()
         return self.image_processor.postprocess(images, output_type=output_type)
 
-    def _settings(self, steps: int | None, guidance: Any, interval: Any) -> SamplingConfig:
-        given = {"steps": steps, "guidance": guidance, "interval": interval}
-        # The scheduler decides about the solver and the time shift.
-        values = {name: self.config["sampling"].get(name) for name in given}
-        values |= {name: value for name, value in given.items() if value is not None}
-        return parse(SamplingConfig, {n: v for n, v in values.items() if v is not None}, "pipeline")
+    def _settings(self, **given: Any) -> SamplingConfig:
+        """What is given, else the model's own; the scheduler decides about the solver and the time shift."""
+        values = {name: self.config["sampling"].get(name) if value is None else value for name, value in given.items()}
+        settings = parse(SamplingConfig, {n: v for n, v in values.items() if v is not None}, "pipeline")
+        config, source = self.transformer.dit.config, settings.guidance_from
+        sources = {"null_class": config.num_classes > 0, "inside": config.guide_block is not None}
+        if settings.guides and not sources.get(source):
+            able = " or ".join(name for name, there in sources.items() if there) or "nothing; set guidance_scale to 1"
+            raise SFDError(f"this pipeline cannot be guided by guidance_from = {source!r}; it can by {able}")
+        return settings
 
     def _labels(self, given: Any, per_label: int, generator: Generators | None, latents: Tensor | None) -> list[int]:
         """Class indices, one per image."""
@@ -214,22 +225,14 @@ class SFDPipeline(DiffusionPipeline):
         def cond(x: Tensor, t: Tensor) -> Tensor:
             return cast(Tensor, self.transformer(x, t, labels).sample)
 
-        def guiding(x: Tensor, t: Tensor) -> Tensor:
-            return cast(Tensor, self.transformer(x, t, null).sample)
-
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            if settings.guidance_from == "inside":
+                output = self.transformer(x, t, labels, guide=True)
+                return output.sample, output.weak
             v_c, v_w = self.transformer(x.repeat(2, 1), t, torch.cat([labels, null])).sample.chunk(2)
             return v_c, v_w
 
-        guided = bool(self.transformer.null_class)
-        return guide(
-            cond,
-            guiding if guided else None,
-            self._guidance_scale,
-            self.transformer.composite,
-            settings.interval,
-            batched=pair,
-        )
+        return guide(cond, None, self._guidance_scale, self.transformer.composite, settings.interval, batched=pair)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

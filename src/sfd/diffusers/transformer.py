@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from sfd.latents import CompositeLatent
 from sfd.models.dit import DiTConfig, LightningDiT
 from sfd.utils.config import parse
 from sfd.utils.device import to_device
+
+
+@dataclass
+class VelocityOutput(BaseOutput):
+    """What the transformer gives."""
+
+    sample: Tensor  # (B, N) velocity, float32
+    weak: Tensor | None = None  # (B, N) that of the second head, if it is wanted
 
 
 class SFDTransformer(ModelMixin, ConfigMixin):
@@ -37,6 +46,9 @@ class SFDTransformer(ModelMixin, ConfigMixin):
         "final_norm",
         "final_modulation",
         "heads",
+        "guide_norm",
+        "guide_modulation",
+        "guide_heads",
         "projector",
     ]
     _skip_layerwise_casting_patterns = ["norm", "modulation"]
@@ -58,20 +70,27 @@ class SFDTransformer(ModelMixin, ConfigMixin):
         return self.dit.null_class
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        guide: bool = False,
+        return_dict: bool = True,
+    ) -> VelocityOutput | tuple[Tensor, ...]:
         """Predict the velocity.
 
         Args:
             hidden_states: (B, N) packed, normalised latents.
             timestep: (K,) or (B, K), each stream's own time: 0 is noise, 1 is data.
             class_labels: (B,) int64; the number of classes is the null class.
-            return_dict: give a record whose `sample` is the velocity (B, N), float32; False: a tuple.
+            guide: also give the second head's velocity.
+            return_dict: give a record; False: a tuple.
         """
         x = hidden_states.float()
         times = to_device(timestep.to(x.dtype), x.device).expand(len(x), -1)
-        velocity = self.dit(x, times, class_labels.to(x.device)).velocity
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+        given = self.dit(x, times, class_labels.to(x.device), guide=guide)
+        output = VelocityOutput(sample=given.velocity, weak=given.weak)
+        return output if return_dict else output.to_tuple()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SFDTransformer:
         """Keep float32 what must stay so when the model is cast as a whole; `from_pretrained` does it by itself."""
