@@ -305,6 +305,8 @@ def test_an_exported_model_is_half_the_size(finished, tmp_path):
     assert sfd("export", finished.folder.root, tmp_path / "half").exit_code == 0
     sizes = [(path / "model.safetensors").stat().st_size for path in (tmp_path / "half", finished.folder.model)]
     assert sizes[0] < 0.6 * sizes[1]
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert "guided samples" in card and "| recall |" in card and (tmp_path / "half" / "samples.png").exists()
 
 
 def test_a_trajectory_is_drawn(finished, tmp_path):

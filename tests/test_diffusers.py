@@ -169,7 +169,7 @@ REFUSED = {
     "output": ({"output_type": "jpg"}, "pil"),
     "steps": ({"num_inference_steps": 2}, "at least 3"),
     "stream": ({"guidance_scale": {"textur": 2.0}}, "texture"),
-    "source": ({"guidance_scale": 2.0, "guidance_from": "weak_model"}, "null_class"),
+    "source": ({"guidance_scale": 2.0, "guidance_from": "guiding_model"}, "null_class"),
     "tensor": ({"callback_on_step_end_tensor_inputs": ["x"]}, "latents"),
 }
 

@@ -13,6 +13,7 @@ from sfd.generation.card import model_card
 from sfd.generation.directory import model_folder
 from sfd.generation.folder import GRID
 from sfd.generation.model import Model, load_model
+from sfd.run import stages
 from sfd.utils import files
 
 CARD, PICTURE = "README.md", "samples.png"
@@ -51,7 +52,7 @@ def _load(source: Path) -> Model:
 
 def _describe(model: Model, source: Path, out: Path, name: str, form: str, licence: str | None) -> None:
     """Write the model card; a run gives its metrics and a grid of its samples too."""
-    files_of_metrics = sorted(path for path in source.glob("metrics/*.json") if path.name != STAGE)
+    files_of_metrics = sorted(path for path in source.glob("metrics/*.json") if path.name != stages.RECORD)
     metrics = [read_metrics(path).model_dump(mode="json") for path in files_of_metrics]
     grid = next(iter(sorted(source.glob(f"samples/*/{GRID}"))), None)
     if grid is not None:
