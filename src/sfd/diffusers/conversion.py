@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -87,5 +87,5 @@ def _texture(pipeline: SFDPipeline, identity: str) -> TextureEncoder:
     return cast(TextureEncoder, texture.eval().requires_grad_(False))
 
 
-def _in_float32(network: torch.nn.Module) -> torch.nn.Module:
+def _in_float32(network: Any) -> Any:
     return network if network.dtype == torch.float32 else copy.deepcopy(network).float()

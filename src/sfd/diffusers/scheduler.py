@@ -95,6 +95,7 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor([each.u for each in self.evaluations], dtype=torch.float32, device=device)
         self._index = 0
         self._history: History = []
+        self._predicted = self._corrected = torch.empty(0)
 
     @property
     def step_index(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -22,14 +23,9 @@ class HubFolder(ModelHubMixin):
         """Write the folder."""
         raise NotImplementedError
 
-    @classmethod
-    def from_folder(cls: type[Shared], folder: Path, **options: Any) -> Shared:
-        """Read the folder."""
-        raise NotImplementedError
-
-    def card(self, **known: Any) -> str:
-        """Write the text of the model card, README.md."""
-        raise NotImplementedError
+    # Options differ between subclasses.
+    from_folder: ClassVar[Callable[..., Any]]  # a class method: reads the folder
+    card: Callable[..., str]  # writes the text of the model card, README.md
 
     @classmethod
     def from_pretrained(
@@ -54,7 +50,7 @@ class HubFolder(ModelHubMixin):
                 local_files_only=local_files_only,
                 revision=revision,
             )
-        return cls.from_folder(folder, **options)
+        return cast(Shared, cls.from_folder(folder, **options))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # By way of another folder: `save` may replace the one it is given, and what else lies in this one is not ours.
