@@ -81,7 +81,7 @@ def test_a_broken_image_under_strict(recipe, tmp_path):
 
 
 def test_a_misspelt_field(recipe, tmp_path):
-    refused(sfd("run", recipe, "train.stepz=3", "--out", tmp_path / "o"), "did you mean 'steps'")
+    refused(sfd("run", recipe, "train.stepz=3", "--out", tmp_path / "o"), "did you mean 'train.steps'")
     assert not (tmp_path / "o").exists()
 
 

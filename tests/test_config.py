@@ -82,8 +82,8 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.stepz=3"], "'train.stepz'.*did you mean 'steps'"),
-        (["trian.steps=3"], "'trian'.*did you mean 'train'"),
+        (["train.stepz=3"], "'train.stepz'.*did you mean 'train.steps'"),
+        (["trian.steps=3"], "'trian.steps'.*did you mean 'train.steps'"),
         (["train.steps=many"], "'train.steps'.*integer.*\"many\""),
         (["train.steps=1.5"], "'train.steps'"),
         (["train.steps=0"], "'train.steps'.*greater than 0"),
@@ -123,7 +123,7 @@ def test_a_field_is_missing(tmp_path):
         load_recipe(write_recipe(tmp_path, yaml.safe_dump(values)))
 
 
-@pytest.mark.parametrize("text", ["photos #1", "~/photos", "2024", "a: b", "yes"])
+@pytest.mark.parametrize("text", ["photos #1", "#photos", "2024", "a: b", "yes"])
 def test_text_is_taken_as_it_stands(text):
     assert load_recipe(Path("shapes-demo"), [f"data.source={text}"]).data.source == text
 
@@ -143,3 +143,43 @@ def test_a_renamed_field_is_read_by_its_earlier_name():
 def test_removed_fields_that_changed_a_result_are_refused_by_name(field):
     with pytest.raises(SFDError, match=field.partition("=")[0]):
         load_recipe(Path("shapes-demo"), [field])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("steps=200", "'train.steps' or 'sample.steps'"),
+        ("lr=1", "'train.learning_rate'"),
+        ("texture.lr=1", "'texture.train.learning_rate'"),
+        ("batch=8", "'train.batch_size'"),
+        ("sampling.guidance=2", "'sample.guidance'"),
+        ("model.depth=4", "'transformer.depth'"),
+        ("train.image_size=64", "'data.image_size'"),
+        ("data=photos", "set one, as data.source"),
+    ],
+)
+def test_a_wrong_field_is_answered_with_the_one_that_is_meant(given, meant):
+    with pytest.raises(SFDError) as refused:
+        load_recipe(Path("shapes-demo"), [given])
+    assert meant in str(refused.value)
+
+
+def test_a_name_alone_selects_an_encoder_a_compressor_or_a_schedule(tmp_path):
+    def read(*overrides):
+        return load_recipe(write_recipe(tmp_path), overrides)
+
+    assert read("compressor=pca") == read("compressor={name: pca}")
+    assert read("schedule=synchronous") == read("schedule={name: synchronous}")
+    assert read("semantic=convnet") == read("compressor=semvae") == read(), "the name that it has changes nothing"
+    (tmp_path / "pca.yaml").write_text("extends: tiny.yaml\ncompressor: pca\n")
+    write_recipe(tmp_path).rename(tmp_path / "tiny.yaml")
+    assert load_recipe(tmp_path / "pca.yaml", ["note=''"]).compressor == read("compressor=pca").compressor
+
+
+@pytest.mark.parametrize("field", ["data.source", "latents.published", "train.init"])
+def test_the_home_folder_is_put_for_a_tilde(field, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = ["texture.train=null", "texture.folder=~/t", "texture.config={}"] if field.startswith("latents") else []
+    recipe = load_recipe(write_recipe(tmp_path), [*changes, f"{field}=~/some place"]).model_dump()
+    part, last = field.split(".")
+    assert recipe[part][last] == str(tmp_path / "some place")

@@ -13,13 +13,26 @@ from sfd import __version__
 from sfd.cli.errors import Group
 from sfd.utils import distributed
 from sfd.utils.errors import SFDError
+from sfd.utils.paths import user_path
 
 if TYPE_CHECKING:
     from sfd.run.pipeline import Pipeline
     from sfd.run.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
+
+
+class UserPath(click.ParamType):
+    """A path in which `~` stands for the home folder; no shell expands it in --out=~/runs."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Turn a command's argument into a path."""
+        return user_path(value)
+
+
+FOLDER = UserPath()
 MAX_HOURS_HELP = "checkpoint and exit with code 75 after this many hours; rerun the command to resume"
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps …")
 

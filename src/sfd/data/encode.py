@@ -30,7 +30,7 @@ from sfd.encoders import SemanticEncoder, TextureEncoder
 from sfd.latents import SEMANTIC, TEXTURE
 from sfd.models.compressor import Compressor
 from sfd.utils import distributed, files
-from sfd.utils.config import Free, Settings, parse
+from sfd.utils.config import Free, PathText, Settings, parse
 from sfd.utils.device import full_float32
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar, say
@@ -46,7 +46,9 @@ class LatentSettings(Settings):
     workers: Free[int] = Field(2, gt=0, description="threads that read images ahead of the encoder")
     dtype: Literal["float32", "float16"] = "float32"
     features: bool = Field(True, description="keep the semantic encoder's features, in half precision, for REPA")
-    published: Free[str | None] = Field(None, description="train on the published shards in this folder; make none")
+    published: Free[PathText | None] = Field(
+        None, description="train on the published shards in this folder; make none"
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 from sfd.data.images import stable_hash, suffixes
 from sfd.utils.errors import SFDError
+from sfd.utils.paths import user_path
 
 # Files and folders of systems, in lower case; so is everything whose name begins with a dot.
 _SYSTEM = frozenset((
@@ -64,7 +65,7 @@ class ImageFiles:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))  # noqa: PTH111
+        self.path = user_path(path)
         self._tree = _open_tree(self.path)
         self.skipped = [(name, reason) for name, reason in self._tree.skipped if _suffix(name) not in _SIDE]
         self.root, self.empty = "", []
@@ -218,7 +219,9 @@ def _open_tree(path: Path) -> _Folder | _Archive:
         return _Archive(path)
     if path.exists():
         raise SFDError(f"{path} is neither a folder nor a zip archive; give one that holds images")
-    raise SFDError(f"there is no {path}; give a folder or a zip archive of images (in a recipe: data.source)")
+    raise SFDError(
+        f"there is no file or folder {path}; give a folder or a zip archive of images (in a recipe: data.source)"
+    )
 
 
 class _Folder:

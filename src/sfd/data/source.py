@@ -10,14 +10,14 @@ from pydantic import Field
 from sfd.data.folder import FolderSource
 from sfd.data.images import ImageSource
 from sfd.data.shapes import ShapesSource
-from sfd.utils.config import Free, Settings
+from sfd.utils.config import Free, PathText, Settings
 from sfd.utils.errors import SFDError
 
 
 class DataSettings(Settings):
     """Which images, at what size, and how many of them are held out."""
 
-    source: Free[str | None] = Field(
+    source: Free[PathText | None] = Field(
         None,
         min_length=1,
         description='a folder or zip of images, or "shapes" (a folder of that name: "./shapes"); '

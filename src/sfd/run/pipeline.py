@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sfd.generation.directory import model_folder, read_record
+from sfd.generation.directory import model_folder
 from sfd.generation.model import Model, load_model
 from sfd.models.compressor import load_compressor
 from sfd.run.assessment import EvaluatorStage, MetricsStage, SamplesStage
@@ -25,7 +25,7 @@ from sfd.run.recipe import Recipe
 from sfd.run.report import write_run_report
 from sfd.run.stages import Run, RunFolder, Stage
 from sfd.run.transformer import TransformerStage
-from sfd.run.validate import check_machine
+from sfd.run.validate import check_machine, check_models
 from sfd.utils import distributed
 
 
@@ -99,5 +99,4 @@ class Pipeline:
                 _ = self.semantic.encoder
             if recipe.compressor.folder is not None:
                 load_compressor(Path(recipe.compressor.folder))
-        if recipe.evaluation.guiding_model is not None:
-            read_record(model_folder(Path(recipe.evaluation.guiding_model)))
+        check_models(recipe)

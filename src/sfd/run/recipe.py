@@ -7,12 +7,12 @@ anything is computed, and saved with the run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from sfd.data.encode import LatentSettings
 from sfd.data.source import DataSettings
@@ -20,13 +20,13 @@ from sfd.generation.config import SamplingConfig
 from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
-from sfd.run.values import apply_override, follow_changes, read_yaml
+from sfd.run.values import apply_override, follow_changes, merge, read_yaml, write_out_names
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
 from sfd.training.tasks.classifier import ClassifierSettings
 from sfd.training.tasks.diffusion import LossSettings
 from sfd.utils import files, registry
-from sfd.utils.config import Free, Settings, parse
+from sfd.utils.config import Free, PathText, Settings, parse
 from sfd.utils.errors import SFDError, unknown
 from sfd.utils.shipped import find_recipe
 
@@ -41,8 +41,8 @@ class EncoderSettings(Settings):
     config: dict[str, Any] = Field({}, description="architecture; for a pre-trained encoder, values that it must match")
     objective: dict[str, Any] = Field({}, description="its training loss")
     train: TrainSettings | None = Field(None, description="train it in the run")
-    folder: Free[str | None] = Field(None, description="a trained encoder's directory")
-    pretrained: Free[str | None] = Field(
+    folder: Free[PathText | None] = Field(None, description="a trained encoder's directory")
+    pretrained: Free[PathText | None] = Field(
         None, description="a published encoder: a hub name, or a folder in the hub's format"
     )
 
@@ -93,7 +93,7 @@ class CompressorSettings(Settings):
     fit_images: int = Field(4096, gt=0, description="PCA: images that it is fitted on")
     objective: SemVAEObjective = SemVAEObjective()
     train: TrainSettings | None = Field(None, description="SemVAE: train it in the run")
-    folder: Free[str | None] = Field(
+    folder: Free[PathText | None] = Field(
         None, description="a trained compressor's directory, which must match the fields above"
     )
 
@@ -172,7 +172,7 @@ class EvaluationSettings(Settings):
         ClassifierSettings(),
         description="the evaluation classifier; null: none, use `sfd evaluate`",
     )
-    guiding_model: Free[str | None] = Field(
+    guiding_model: Free[PathText | None] = Field(
         None,
         description="what sample.guidance_from: guiding_model takes: a model's directory or a run's folder",
     )
@@ -199,11 +199,6 @@ class Recipe(Settings):
     train: TrainSettings
     sample: SamplingConfig = SamplingConfig()
     evaluation: EvaluationSettings = EvaluationSettings()
-
-    @field_validator("schedule", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -296,7 +291,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         path: the YAML file, or a shipped recipe's name.
         overrides: `dotted.field=value`, the value as YAML.
     """
-    values = _merge(_defaults(), _read(find_recipe(path), MAX_EXTENDS))
+    values = merge(_defaults(), _read(find_recipe(path), MAX_EXTENDS))
     for override in overrides:
         apply_override(values, override, Recipe)
     if isinstance(values.get("streams"), dict):
@@ -334,22 +329,12 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
         raise SFDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SFDError(f"{path}: a recipe must be a mapping of fields to values, but {type(values).__name__} was found")
+    write_out_names(values, Recipe)
     base = values.pop("extends", None)
     if base is None:
         return values
     beside = path.parent / str(base)
-    inherited = _read(beside if beside.exists() else find_recipe(str(base)), depth - 1)
+    inherited = _read(beside if beside.is_file() else find_recipe(str(base)), depth - 1)
     for own in OF_ONE_RUN:
         inherited.pop(own, None)
-    return _merge(inherited, values)
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace fields of `base` recursively; a mapping with another `name` replaces the whole mapping."""
-    merged = dict(base)
-    for key, value in changes.items():
-        before = merged.get(key)
-        if isinstance(before, dict) and isinstance(value, dict) and value.get("name") in (None, before.get("name")):
-            value = _merge(before, value)
-        merged[key] = value
-    return merged
+    return merge(inherited, values)

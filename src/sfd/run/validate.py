@@ -12,14 +12,16 @@ from sfd import encoders
 from sfd.data.published import KEYS, read_shards
 from sfd.data.shards import FEATURES
 from sfd.encoders import SEMANTIC, TEXTURE, EncoderConfig
+from sfd.generation.directory import model_config
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.component import Component
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.convnet import ConvNet
-from sfd.models.dit import SIZES, DiTConfig
+from sfd.models.dit import SIZES, DiTConfig, LightningDiT
 from sfd.models.inference import require_compiler
 from sfd.models.pca import PCA
 from sfd.models.semvae import SemVAE
+from sfd.models.warm_start import warm_start
 from sfd.run.recipe import CompressorSettings, EncoderSettings, Recipe
 from sfd.schedule import Schedule, build_schedule
 from sfd.training.config import TrainSettings
@@ -63,6 +65,21 @@ def check_out(recipe: Recipe, out: Path) -> None:
         if where == folder or where in folder.parents or folder in where.parents:
             relation = "is" if where == folder else "contains" if where in folder.parents else "is inside"
             raise SFDError(f"--out {out} {relation} {field}, the folder {source}; give a folder apart from the data")
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse models to start from or to guide by that are not there or do not fit, before hours of work."""
+    for field, given in (
+        ("evaluation.guiding_model", recipe.evaluation.guiding_model),
+        ("train.init", recipe.train.init),
+    ):
+        try:
+            config = model_config(given) if given is not None else None
+            if config is not None and field == "train.init":
+                with torch.device("meta"):
+                    warm_start(LightningDiT(planned_architecture(recipe)), LightningDiT(config), (), ())
+        except SFDError as error:
+            raise SFDError(f"{field}: {error}") from None
 
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:
@@ -217,7 +234,8 @@ def _check_evaluator(recipe: Recipe) -> None:
 
 def _check_kind(stream: str, settings: EncoderSettings, encoder: EncoderConfig, kind: str) -> None:
     if encoder.kind != kind:
-        raise SFDError(f"{stream}: {settings.name!r} is a {encoder.kind}, but a {kind} is needed; name another")
+        given = f"{settings.folder} holds" if settings.folder is not None else f"{settings.name!r} is"
+        raise SFDError(f"{stream}: {given} a {encoder.kind}, but a {kind} is needed; name another")
 
 
 def given_compressor(settings: CompressorSettings, input_channels: int) -> Compressor:

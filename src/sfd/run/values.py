@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from types import NoneType
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
 
-from sfd.utils.config import field_owner
+from sfd.utils.config import field_owner, record_in
 from sfd.utils.errors import SFDError
 
 # Fields of earlier recipes and their present names.
@@ -55,13 +56,42 @@ def apply_override(values: dict[str, Any], override: str, kind: type[BaseModel])
     if not equals or not field:
         raise SFDError(f"{override!r} is not an override; write field=value, such as train.steps=500")
     *parents, last = field.split(".")
-    value = text if _is_text(kind, field, text) else _yaml_value(override, text)
+    owner = field_owner(kind, parents)
+    value = text if _is_text(owner, last, text) else _yaml_value(override, text)
     place = values
     for name in parents:
         place = place.setdefault(name, {})
         if not isinstance(place, dict):
             raise SFDError(f"{override!r}: {name!r} holds no fields of its own")
+    if isinstance(value, str) and _is_named(owner, last):
+        value = merge(place, {last: {"name": value}})[last]
     place[last] = value
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace fields of `base` recursively; a mapping with another `name` replaces the whole mapping."""
+    merged = dict(base)
+    for key, value in changes.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and value.get("name") in (None, before.get("name")):
+            value = merge(before, value)
+        merged[key] = value
+    return merged
+
+
+def write_out_names(values: dict[str, Any], kind: type[BaseModel]) -> None:
+    """Put {name: X} where a record is given as its name X alone, as in `schedule: synchronous`."""
+    for field, value in values.items():
+        if isinstance(value, str) and _is_named(kind, field):
+            values[field] = {"name": value}
+
+
+def _is_named(owner: type[BaseModel] | None, field: str) -> bool:
+    """Whether a field holds a record that a name selects (encoders, the compressor, the schedule)."""
+    if owner is None or field not in owner.model_fields:
+        return False
+    inner = record_in(owner.model_fields[field].annotation)
+    return field == "schedule" or (inner is not None and "name" in inner.model_fields)
 
 
 def _yaml_value(override: str, text: str) -> Any:
@@ -71,14 +101,12 @@ def _yaml_value(override: str, text: str) -> Any:
         raise SFDError(f"the value in {override!r} is not valid YAML; quote it if it has special characters") from None
 
 
-def _is_text(kind: type[BaseModel], field: str, text: str) -> bool:
+def _is_text(owner: type[BaseModel] | None, field: str, text: str) -> bool:
     """Whether a value is text as it stands: YAML would cut "photos #1" and read "2024" as a number."""
-    *parents, last = field.split(".")
-    owner = field_owner(kind, parents)
     types = set()
-    if owner is not None and last in owner.model_fields:
-        annotation = owner.model_fields[last].annotation
-        types = set(get_args(annotation)) or {annotation}
+    if owner is not None and field in owner.model_fields:
+        annotation = owner.model_fields[field].annotation
+        types = {getattr(kind, "__origin__", kind) for kind in get_args(annotation) or (annotation,)}  # PathText is str
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return str in types and types <= {str, NoneType} and not quoted and text not in ("null", "")
 

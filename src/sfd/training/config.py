@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sfd.utils.config import Free, Settings
+from sfd.utils.config import Free, PathText, Settings
 
 
 class TrainSettings(Settings):
@@ -20,7 +20,7 @@ class TrainSettings(Settings):
     steps: Free[int] = Field(gt=0)
     batch_size: int = Field(gt=0, description="global: over all ranks and micro-batches")
     learning_rate: float = Field(gt=0)
-    init: Free[str | None] = Field(
+    init: Free[PathText | None] = Field(
         None, description="of the transformer: a model's directory or a run's folder to start from; null: fresh weights"
     )
     betas: tuple[float, float] = (0.9, 0.999)

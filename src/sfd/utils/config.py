@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 
 from sfd.utils.errors import SFDError, unknown
+from sfd.utils.paths import expand_home
 
 
 class _Free:
@@ -21,6 +23,10 @@ class _Free:
 Value = TypeVar("Value")
 Free = Annotated[Value, _Free()]
 """The type of a field that does not change a result: it may differ between a stopped run and its resumption."""
+
+
+PathText = Annotated[str, AfterValidator(expand_home)]
+"""The type of a field that names a file or folder, or something else in its place: `~` is expanded."""
 
 
 class Settings(BaseModel):
@@ -95,9 +101,7 @@ def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDErro
     location = [str(part) for part in first["loc"] if not str(part).startswith("literal[")]
     field = ".".join(location)
     if first["type"] == "extra_forbidden":
-        parent = field_owner(kind, location[:-1])
-        choices = list(parent.model_fields) if parent else []
-        return SFDError(f"{prefix}field {field!r}: {unknown('field', location[-1], choices)}")
+        return SFDError(prefix + _no_such_field(kind, field, first["input"]))
     if first["type"] == "missing":
         return SFDError(f"{prefix}field {field!r} is missing; add it")
     if first["type"] == "literal_error" and isinstance(first["input"], str):
@@ -106,6 +110,10 @@ def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDErro
     if first["type"] == "value_error":  # a validator's own sentence
         return SFDError(f"{prefix}{f'field {field!r}: ' if field else ''}{first['ctx']['error']}")
     given = json.dumps(first["input"], default=str)[:80]
+    if first["type"] in ("model_type", "model_attributes_type"):
+        inner = field_owner(kind, location)
+        some = next((name for name in inner.model_fields), "") if inner is not None else ""
+        return SFDError(f"{prefix}{field!r} holds fields of its own, but {given} was given; set one, as {field}.{some}")
     return SFDError(f"{prefix}field {field!r}: {first['msg']}, but {given} was given")
 
 
@@ -115,7 +123,52 @@ def field_owner(kind: type[BaseModel], location: list[str]) -> type[BaseModel] |
     for name in location:
         if owner is None or name not in owner.model_fields:
             return owner
-        annotation = owner.model_fields[name].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        owner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        owner = record_in(owner.model_fields[name].annotation)
     return owner
+
+
+def record_in(annotation: Any) -> type[BaseModel] | None:
+    """The record that a field of this type may hold."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _no_such_field(kind: type[BaseModel], field: str, value: Any) -> str:
+    while isinstance(value, dict) and len(value) == 1:  # sampling={guidance: 2} means sampling.guidance
+        ((name, value),) = value.items()
+        field += f".{name}"
+    similar = _similar_fields(kind, field)
+    if similar:
+        return f"there is no field {field!r}; did you mean {' or '.join(map(repr, similar))}?"
+    owner = field_owner(kind, field.split(".")[:-1])
+    known = ", ".join(sorted(owner.model_fields)) if owner is not None else ""
+    return f"there is no field {field!r} (known: {known or 'none'})"
+
+
+def _similar_fields(kind: type[BaseModel], given: str) -> list[str]:
+    """Find what a wrong name may mean: a field of this name elsewhere, of a similar name, or with these initials."""
+    parent, _, last = given.rpartition(".")
+    ends = {field: field.rpartition(".")[2] for field in _fields(kind)}
+    beside = [end for field, end in ends.items() if field.rpartition(".")[0] == parent]
+    all_ends = sorted(set(ends.values()))
+    near_here, near = (difflib.get_close_matches(last, names, n=1, cutoff=0.72) for names in (beside, all_ends))
+    short = [end for end in all_ends if "".join(word[:1] for word in end.split("_")) == last]  # lr, bs
+    words = set(last.split("_"))
+    part = [end for end in all_ends if words <= set(end.split("_")) or words >= set(end.split("_"))]  # batch, max_steps
+    for wanted in ([last], near_here, short, part, near):
+        found = [field for field, end in ends.items() if end in wanted]
+        here = [field for field in found if field.rpartition(".")[0] == parent]
+        below = [field for field in found if parent and field.startswith(f"{parent}.")]
+        elsewhere = [field for field in found if field.count(".") < 2]
+        if here or below or elsewhere:
+            return here or below or difflib.get_close_matches(given, elsewhere, n=1, cutoff=0.8) or elsewhere[:3]
+    return []
+
+
+def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Name all fields of a record and of the records in it, dotted."""
+    for name, field in kind.model_fields.items():
+        yield prefix + name
+        inner = record_in(field.annotation)
+        if inner is not None:
+            yield from _fields(inner, f"{prefix}{name}.")

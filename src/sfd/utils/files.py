@@ -188,7 +188,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         if not path.parent.exists():
             raise SFDError(f"there is no folder {path.parent}; a {what} was expected there") from None
-        raise SFDError(f"{path.parent} is no {what}: {path.name} is missing") from None
+        raise SFDError(f"{path.parent} is no {what} ({path.name} is missing); give one") from None
     except OSError as error:
         raise as_user_error(error, path) from None
     except (ValueError, RecursionError) as error:

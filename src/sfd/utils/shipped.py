@@ -13,6 +13,8 @@ from sfd.utils.errors import SFDError
 
 PACKAGE = Path(__file__).parent.parent  # .../src/sfd, or .../site-packages/sfd
 RECIPE, MODEL = "recipe", "model"
+MODEL_RECORD = "model.json"
+SIMILAR = 0.6  # likeness from which a name is taken for a misspelt one
 
 
 def shipped_folder(kind: str) -> Path:
@@ -26,7 +28,7 @@ def shipped(kind: str) -> dict[str, Path]:
     folder = shipped_folder(kind)
     if kind == RECIPE:
         return {path.relative_to(folder).as_posix()[: -len(".yaml")]: path for path in folder.rglob("*.yaml")}
-    return {path.parent.relative_to(folder).as_posix(): path.parent for path in folder.glob("*/model.json")}
+    return {path.parent.relative_to(folder).as_posix(): path.parent for path in folder.glob(f"*/{MODEL_RECORD}")}
 
 
 def find_recipe(given: str | Path) -> Path:
@@ -34,23 +36,35 @@ def find_recipe(given: str | Path) -> Path:
     path = Path(given)
     if path.exists() and not path.is_dir():
         return path
-    return _by_name(RECIPE, path.as_posix().removesuffix(".yaml"), "a YAML file")
+    known = shipped(RECIPE)
+    name = path.as_posix().removesuffix(".yaml")
+    if name in known:
+        return known[name]
+    if (path / "recipe.yaml").exists():
+        raise SFDError(f"{path} is a folder; its recipe is {path / 'recipe.yaml'}")
+    likeness = {other: _likeness(name, other) for other in known}
+    near = [other for other in sorted(known, key=lambda other: -likeness[other])[:3] if likeness[other] >= SIMILAR]
+    raise SFDError(
+        f"there is no recipe {path}; "
+        + (f"did you mean {' or '.join(near)}?" if near else "give a YAML file, or a name that `sfd recipes` lists")
+    )
 
 
 def find_model(given: str | Path) -> Path:
     """Resolve a model: a folder, else a shipped model's name. A folder wins over a name."""
     path = Path(given)
-    return path if path.exists() else _by_name(MODEL, path.as_posix(), "a model directory or a run's folder")
-
-
-def _by_name(kind: str, name: str, otherwise: str) -> Path:
-    known = shipped(kind)
-    if name in known:
-        return known[name]
-    nearest = sorted(known, key=lambda other: _likeness(name, other), reverse=True)[:3]
-    raise SFDError(
-        f"there is no {kind} {name}; give {otherwise}, or a shipped {kind}'s name, such as {', '.join(nearest)}"
-    )
+    if path.is_file():
+        inside = path.parent if path.name == MODEL_RECORD else "a model directory or a run's folder"
+        raise SFDError(f"{path} is a file, but a model is a folder; give {inside}")
+    if path.exists():
+        return path
+    known = shipped(MODEL)
+    if path.as_posix() not in known:
+        raise SFDError(
+            f"there is no model {path}; give a model directory, a run's folder, or a model that comes with sfd "
+            f"({', '.join(sorted(known)) or 'none'})"
+        )
+    return known[path.as_posix()]
 
 
 def _likeness(given: str, name: str) -> float:
