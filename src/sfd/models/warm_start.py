@@ -30,6 +30,7 @@ def warm_start(
     Returns:
         what starts fresh: names of tensors and, as "class NAME", of classes.
     """
+    check_width(network.config, source.config)
     given, fresh = source.state_dict(), []
     for name, tensor in network.state_dict().items():
         before = given.get(_source_name(name, network.config, source.config) or "")
@@ -44,12 +45,17 @@ def warm_start(
             tensor.copy_(before)
         else:
             fresh.append(name)
-    if not any(name.startswith("blocks.") and name not in fresh for name in network.state_dict()):
-        raise SFDError(
-            f"nothing of these weights fits: they are of a network of width {source.config.width} and "
-            f"{source.config.heads} heads, but the recipe's has {network.config.width} and {network.config.heads}"
-        )
     return fresh
+
+
+def check_width(config: DiTConfig, source: DiTConfig) -> None:
+    """Refuse a source whose blocks do not fit; those of another depth do."""
+    if (config.width, config.heads) != (source.width, source.heads):
+        raise SFDError(
+            f"the model to start from has width {source.width} and {source.heads} heads, but the recipe's transformer "
+            f"has {config.width} and {config.heads}; set transformer.width={source.width} and "
+            f"transformer.heads={source.heads}"
+        )
 
 
 def inherited(composite: CompositeLatent, source: CompositeLatent) -> CompositeLatent:

@@ -17,11 +17,11 @@ from sfd.latents import CompositeLatent, Stream
 from sfd.models.component import Component
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.convnet import ConvNet
-from sfd.models.dit import SIZES, DiTConfig, LightningDiT
+from sfd.models.dit import SIZES, DiTConfig
 from sfd.models.inference import require_compiler
 from sfd.models.pca import PCA
 from sfd.models.semvae import SemVAE
-from sfd.models.warm_start import warm_start
+from sfd.models.warm_start import check_width
 from sfd.run.recipe import CompressorSettings, EncoderSettings, Recipe
 from sfd.schedule import Schedule, build_schedule
 from sfd.training.config import TrainSettings
@@ -76,8 +76,7 @@ def check_models(recipe: Recipe) -> None:
         try:
             config = model_config(given) if given is not None else None
             if config is not None and field == "train.init":
-                with torch.device("meta"):
-                    warm_start(LightningDiT(planned_architecture(recipe)), LightningDiT(config), (), ())
+                check_width(planned_architecture(recipe), config)
         except SFDError as error:
             raise SFDError(f"{field}: {error}") from None
 
