@@ -181,3 +181,48 @@ def test_previews_go_to_the_previewer(latents, tmp_path):
     task.previewer = lambda *arguments: seen.append(arguments)
     task.preview(3, task.model, tmp_path)
     assert seen == [(3, task.model, tmp_path)]
+
+
+def test_streams_that_have_arrived_are_noised_again_and_nothing_else_changes(latents):
+    plain, noised = (make_task(latents, arrived=a).batch(0, range(MANY)) for a in (1.0, 0.75))
+    there = plain["times"] == 1
+    assert there[:, 1].any() and not there[:, 0].any()
+    drawn = noised["times"][there]
+    assert drawn.min() >= 0.75 and drawn.max() <= 1
+    assert drawn.mean().item() == pytest.approx(0.875, abs=4 * 0.25 / (12 * len(drawn)) ** 0.5)
+    assert torch.equal(noised["times"][~there], plain["times"][~there])
+    for name in plain.keys() - {"times"}:
+        assert torch.equal(plain[name], noised[name]), name
+
+
+def test_losses_weighted_by_stream_are_the_plain_ones_where_all_streams_move_with_base_time(latents):
+    schedule = {"name": "synchronous"}
+    plain, weighted = (make_task(latents, schedule, density=d) for d in ("base", "stream"))
+    expected, found = (task.loss(task.model, task.batch(0, range(50))) for task in (plain, weighted))
+    torch.testing.assert_close(found["loss"], expected["loss"])
+
+
+@pytest.mark.parametrize("distribution", ["logit_normal", "uniform"])
+@pytest.mark.parametrize("delta", [0.3, 1.0])
+def test_weighted_by_stream_each_streams_own_time_has_the_base_times_density(latents, distribution, delta):
+    schedule = {"name": "offset", "delta": delta}
+    batch = make_task(latents, schedule, base_time=distribution, density="stream").batch(0, range(MANY))
+    expected = make_task(latents, {"name": "synchronous"}, base_time=distribution).batch(0, range(MANY))["times"][:, 0]
+    for k in range(2):
+        for power in (0, 1, 3):
+            values = batch["weights"][:, k] * batch["times"][:, k] ** power
+            spread = values.std() / MANY**0.5 + (expected**power).std() / MANY**0.5
+            assert values.mean().item() == pytest.approx((expected**power).mean().item(), abs=4 * spread.item())
+
+
+def test_a_network_of_data_gives_the_exact_velocity_of_the_data_it_gives(latents):
+    model = make_model(latents)
+    batch = make_task(latents, model=model).batch(0, range(50))
+    model.config = model.config.model_copy(update={"prediction": "data"})
+    x1, x0, times = batch["x1"], batch["x0"], batch["times"].clamp(max=0.9)
+    x = flow.interpolate(x1, x0, model.config.composite.per_entry(times))
+    model._heads = lambda *inputs: x1  # a network that sees through the noise
+    found = model(x, times, batch["labels"]).velocity
+    torch.testing.assert_close(found, flow.velocity_target(x1, x0), rtol=1e-4, atol=1e-4)
+    at_rest = torch.ones_like(times)
+    assert model(x1, at_rest, batch["labels"]).velocity.isfinite().all()

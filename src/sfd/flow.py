@@ -29,6 +29,26 @@ def sample_base_time(normals: Tensor, distribution: BaseTime = "logit_normal") -
     raise ValueError(f"base time distribution must be 'logit_normal' or 'uniform', got {distribution!r}")
 
 
+def density_ratio(t: Tensor, u: Tensor, distribution: BaseTime = "logit_normal") -> Tensor:
+    """p(t) / p(u), with p the density of base times; 0 where t is 0 or 1 and p vanishes there.
+
+    A stream's loss at u, drawn from p, times p(t)/p(u) · dt/du is its loss at t, drawn from p: a change of variables.
+
+    Args:
+        t: stream times in [0, 1].
+        u: base times in (0, 1), broadcast against `t`.
+        distribution: see `sample_base_time`.
+    """
+    if distribution == "uniform":
+        return torch.ones_like(t)
+
+    def log_density(time: Tensor) -> Tensor:
+        return -time.logit().square() / 2 - (time * (1 - time)).log()
+
+    inside = (t > 0) & (t < 1)
+    return torch.where(inside, (log_density(t.where(inside, 0.5)) - log_density(u)).exp(), 0.0)
+
+
 def interpolate(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     """x(t) = t·x1 + (1 − t)·x0; `t` broadcasts against the latents."""
     return t * x1 + (1 - t) * x0
@@ -45,7 +65,7 @@ def velocity_loss(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor
     Args:
         prediction: v̂ (B, N).
         target: v (B, N).
-        weights: w (N,), the weight of the stream that each entry belongs to.
+        weights: w (N,) or (B, N), the weight of the stream that each entry belongs to.
 
     Returns:
         (B,), in float32.

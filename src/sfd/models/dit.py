@@ -31,6 +31,8 @@ from sfd.utils import rng
 from sfd.utils.config import Settings
 from sfd.utils.errors import SFDError
 
+MIN_REMAINING = 0.05  # least 1 − t that a prediction of the data is divided by, where it becomes a velocity
+
 
 class Size(NamedTuple):
     """Depth, width and heads of a transformer."""
@@ -59,6 +61,10 @@ class DiTConfig(Settings):
     heads: int = Field(gt=0)
     composite: CompositeLatent
     num_classes: int = Field(ge=0, description="0: unconditional, the null class is the only one")
+    prediction: Literal["velocity", "data"] = Field(
+        "velocity",
+        description="what the heads give; data: x̂1, from which v̂ = (x̂1 − x) / max(1 − t, 0.05) (JiT, 2511.13720)",
+    )
     clocks: tuple[str, ...] = Field(
         (), description="all streams, in the order their time embeddings are concatenated; (): one for all"
     )
@@ -206,9 +212,10 @@ class LightningDiT(nn.Module):
             if project and self.projector is not None and number == self.config.repa_block:
                 projection = self.projector(tokens)
             if guide and number == self.config.guide_block:
-                weak = self._velocity(tokens, condition, self.guide_norm, self.guide_modulation, self.guide_heads)
-        velocity = self._velocity(tokens, condition, self.final_norm, self.final_modulation, self.heads)
-        return DiTOutput(velocity, projection, weak)
+                weak = self._heads(tokens, condition, self.guide_norm, self.guide_modulation, self.guide_heads)
+                weak = self._as_velocity(weak, x, times)
+        output = self._heads(tokens, condition, self.final_norm, self.final_modulation, self.heads)
+        return DiTOutput(self._as_velocity(output, x, times), projection, weak)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, N) → tokens (B, T, width): the sum of the streams' patch embeddings and the position's."""
@@ -223,7 +230,12 @@ class LightningDiT(nn.Module):
         clocks = [embedder(times[:, k]) for embedder, k in zip(self.time_embedders, self.clock_streams, strict=True)]
         return nn.functional.silu(torch.cat(clocks, dim=1) + self.class_embedding(labels))
 
-    def _velocity(
+    def _as_velocity(self, output: Tensor, x: Tensor, times: Tensor) -> Tensor:
+        if self.config.prediction == "velocity":
+            return output
+        return (output - x) / (1 - self.config.composite.per_entry(times)).clamp(min=MIN_REMAINING)
+
+    def _heads(
         self, tokens: Tensor, condition: Tensor, norm: nn.Module, modulation: nn.Module, heads: nn.ModuleList
     ) -> Tensor:
         shift, scale = modulation(condition)[:, None].chunk(2, dim=-1)

@@ -145,6 +145,9 @@ class TransformerSettings(Settings):
     depth: int | None = Field(None, gt=0, description="instead of that of the size")
     width: int | None = Field(None, gt=0, description="instead of that of the size")
     heads: int | None = Field(None, gt=0, description="instead of that of the size")
+    prediction: Literal["velocity", "data"] = Field(
+        "velocity", description="what the network gives; losses are the same"
+    )
     clocks: Literal["streams", "one"] = Field("streams", description="one time embedder per stream, or one for all")
     repa_block: int | None = Field(2, ge=1, description="block (from 1) whose tokens REPA aligns; null: no projector")
     repa_width: int = Field(2048, gt=0)

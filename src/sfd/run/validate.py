@@ -189,6 +189,7 @@ def architecture(recipe: Recipe, composite: CompositeLatent, num_classes: int, f
         heads=given.heads or size.heads,
         composite=composite,
         num_classes=num_classes,
+        prediction=given.prediction,
         clocks=leading_first(schedule) if given.clocks == "streams" else (),
         guide_block=given.guide_block,
         repa_block=given.repa_block if repa else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ class LossSettings(Settings):
     )
     stationary_streams: bool = Field(
         True, description="also train the velocity of a stream whose rate is 0, as the published runs"
+    )
+    arrived: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="train streams that have reached time 1 at times drawn from [arrived, 1]: noise on them",
+    )
+    density: Literal["base", "stream"] = Field(
+        "base", description="stream: weight losses so that each stream's own time has the density of base_time"
     )
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples that are trained on the null class")
     flip: bool = Field(True, description="use both orientations of every image")
@@ -71,7 +81,8 @@ class DiffusionTask:
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
         """Give clean latents x1 and noise x0 (B, N), stream times (B, K), labels and images' numbers (B,), features.
 
-        Where stationary streams are left out, also which streams move: (B, K).
+        Where stationary streams are left out, also which streams move: (B, K). With `density` "stream", also the weight
+        of each stream's loss: (B, K).
         """
         indices = self.order.indices(step, samples, self.batch_size)
         uniforms, normals = self._draw(step, samples)
@@ -81,6 +92,11 @@ class DiffusionTask:
         dropped = torch.from_numpy(uniforms[:, 1] < self.settings.label_dropout)
         u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), self.settings.base_time)
         time, rate = self.schedule.at(u)
+        of_stream = self.settings.density == "stream"
+        weights = flow.density_ratio(time, u[:, None], self.settings.base_time) * rate if of_stream else None
+        if self.settings.arrived < 1:
+            drawn = 1 - (1 - self.settings.arrived) * torch.from_numpy(uniforms[:, 2:]).to(time)
+            time = torch.where((time == 1) & (rate == 0), drawn, time)
         batch = {
             "x1": self.composite.pack(self.composite.normalize(raw)),
             "x0": torch.from_numpy(normals[:, 1:].copy()),
@@ -88,7 +104,9 @@ class DiffusionTask:
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
             "indices": torch.from_numpy(indices),
         }
-        if not self.settings.stationary_streams:
+        if weights is not None:
+            batch["weights"] = weights
+        if weights is not None or not self.settings.stationary_streams:
             batch["moving"] = rate > 0
         if self.settings.repa:
             # As stored, in half precision: the loss turns them into float32, on the device.
@@ -96,12 +114,16 @@ class DiffusionTask:
         return batch
 
     def _draw(self, step: int, samples: range) -> tuple[np.ndarray, np.ndarray]:
-        """Draw (B, 2) uniforms, for flip and label dropout, and (B, 1 + N) normals, for base time and noise."""
-        uniforms = np.empty((len(samples), 2))
+        """Draw (B, 3) uniforms, for flip, label dropout and noise on streams at time 1, and (B, 1 + N) normals.
+
+        The normals are for base time and noise.
+        """
+        uniforms = np.empty((len(samples), 3))
         normals = np.empty((len(samples), 1 + self.composite.size), dtype=np.float32)
         for row, generator in enumerate(rng.generators(self.seed, "sample", step, samples=samples)):
-            uniforms[row] = generator.random(2)
+            uniforms[row, :2] = generator.random(2)
             generator.standard_normal(out=normals[row], dtype=np.float32)
+            uniforms[row, 2] = generator.random()
         return uniforms, normals
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,18 +140,20 @@ class DiffusionTask:
             moving = self.composite.per_entry(batch["moving"])
             predicted, target = predicted * moving, target * moving
             weak = weak * moving if weak is not None else None
-        losses = self._velocity_losses(predicted, target)
+        weights = batch.get("weights")
+        losses = self._velocity_losses(predicted, target, weights)
         if weak is not None and settings.guide is not None:
-            losses["guide"] = self._velocity_losses(weak, target)["loss"]
+            losses["guide"] = self._velocity_losses(weak, target, weights)["loss"]
             losses["loss"] = losses["loss"] + settings.guide * losses["guide"]
         if output.projection is not None:
             losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
             losses["loss"] = losses["loss"] + self.settings.repa * losses["repa"]
         return losses | self._by_stream(predicted, target, times)
 
-    def _velocity_losses(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def _velocity_losses(self, predicted: Tensor, target: Tensor, of_streams: Tensor | None) -> dict[str, Tensor]:
         self._weights = self._weights.to(target.device)  # once: each copy would wait for a GPU
-        velocity = flow.velocity_loss(predicted, target, self._weights).mean()
+        weights = self._weights if of_streams is None else self._weights * self.composite.per_entry(of_streams)
+        velocity = flow.velocity_loss(predicted, target, weights).mean()
         losses = {"loss": velocity, "velocity": velocity}
         if self.settings.cosine:
             per_position = self.composite.per_position
