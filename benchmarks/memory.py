@@ -9,16 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.measure import (
-    COMPOSITE,
-    Checkpointing,
-    Row,
-    Setting,
-    best_times,
-    class_labels,
-    network,
-    working_memory,
-)
+from benchmarks.measure import COMPOSITE, Checkpointing, Row, Setting, best_times, class_labels, network, working_memory
 from benchmarks.sampling import velocities
 from benchmarks.training import TrainingStep, ways
 from sfd.run.estimate import kept_bytes

@@ -1,4 +1,4 @@
-"""Choosing a device, and being one rank of several."""
+"""Devices, ranks, and time limits."""
 
 import time
 
@@ -11,7 +11,7 @@ from sfd.utils.errors import Interrupted, SFDError
 
 
 @pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "vulkan"])
-def test_a_device_that_cannot_compute_is_refused_in_a_line(name):
+def test_an_unusable_device_is_refused(name):
     with pytest.raises(SFDError, match=f"the device '{name}' cannot be used") as refusal:
         choose_device(name)
     assert len(str(refusal.value)) < 300 and "\n" not in str(refusal.value)
@@ -30,7 +30,7 @@ def test_the_memory_of_the_process_is_measured():
     assert 1e7 < peak_memory(torch.device("cpu"))["peak_memory_bytes"] < 1e12
 
 
-def test_independent_work_is_split_by_the_environment_alone(monkeypatch):
+def test_independent_work_is_split_by_rank_and_world_size(monkeypatch):
     items = list(range(10))
     assert distributed.rank_slice(items) == items
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -47,7 +47,7 @@ def test_independent_work_is_split_by_the_environment_alone(monkeypatch):
         distributed.rank_slice(items)
 
 
-def test_without_a_group_there_is_nothing_to_wait_for(monkeypatch):
+def test_collectives_without_a_process_group_return_their_argument(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -56,7 +56,7 @@ def test_without_a_group_there_is_nothing_to_wait_for(monkeypatch):
     distributed.barrier()
 
 
-def test_several_gpus_need_to_know_whose_they_are(monkeypatch):
+def test_several_ranks_on_gpus_need_local_rank(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -68,26 +68,26 @@ def test_several_gpus_need_to_know_whose_they_are(monkeypatch):
     assert distributed.local_device("auto") == "cuda:1"
 
 
-def test_a_time_that_is_over_ends_the_block():
+def test_a_time_limit_interrupts_the_block():
     with pytest.raises(Interrupted) as caught, signals.limit(1e-5):
         time.sleep(10)
     assert caught.value.code == 75
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_was_lost_is_sent_again(monkeypatch):
-    class Deaf:
+def test_a_signal_that_was_lost_in_a_destructor_is_sent_again(monkeypatch):
+    class Slow:
         def __del__(self):
-            time.sleep(0.3)  # the signal arrives here, where Python drops what its handler raises
+            time.sleep(0.3)  # Python drops exceptions raised here
 
     monkeypatch.setattr(signals, "REPEAT", 0.5)
     with pytest.raises(Interrupted), signals.limit(1e-5):
-        deaf = Deaf()
-        del deaf
+        slow = Slow()
+        del slow
         time.sleep(10)
 
 
-def test_nothing_rings_after_the_block():
+def test_a_time_limit_ends_with_the_block():
     with signals.limit(1e-4):
         pass
     time.sleep(0.5)

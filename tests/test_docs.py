@@ -1,7 +1,6 @@
 """The documentation's Python is true: every block runs, in order, in an empty folder.
 
-A block whose first line is `# src/sfd/PACKAGE/NAME.py` is that file: it is written to the folder and found there, as if
-it lay in the package.
+A block whose first line is `# src/sfd/PACKAGE/NAME.py` is written to that file and found as if it were in the package.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ from sfd.solvers import SOLVERS
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SOURCE = re.compile(
-    r"\[`([^`\]]+)`\]\((?:\.\./)+(src/[^)]+)\)"
-)  # [`src/sfd/flow.py: velocity_loss`](../src/sfd/flow.py)
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")  # to a file beside the page, not to another site
+SOURCE = re.compile(r"\[`([^`\]]+)`\]\((?:\.\./)+(src/[^)]+)\)")  # [`src/sfd/flow.py: name`](../src/sfd/flow.py)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")  # relative, without a scheme
 NEW_FILE = re.compile(r"# src/(sfd/\w+)/(\w+)\.py\n")
 
 
@@ -34,10 +31,6 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     found = [(text.count("\n", 0, match.start(1)), match[1]) for match in BLOCK.finditer(text)]
     assert len(found) == len(re.findall(r"```py", text)), f"{page}: fence Python as ```python, not indented"
     return found
-
-
-def with_code(pages: list[Path]) -> list[Path]:
-    return [page for page in pages if page.exists() and blocks(page)]
 
 
 def add_file(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -55,7 +48,7 @@ def add_file(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     return True
 
 
-@pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", filter(blocks, PAGES), ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = [(registry, dict(registry)) for registry in (SCHEDULES, SOLVERS)]  # pages register their own
@@ -77,12 +70,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
                 del sys.modules[name]
 
 
-def test_pages_with_code_are_found():
-    assert {"extending-schedules.md", "extending-solvers.md"} <= {page.name for page in with_code(PAGES)}
-
-
 def defined(body: list[ast.stmt]) -> dict[str, list[ast.stmt]]:
-    """Names that a module or class defines, with what they hold themselves."""
+    """Names that a module or class defines, with their own bodies."""
     names: dict[str, list[ast.stmt]] = {}
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -109,6 +98,6 @@ def test_links_lead_to_files_and_symbols(page):
     assert not missing
 
 
-def test_the_method_names_its_sources():
+def test_the_method_links_to_its_sources():
     method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     assert len(SOURCE.findall(method)) > 40 and "src/" not in SOURCE.sub("", method)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.pictures import Unlabelled
 from sfd.data.images import to_tensor
 from sfd.data.shapes import ShapesSource
 from sfd.encoders import autoencoder_kl, convnet, load_encoder, open_semantic, open_texture
-from sfd.models.pca import PCA, PCAConfig
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
 from sfd.training.tasks.augment import DRAWS, recolour
@@ -52,18 +52,14 @@ class TestEveryEncoder:
         encoder = make(name)
         side = 32 // encoder.downsample
         assert encoder.encode(images).shape == (6, CHANNELS[name], side, side)
-        assert encoder.channels == CHANNELS[name]
-
-    def test_keeps_no_gradient(self, name, images):
-        assert not make(name).encode(images).requires_grad
+        assert encoder.encode(torch.zeros(1, 3, 64, 48)).shape[2:] == (8, 6)
+        assert encoder.channels == CHANNELS[name] and not encoder.encode(images).requires_grad
+        assert name == "convnet" or encoder.decode(encoder.encode(images)).shape == images.shape
 
     def test_encodes_each_image_by_itself(self, name, images):
         encoder = make(name)
         alone = torch.cat([encoder.encode(image[None]) for image in images])
         torch.testing.assert_close(encoder.encode(images), alone, rtol=1e-4, atol=1e-5)
-
-    def test_takes_other_image_sizes(self, name):
-        assert make(name).encode(torch.zeros(1, 3, 64, 48)).shape[2:] == (8, 6)
 
     def test_refuses_sizes_that_do_not_divide(self, name):
         with pytest.raises(SFDError, match=r"30×32.*multiple of 8"):
@@ -74,29 +70,19 @@ class TestEveryEncoder:
         encoder.save(tmp_path)
         loaded = load_encoder(tmp_path)
         assert torch.equal(loaded.encode(images), encoder.encode(images))
-        assert loaded.identity == encoder.identity
-        assert not loaded.training
+        assert loaded.identity == encoder.identity and not loaded.training
+        encoder.save(tmp_path / "half", torch.float16)
+        assert load_file(tmp_path / "half" / "model.safetensors").popitem()[1].dtype == torch.float16
+        assert load_encoder(tmp_path / "half").identity == encoder.identity
 
-    def test_half_precision_files_keep_the_identity(self, name, tmp_path):
-        encoder = make(name)
-        encoder.save(tmp_path, torch.float16)
-        assert load_file(tmp_path / "model.safetensors").popitem()[1].dtype == torch.float16
-        assert load_encoder(tmp_path).identity == encoder.identity
+    def test_identity_differs_with_the_weights(self, name):
+        assert make(name).identity == make(name).identity != make(name, seed=1).identity
 
-    def test_identity_tells_weights_and_configurations_apart(self, name):
-        identities = {make(name).identity, make(name, seed=1).identity, "x"}
-        assert len(identities) == 3
-        assert make(name).identity == make(name).identity
-
-    def test_batches_do_not_depend_on_how_they_are_split(self, name, source):
+    def test_training_batches_depend_on_the_step_and_not_on_how_they_are_split(self, name, source):
         task = make_task(name, source)
         whole, parts = task.batch(5, range(16)), [task.batch(5, range(8)), task.batch(5, range(8, 16))]
         for key, value in whole.items():
             assert torch.equal(value, torch.cat([part[key] for part in parts]))
-
-    def test_batches_differ_between_steps(self, name, source):
-        task = make_task(name, source)
-        for key, value in task.batch(0, range(16)).items():
             assert not torch.equal(value, task.batch(1, range(16))[key])
 
     def test_training_lowers_the_loss(self, name, source, tmp_path):
@@ -108,13 +94,8 @@ class TestEveryEncoder:
         assert encoder.kind == make(name).kind
 
 
-def test_texture_decoding_has_the_images_shape(images):
-    encoder = make("autoencoder_kl")
-    assert encoder.decode(encoder.encode(images)).shape == images.shape
-
-
 def test_texture_autoencoder_starts_as_principal_components(source):
-    """Before any training it reconstructs as well as the best linear map of 8×8 patches, but for the bias."""
+    """Untrained, it reconstructs as well as the best linear map of 8×8 patches."""
     images = to_tensor(source.load(range(256)))
     encoder = make("autoencoder_kl")
     encoder.start_from(images)
@@ -122,32 +103,26 @@ def test_texture_autoencoder_starts_as_principal_components(source):
     discarded = torch.linalg.eigvalsh(torch.cov(patches.T))[:-4].sum() / 192
     error = (encoder.decode(encoder.encode(images)) - images).square().mean()
     assert float(error) == pytest.approx(float(discarded), rel=0.03)
-    assert encoder.encode(images).flatten(2).transpose(1, 2).flatten(0, 1).std(0).tolist() == pytest.approx(
-        [1] * 4, rel=1e-3
-    )
+    spread = encoder.encode(images).flatten(2).transpose(1, 2).flatten(0, 1).std(0)
+    assert spread.tolist() == pytest.approx([1] * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize(("module", "channels"), [(autoencoder_kl, 16), (convnet, 64)])
-def test_defaults_fit_the_budget_and_the_grid(module, channels):
+def test_default_encoders_are_small(module, channels):
     encoder = module.build(module.Config())
     assert sum(p.numel() for p in encoder.parameters()) <= 500_000
     assert encoder.encode(torch.zeros(1, 3, 32, 32)).shape == (1, channels, 4, 4)
 
 
-def test_semantic_training_works_without_labels(source):
-    unlabelled = type("Unlabelled", (), {})()
-    unlabelled.load, unlabelled.image_size, unlabelled.classes = source.load, 32, ()
-    unlabelled.labels = np.zeros(len(source), np.int64)
-    type(unlabelled).__len__ = lambda _: len(source)
-    task = make_task("convnet", unlabelled)
+def test_semantic_training_works_without_labels():
+    task = make_task("convnet", Unlabelled(256))
     losses = task.loss(task.model, task.batch(0, range(16)))
     assert "accuracy" not in losses
     losses["loss"].backward()
     assert all(p.grad is not None for p in task.model.parameters())
 
 
-def test_recolouring_leaves_geometry(images):
-    """A flat image stays flat but for the grain, whatever its colour becomes; an edge stays where it is."""
+def test_recolouring_leaves_edges_in_place(images):
     half = torch.full((8, 3, 16, 16), -0.5)
     half[:, :, :, 8:] = 0.5
     draws = torch.rand(8, DRAWS, generator=torch.Generator().manual_seed(0))
@@ -156,13 +131,6 @@ def test_recolouring_leaves_geometry(images):
     assert float(seen[..., :6].diff(dim=3).abs().max()) < 1e-5
     assert float(seen[..., 10:].diff(dim=3).abs().max()) < 1e-5
     assert float((seen[..., 2] - seen[..., 13]).abs().amax(dim=(1, 2)).min()) > 0.05
-
-
-def test_recolouring_is_of_each_image_alone(images):
-    draws = torch.rand(6, DRAWS, generator=torch.Generator().manual_seed(0))
-    alone = torch.cat([recolour(images[i : i + 1], draws[i : i + 1]) for i in range(6)])
-    torch.testing.assert_close(recolour(images, draws), alone)
-    assert recolour(images, draws).abs().max() <= 1
 
 
 def test_vicreg_of_independent_unit_features_is_zero():
@@ -175,7 +143,7 @@ def test_vicreg_of_independent_unit_features_is_zero():
     assert [float(invariance), float(variance), float(covariance)] == pytest.approx([0, 0, 0], abs=1e-4)
 
 
-def test_vicreg_takes_features_of_the_position_for_constant():
+def test_vicreg_takes_features_of_the_position_alone_for_constant():
     position = torch.arange(4.0).view(1, 1, 2, 2).expand(8, 3, 2, 2)
     _, variance, _ = vicreg(position, position)
     assert float(variance) == pytest.approx(1 - 0.01, abs=1e-3)
@@ -192,11 +160,6 @@ class TestBadFolders:
         with pytest.raises(SFDError, match=message):
             load_encoder(tmp_path / name)
 
-    def test_of_another_kind(self, tmp_path):
-        PCA(PCAConfig(input_channels=3, latent_channels=2)).save(tmp_path)
-        with pytest.raises(SFDError, match="holds a compressor"):
-            load_encoder(tmp_path)
-
     def test_of_the_other_encoder_kind(self, folder):
         assert open_semantic(folder).channels == 12
         with pytest.raises(SFDError, match=r"holds a semantic encoder .* a texture encoder was expected"):
@@ -206,11 +169,9 @@ class TestBadFolders:
         ("change", "message"),
         [
             (lambda about: about.pop("identity"), "lacks identity"),
-            (lambda about: about.update(name="convnett"), "did you mean 'convnet'"),
             (lambda about: about["config"].update(chanels=3), "did you mean 'channels'"),
             (lambda about: about["config"].update(channels=13), r"misshapen: .*head.weight \(12, 16, 1, 1\) for \(13,"),
             (lambda about: about.update(sha256="0" * 64), r"model\.safetensors is damaged"),
-            (lambda about: about.clear(), "lacks kind"),
         ],
     )
     def test_with_another_config(self, folder, change, message):
@@ -228,10 +189,4 @@ class TestBadFolders:
         about["sha256"] = files.checksum(folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(about))
         with pytest.raises(SFDError, match=r"missing: head\.bias; unexpected: tail\.bias"):
-            load_encoder(folder)
-
-    def test_with_truncated_weights(self, folder):
-        data = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(data[:100])
-        with pytest.raises(SFDError, match="is no intact safetensors file"):
             load_encoder(folder)

@@ -15,7 +15,7 @@ from sfd.utils.errors import SFDError
 
 
 class Thumbnails:
-    """An extractor to work out by hand: features are 4×4 grey thumbnails, the class is in the first pixel."""
+    """A simple extractor: features are 4×4 grey thumbnails, the class is in the first pixel."""
 
     name, identity, task, image_size = "thumbnails", "thumbnails-1", "nothing", 16
 
@@ -45,11 +45,11 @@ def signed(images, labels):
     return result
 
 
-def test_class_accuracy_counts_the_samples_of_the_class_asked_for():
-    asked = np.repeat(np.arange(10), 10)
-    shown = asked.copy()
-    shown[:5] = 3  # half of class 0 came out as class 3
-    result = evaluate(signed(IMAGES, shown), asked, REFERENCE, name="samples")
+def test_class_accuracy_is_the_share_recognised_as_their_class():
+    labels = np.repeat(np.arange(10), 10)
+    shown = labels.copy()
+    shown[:5] = 3  # half of class 0 look like class 3
+    result = evaluate(signed(IMAGES, shown), labels, REFERENCE, name="samples")
     assert result.class_accuracy == pytest.approx(0.95)
     assert result.accuracy_by_class["disk"] == pytest.approx(0.5)
     assert result.accuracy_by_class["star"] == 1
@@ -61,7 +61,7 @@ def test_unlabelled_samples_have_no_class_accuracy():
     assert result.class_accuracy is None and result.accuracy_by_class == {} and not result.balanced
 
 
-def test_metrics_carry_their_protocol_and_survive_the_disk(tmp_path):
+def test_metrics_are_saved_with_their_protocol(tmp_path):
     result = evaluate(IMAGES, LABELS, REFERENCE, name="samples", sampling={"steps": 50})
     result.write(tmp_path / "metrics.json")
     assert read_metrics(tmp_path / "metrics.json") == result
@@ -71,7 +71,7 @@ def test_metrics_carry_their_protocol_and_survive_the_disk(tmp_path):
     assert written["protocol"]["reference_identity"] == HELD_OUT.identity
 
 
-def test_spatial_features_have_a_distance_of_their_own():
+def test_sfid_is_the_distance_of_spatial_features():
     seen = Thumbnails().extract(IMAGES)
     moments = gaussian(seen.features)
     scaled = Gaussian(moments.mean - 2, 9 * moments.covariance, 0)  # |Δμ|² + tr(Σ)·(3 − 1)²
@@ -82,25 +82,11 @@ def test_spatial_features_have_a_distance_of_their_own():
     assert compare(seen, None, reference, name="samples").sfid is None
 
 
-def test_real_images_are_chosen_evenly_and_always_the_same():
+def test_real_images_are_a_balanced_and_reproducible_choice():
     first, again = (evaluate_real(TRAINING, REFERENCE, 80, seed=4) for _ in range(2))
     assert first == again
     assert first.real and first.balanced and first.n_samples == 80
     assert evaluate_real(TRAINING, REFERENCE, 80, seed=5).frechet_distance != first.frechet_distance
-
-
-def test_real_images_are_nearer_to_the_reference_than_noise():
-    noise = np.random.default_rng(0).integers(256, size=(100, 16, 16, 3), dtype=np.uint8)
-    real, made = evaluate_real(TRAINING, PLAIN, 100), evaluate(noise, None, PLAIN, name="noise")
-    assert made.intervals["frechet_distance"][0] > 5 * real.intervals["frechet_distance"][1]
-    assert made.recall < real.recall
-
-
-def test_every_metric_has_an_interval_that_holds_it():
-    result = evaluate(signed(IMAGES, LABELS), LABELS, REFERENCE, name="samples")
-    assert set(result.intervals) == {"frechet_distance", "precision", "recall", "inception_score", "class_accuracy"}
-    for metric, (low, high) in result.intervals.items():
-        assert low <= getattr(result, metric) <= high
 
 
 @pytest.mark.parametrize(
@@ -111,22 +97,21 @@ def test_every_metric_has_an_interval_that_holds_it():
         (4, {"frechet_distance", "precision", "recall", "inception_score", "class_accuracy"}),
     ],
 )
-def test_few_samples_give_what_they_can(count, given):
+def test_few_samples_have_fewer_metrics_each_with_an_interval(count, given):
     result = evaluate(signed(IMAGES, LABELS)[:count], LABELS[:count], REFERENCE, name="samples")
     assert set(result.intervals) == given
+    assert all(low <= getattr(result, metric) <= high for metric, (low, high) in result.intervals.items())
     assert {name for name in METRICS if getattr(result, name) is not None} == set(result.caveats) == given
 
 
-def test_a_reference_of_one_image_leaves_what_needs_no_reference():
-    reference = reference_of(split(HELD_OUT, 0.999, 0)[0], Thumbnails(SOURCE.classes), "few")
-    assert len(reference.features) == 10
+def test_a_reference_of_one_image_gives_only_metrics_without_reference():
     one = Reference(REFERENCE.extractor, REFERENCE.protocol, REFERENCE.features[:1], None, None)
     result = evaluate(signed(IMAGES, LABELS), LABELS, one, name="samples")
     assert set(result.intervals) == {"inception_score", "class_accuracy"}
 
 
 def doubtful(samples=2000, reference=2000, size=16, moments=False, **judge):
-    """Which metrics of random features cannot be trusted."""
+    """The metrics of random features that have a caveat."""
     features = np.random.default_rng(0).normal(size=(max(samples, reference), size)).astype(np.float32)
     extractor = Thumbnails("ab", **judge)
     stored = gaussian(features) if moments else None
@@ -166,19 +151,14 @@ JUDGED = {"inception_score", "class_accuracy"}
         ({"accuracy": 0.69}, FEATURES | JUDGED),
     ],
 )
-def test_a_metric_says_when_it_cannot_be_trusted(how, expected):
+def test_unreliable_metrics_have_a_caveat(how, expected):
     assert doubtful(**how) == expected
 
 
-@pytest.mark.parametrize("labels", [[0] * 99, [10] * 100, [-1] * 100])
-def test_labels_that_do_not_fit_are_refused(labels):
+@pytest.mark.parametrize("labels", [[0] * 99, [10] * 100])
+def test_wrong_labels_are_refused(labels):
     with pytest.raises(SFDError, match="label"):
         evaluate(IMAGES, labels, REFERENCE, name="samples")
-
-
-def test_no_samples_are_refused():
-    with pytest.raises(SFDError, match="no images"):
-        evaluate(IMAGES[:0], None, REFERENCE, name="samples")
 
 
 def write_images(folder, images, name="{:06d}.png", first=0):
@@ -212,7 +192,7 @@ def test_sub_folders_are_classes_and_a_flat_folder_has_none(tmp_path):
     assert load_samples(tmp_path / "flat").labels_among(SOURCE.classes) is None
 
 
-def test_a_class_that_does_not_exist_is_named(tmp_path):
+def test_an_unknown_class_is_named(tmp_path):
     write_images(tmp_path / "strar", IMAGES[:2])
     write_images(tmp_path / "disk", IMAGES[:2])
     with pytest.raises(SFDError, match="did you mean 'star'"):
@@ -230,34 +210,17 @@ def test_samples_of_several_sizes_are_refused_or_cropped_as_for_training(tmp_pat
         load_samples(tmp_path).images.load(range(2))
 
 
-def missing_labels(folder):
-    (folder / "samples.json").write_text(json.dumps({"labels": [0, 1], "classes": ["disk", "ring"]}))
-
-
-def missing_images(folder):
-    (folder / "samples.json").write_text(json.dumps({"seeds": [1, 2, 3, 4]}))
-
-
-def damaged(folder):
-    (folder / "samples.json").write_text("{}")
-    (folder / "000001.png").write_bytes(b"no image")
-
-
-def mixed(folder):
-    write_images(folder / "star", IMAGES[:2])
-
-
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("record", "words"),
     [
-        (missing_labels, "2 labels for 3"),
-        (missing_images, "3 of its 4"),
-        (damaged, r"000001\.png"),
-        (mixed, "star|sub"),
+        ({"labels": [0, 1], "classes": ["disk", "ring"]}, "2 labels for 3"),
+        ({"seeds": [1, 2, 3, 4]}, "3 of its 4"),
+        ({}, r"000001\.png"),
     ],
 )
-def test_what_is_no_folder_of_samples_is_refused(tmp_path, change, words):
+def test_an_incomplete_or_damaged_folder_of_samples_is_refused(tmp_path, record, words):
     write_images(tmp_path, IMAGES[:3])
-    change(tmp_path)
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    (tmp_path / "000001.png").write_bytes(b"no image")
     with pytest.raises(SFDError, match=words):
         load_samples(tmp_path).images.load(range(3))

@@ -1,4 +1,4 @@
-"""`sfd evaluate` against a reference, and `sfd pack`, by way of a tiny DINOv2."""
+"""`sfd evaluate` against a reference with a tiny DINOv2."""
 
 import json
 import shutil
@@ -6,10 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
-from sfd.cli.main import main
+from helpers.cli import done, refused, sfd
 from sfd.evaluation import features
 from sfd.evaluation.evaluate import read_metrics
 from sfd.evaluation.extractors._base import pretrained
@@ -17,14 +16,6 @@ from sfd.evaluation.metrics import frechet_distance, precision_recall
 
 COUNT = 12
 MADE, REAL = np.random.default_rng(0).integers(256, size=(2, COUNT, 16, 16, 3), dtype=np.uint8)
-
-
-def sfd(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def refused(result, words):
-    assert result.exit_code == 2 and words in result.output, result.output
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +44,11 @@ def folder(tmp_path):
 
 
 def evaluate(folder, weights, *options, samples="made", reference="real"):
-    return sfd(
-        "evaluate", folder / samples, "--reference", folder / reference, "--extractor", "dinov2",
-        "--weights", weights, "--device", "cpu", *options,
-    )  # fmt: skip
+    given = ("--reference", folder / reference, "--extractor", "dinov2", "--weights", weights, "--device", "cpu")
+    return done("evaluate", folder / samples, *given, *options)
 
 
-def test_features_are_the_class_token_of_the_normalised_picture(weights):
+def test_features_are_the_class_token_of_the_normalised_image(weights):
     from transformers import Dinov2Model
 
     image = np.full((1, 16, 16, 3), (255, 0, 51), np.uint8)
@@ -72,9 +61,8 @@ def test_features_are_the_class_token_of_the_normalised_picture(weights):
     assert found.probabilities is None and found.spatial is None
 
 
-def test_a_folder_is_judged_against_a_folder(folder, weights):
-    result = evaluate(folder, weights, "--out", folder / "results" / "metrics.json")
-    assert result.exit_code == 0, result.output
+def test_metrics_of_a_folder_against_a_folder(folder, weights):
+    output = evaluate(folder, weights, "--out", folder / "results" / "metrics.json")
     metrics = read_metrics(folder / "results" / "metrics.json")
     judge = pretrained("dinov2", str(weights), torch.device("cpu"))
     made, real = judge.extract(MADE), judge.extract(REAL)
@@ -83,17 +71,15 @@ def test_a_folder_is_judged_against_a_folder(folder, weights):
     assert (metrics.precision, metrics.recall) == precision_recall(real.features, made.features)
     assert metrics.n_samples == metrics.protocol.reference_count == COUNT
     assert metrics.protocol.extractor_identity == judge.identity
-    assert f"FD-DINOv2          {metrics.frechet_distance:.3f}" in result.output
-    assert "12 samples, published FID-50K takes 50,000" in result.output
-    assert "not reliable: 12 samples, fewer than 1,000" in result.output
+    assert f"FD-DINOv2          {metrics.frechet_distance:.3f}" in output
+    assert "not reliable: 12 samples, fewer than 1,000" in output
     assert (folder / "results" / "features").is_dir()
 
 
-def test_a_set_is_at_distance_zero_from_itself_as_folder_and_as_zip(folder, weights):
+def test_a_folder_or_zip_has_distance_zero_to_itself(folder, weights):
     archive = shutil.make_archive(folder / "zipped", "zip", folder / "real")
     for samples, options in (("real", ()), (archive, ()), ("real", ("--image-size", 24))):
-        result = evaluate(folder, weights, "--out", folder / "self.json", *options, samples=samples, reference=samples)
-        assert result.exit_code == 0, result.output
+        evaluate(folder, weights, "--out", folder / "self.json", *options, samples=samples, reference=samples)
         metrics = read_metrics(folder / "self.json")
         assert metrics.frechet_distance == pytest.approx(0, abs=1e-4)
         assert metrics.precision == metrics.recall == 1
@@ -101,53 +87,41 @@ def test_a_set_is_at_distance_zero_from_itself_as_folder_and_as_zip(folder, weig
 
 def test_ranks_and_a_single_process_give_the_same_numbers(folder, weights, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 4)
-    assert evaluate(folder, weights, "--out", folder / "alone.json", "--features", folder / "a").exit_code == 0
+    evaluate(folder, weights, "--out", folder / "alone.json", "--features", folder / "a")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
         assert not (folder / "ranks.json").exists()
-        result = evaluate(folder, weights, "--out", folder / "ranks.json", "--features", folder / "b")
-        assert result.exit_code == 0
+        evaluate(folder, weights, "--out", folder / "ranks.json", "--features", folder / "b")
     assert (folder / "alone.json").read_bytes() == (folder / "ranks.json").read_bytes()
 
 
-def test_packed_samples_give_the_numbers_of_the_folder(folder, weights):
-    assert sfd("pack", folder / "made", folder / "made.npz").output.endswith(f"12 images in {folder / 'made.npz'}\n")
+def test_packed_samples_have_the_metrics_of_the_folder(folder, weights):
+    assert done("pack", folder / "made", folder / "made.npz").endswith(f"12 images in {folder / 'made.npz'}\n")
     for name in ("made", "made.npz"):
-        assert evaluate(folder, weights, "--out", folder / f"{name}.json", samples=name).exit_code == 0
+        evaluate(folder, weights, "--out", folder / f"{name}.json", samples=name)
     by_folder, packed = (json.loads((folder / f"{name}.json").read_text()) for name in ("made", "made.npz"))
     by_folder["name"] = packed["name"]
     assert by_folder == packed
 
 
-def test_how_the_samples_were_made_is_told(folder, weights):
+def test_the_sampling_settings_are_reported(folder, weights):
     flat = folder / "flat"
     flat.mkdir()
     for index, image in enumerate(MADE):
         Image.fromarray(image).save(flat / f"{index:06d}.png")
     record = {"classes": ["a", "b"], "labels": [0] * 5 + [1] * 7, "seeds": [*range(6), *range(6)], "model": "m-1"}
     (flat / "samples.json").write_text(json.dumps(record | {"sampling": {"solver": "dopri5", "guidance": 1.5}}))
-    result = evaluate(folder, weights, "--out", folder / "metrics.json", samples="flat")
-    assert "solver dopri5, guidance 1.5, model m-1, seeds 0-5" in result.output
-    assert "12, not balanced" in result.output and "classes are not equally frequent" in result.output
-    assert "6 seeds made 12 samples" in result.output
+    output = evaluate(folder, weights, "--out", folder / "metrics.json", samples="flat")
+    assert "solver dopri5, guidance 1.5, model m-1, seeds 0-5" in output
+    assert "12, not balanced" in output and "6 seeds made 12 samples" in output
     assert json.loads((folder / "metrics.json").read_text())["sampling"]["seeds"] == "0-5"
-
-
-def test_a_network_of_another_kind_is_refused(folder, tmp_path):
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-    config = Dinov2WithRegistersConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
-    Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "other")
-    refused(evaluate(folder, tmp_path / "other"), "type 'dinov2_with_registers'")
-    refused(evaluate(folder, tmp_path / "nowhere"), "there is no folder")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ((), "either --run RUN, or --reference"),
-        (("--run", "real", "--reference", "real"), "either --run"),
         (("--run", "real", "--extractor", "dinov2"), "go with --reference"),
         (("--run", "real"), "recipe.yaml is missing"),
         (("--reference", "real"), "needs --extractor"),
@@ -155,10 +129,6 @@ def test_a_network_of_another_kind_is_refused(folder, tmp_path):
         (("--reference", "real", "--extractor", "dinov2", "--out", "."), "is a folder"),
     ],
 )
-def test_what_does_not_go_together_is_refused(folder, monkeypatch, options, words):
+def test_contradicting_options_are_refused(folder, monkeypatch, options, words):
     monkeypatch.chdir(folder)
     refused(sfd("evaluate", "made", *options), words)
-
-
-def test_an_archive_needs_its_suffix(folder):
-    refused(sfd("pack", folder / "made", folder / "made.zip"), "not the name of an .npz")

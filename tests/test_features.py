@@ -15,7 +15,7 @@ IMAGES = ShapesSource(COUNT, seed=0, image_size=8)
 
 
 class Corners:
-    """An extractor to work out by hand, which counts the images that it sees and may fail at one of them."""
+    """A simple extractor that counts images and may be interrupted at one."""
 
     name, identity, task, accuracy, trained_on, classes = "corners", "corners-1", "nothing", None, None, ()
 
@@ -42,13 +42,13 @@ def assert_complete(extraction):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_features_in_chunks_are_those_of_all_images(tmp_path):
+def test_features_do_not_depend_on_chunks_and_batches(tmp_path):
     assert_complete(extract(IMAGES, Corners(), batch_size=4))
     assert_complete(extract(IMAGES.load(range(COUNT)), Corners(), batch_size=7))
     assert_complete(extract(IMAGES, Corners(), cache=tmp_path, batch_size=4))
 
 
-def test_an_interrupted_computation_resumes_at_the_chunk_where_it_stopped(tmp_path):
+def test_an_interrupted_computation_resumes_at_its_chunk(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         extract(IMAGES, Corners(fails_at=17), cache=tmp_path, batch_size=4)
     for seen in (COUNT - 10, 0):
@@ -66,7 +66,7 @@ def test_a_damaged_chunk_is_computed_again(tmp_path):
     assert extractor.seen == 10
 
 
-def test_ranks_share_the_chunks_and_the_last_has_all(tmp_path, monkeypatch):
+def test_ranks_share_the_chunks(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     extractors = [Corners(), Corners()]
     monkeypatch.setenv("RANK", "1")
@@ -76,16 +76,7 @@ def test_ranks_share_the_chunks_and_the_last_has_all(tmp_path, monkeypatch):
     assert [extractor.seen for extractor in extractors] == [15, 10]
 
 
-def test_other_images_and_other_extractors_have_features_of_their_own(tmp_path):
-    finer = Corners()
-    finer.identity = "corners-2"
-    for images in (IMAGES, ShapesSource(COUNT, seed=1, image_size=8)):
-        for extractor in (Corners(), finer):
-            extract(images, extractor, cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_moments_stored_with_a_reference_replace_those_of_its_images():
+def test_stored_moments_replace_those_of_the_images():
     stored = Gaussian(np.zeros(6), np.eye(6), 0)
     own = Reference.of(RealImages("real", "id", IMAGES), Corners())
     assert own.statistics.count == own.spatial.count == COUNT and not own.protocol.stored_moments
@@ -118,7 +109,7 @@ def test_samples_and_reference_are_read_alike(tmp_path, write):
         write(tmp_path, number)
     (tmp_path / "@eaDir").mkdir()
     grey(tmp_path / "@eaDir", 9)
-    (tmp_path / "._1.png").write_bytes(b"left by a system")
+    (tmp_path / "._1.png").write_bytes(b"of an operating system")
     samples = load_samples(tmp_path).images
     reference = open_reference(tmp_path, 8, "dinov2").images
     assert len(samples) == 6 and samples.identity == reference.identity

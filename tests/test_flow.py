@@ -22,10 +22,14 @@ def pair(batch: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randn(2, batch, COMPOSITE.size, generator=generator).unbind(0))
 
 
-def test_path_runs_from_noise_to_data():
+def test_the_path_runs_from_noise_to_data():
     x1, x0 = pair()
     assert torch.equal(flow.interpolate(x1, x0, torch.tensor(0.0)), x0)
     assert torch.equal(flow.interpolate(x1, x0, torch.tensor(1.0)), x1)
+    times = torch.tensor([[0.0, 1.0]]).expand(4, 2)
+    x = COMPOSITE.unpack(flow.interpolate(x1, x0, COMPOSITE.per_entry(times)))
+    assert torch.equal(x["texture"], COMPOSITE.unpack(x0)["texture"])
+    assert torch.equal(x["semantic"], COMPOSITE.unpack(x1)["semantic"])
 
 
 @given(st.floats(0, 1))
@@ -34,14 +38,6 @@ def test_velocity_is_the_derivative_of_the_path(t):
     t, step = torch.tensor(t, dtype=torch.float64), 1e-3
     difference = (flow.interpolate(x1, x0, t + step) - flow.interpolate(x1, x0, t - step)) / (2 * step)
     torch.testing.assert_close(difference, flow.velocity_target(x1, x0), rtol=1e-9, atol=1e-9)
-
-
-def test_each_stream_travels_at_its_own_time():
-    x1, x0 = pair()
-    times = torch.tensor([[0.0, 1.0]]).expand(4, 2)
-    x = COMPOSITE.unpack(flow.interpolate(x1, x0, COMPOSITE.per_entry(times)))
-    assert torch.equal(x["texture"], COMPOSITE.unpack(x0)["texture"])
-    assert torch.equal(x["semantic"], COMPOSITE.unpack(x1)["semantic"])
 
 
 def test_logit_normal_times_have_normal_logits():
@@ -55,12 +51,7 @@ def test_uniform_times_are_uniform():
     assert deviation < 1.95 / math.sqrt(20000)
 
 
-def test_unknown_distribution_is_refused():
-    with pytest.raises(ValueError, match="'logit_normal' or 'uniform', got 'normal'"):
-        flow.sample_base_time(torch.zeros(1), "normal")
-
-
-def test_velocity_loss_weighs_entries_and_averages_over_all():
+def test_velocity_loss_is_a_weighted_mean_over_all_entries():
     target, weights = torch.zeros(2, 4), torch.tensor([1.0, 1.0, 2.0, 2.0])
     prediction = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.0]])
     torch.testing.assert_close(flow.velocity_loss(prediction, target, weights), torch.tensor([1 / 4, 18 / 4]))
@@ -80,7 +71,7 @@ def test_losses_are_float32_for_bf16_predictions():
     assert flow.cosine_loss(positions.bfloat16(), positions).dtype == torch.float32
 
 
-def test_repa_loss_compares_tokens_row_by_row():
+def test_repa_loss_compares_tokens_in_row_major_order():
     features = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     tokens = torch.stack([features[:, :, i, j] for i in range(2) for j in range(2)], dim=1)
     torch.testing.assert_close(flow.repa_loss(7 * tokens, features), torch.zeros(2), rtol=0, atol=1e-6)
@@ -88,19 +79,10 @@ def test_repa_loss_compares_tokens_row_by_row():
         flow.repa_loss(tokens[:, :3], features)
 
 
-def test_positions_fold_to_the_shared_grid():
+def test_positions_are_on_the_shared_grid():
     x, _ = pair()
     positions, latents = COMPOSITE.per_position(x), COMPOSITE.unpack(x)
     assert positions.shape == (4, 3 * 2 * 2 + 5, 4)
     # The last position holds the texture's last 2×2 entries of each channel, then the semantic channels.
     assert torch.equal(positions[:, :12, 3], latents["texture"][:, :, 2:, 2:].flatten(1))
     assert torch.equal(positions[:, 12:, 3], latents["semantic"][:, :, 1, 1])
-
-
-def test_positions_of_equal_grids_are_the_latents_own():
-    streams = (
-        Stream(name="texture", channels=3, grid=4, patch_size=2),
-        Stream(name="semantic", channels=2, grid=4, patch_size=2),
-    )
-    x = torch.randn(2, 80)
-    assert torch.equal(CompositeLatent(streams=streams).per_position(x), x.reshape(2, 5, 16))

@@ -1,4 +1,4 @@
-"""A data set in a folder or an archive: how its images are checked, remembered, read and written."""
+"""Images of a folder or archive: checked once, skipped if broken, read lazily or kept in memory."""
 
 from __future__ import annotations
 
@@ -11,25 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from helpers.pictures import pack, put
 from sfd.data import folder as module
 from sfd.data.folder import FolderSource, skipped_report, write_folder
 from sfd.data.shapes import ShapesSource
 from sfd.utils.errors import SFDError
-
-
-def put(path: Path, colour: tuple[int, int, int] = (9, 8, 7), size: tuple[int, int] = (12, 10)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path
-
-
-def pack(folder: Path, archive: Path, prefix: str = "", compression: int = zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(archive, "w", compression) as target:
-        for path in sorted(folder.rglob("*")):
-            target.write(path, prefix + path.relative_to(folder).as_posix())
-    return archive
 
 
 @pytest.fixture
@@ -42,7 +29,7 @@ def pets(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_an_archive_is_its_folder(pets: Path, tmp_path: Path, compression: int) -> None:
+def test_an_archive_equals_its_folder(pets: Path, tmp_path: Path, compression: int) -> None:
     folder = FolderSource(pets, 8)
     archive = FolderSource(pack(pets, tmp_path / "pets.zip", compression=compression), 8)
     assert archive.identity == folder.identity
@@ -50,7 +37,7 @@ def test_an_archive_is_its_folder(pets: Path, tmp_path: Path, compression: int) 
     assert folder.load([2, 0])[:, 0, 0].tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
-def test_shapes_written_out_read_back_exactly(tmp_path: Path) -> None:
+def test_written_shapes_are_read_back_exactly(tmp_path: Path) -> None:
     shapes = ShapesSource(60, 0)
     write_folder(shapes, tmp_path / "out")
     source = FolderSource(tmp_path / "out", 32)
@@ -63,7 +50,7 @@ def test_shapes_written_out_read_back_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_kept_pixels_are_the_decoded_ones(pets: Path, tmp_path: Path, packed: bool) -> None:
+def test_images_in_memory_equal_decoded_ones(pets: Path, tmp_path: Path, packed: bool) -> None:
     (pets / "cat/bad.png").write_bytes(b"no image")
     path = pack(pets, tmp_path / "pets.zip") if packed else pets
     kept, lazy = FolderSource(path, 8), FolderSource(path, 8, budget=0)
@@ -96,7 +83,7 @@ def test_a_damaged_member_of_an_archive_is_skipped(pets: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_identity_is_that_of_the_images_used(pets: Path, tmp_path: Path, packed: bool) -> None:
+def test_identity_depends_on_the_images_used_alone(pets: Path, tmp_path: Path, packed: bool) -> None:
     def identity(size: int = 8, **options: int) -> str:
         return FolderSource(pack(pets, tmp_path / "pets.zip") if packed else pets, size, **options).identity
 
@@ -109,20 +96,16 @@ def test_identity_is_that_of_the_images_used(pets: Path, tmp_path: Path, packed:
     assert identity() != before
 
 
-def test_identity_does_not_depend_on_the_place(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = FolderSource(pets, 8).identity
-    pets.rename(tmp_path / "moved")
-    monkeypatch.chdir(tmp_path)
-    assert FolderSource("moved", 8).identity == FolderSource(tmp_path / "moved", 8).identity == before
-
-
-def test_identities_are_those_of_version_0_1(tmp_path: Path) -> None:
+def test_identity_does_not_depend_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for value, name in enumerate(("cat/a.bmp", "cat/b.bmp", "dog/c.bmp"), start=1):
-        put(tmp_path / name, (value, value, value), (4, 4))
-    assert FolderSource(tmp_path, 8).identity == "9c54b6cd0916b488"
+        put(tmp_path / "data" / name, (value, value, value), (4, 4))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for path in ("moved", tmp_path / "moved"):
+        assert FolderSource(path, 8).identity == "9c54b6cd0916b488"  # as in version 0.1
 
 
-def test_what_holds_no_data_set_is_explained(tmp_path: Path) -> None:
+def test_a_path_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cut = pack(put(tmp_path / "full/a.png").parent, tmp_path / "full.zip").read_bytes()[:-30]
     (tmp_path / "cut.zip").write_bytes(cut)
@@ -142,14 +125,14 @@ def test_what_holds_no_data_set_is_explained(tmp_path: Path) -> None:
         FolderSource(tmp_path / "full", 0)
 
 
-def test_a_file_that_goes_away_later_is_explained(pets: Path) -> None:
+def test_a_file_that_disappears_later_is_named(pets: Path) -> None:
     source = FolderSource(pets, 8, budget=0)
     (pets / "dog/a.png").unlink()
     with pytest.raises(SFDError, match=r"dog/a.png changed since"):
         source.load([2])
 
 
-def test_threads_read_one_archive(tmp_path: Path) -> None:
+def test_several_threads_read_one_archive(tmp_path: Path) -> None:
     write_folder(ShapesSource(100, 0), tmp_path / "out")
     source = FolderSource(pack(tmp_path / "out", tmp_path / "out.zip"), 32, budget=0)
     expected = source.load(range(100))
@@ -158,8 +141,8 @@ def test_threads_read_one_archive(tmp_path: Path) -> None:
     assert np.array_equal(np.stack(parts), np.concatenate([expected] * 3))
 
 
-class TestMemory:
-    """What a check found is kept in a file and used until an image changes."""
+class TestCheckCache:
+    """The result of checking all images is kept in a file and used until an image changes."""
 
     @pytest.fixture(autouse=True)
     def count(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +158,7 @@ class TestMemory:
         monkeypatch.setattr(module, "decode", counting)
 
     @pytest.mark.parametrize("packed", [False, True])
-    def test_a_check_is_done_once_broken_files_or_not(self, pets: Path, tmp_path: Path, packed: bool) -> None:
+    def test_images_are_checked_once_despite_broken_files(self, pets: Path, tmp_path: Path, packed: bool) -> None:
         def open_source() -> FolderSource:
             path = pack(pets, tmp_path / "pets.zip") if packed else pets
             return FolderSource(path, 8, memory=tmp_path / "run" / "checked.json")
@@ -198,7 +181,7 @@ class TestMemory:
         FolderSource(tmp_path / "moved", 8, memory=tmp_path / "checked.json")
         assert self.decoded == 3
 
-    def test_what_could_not_be_read_is_tried_again(self, pets: Path, tmp_path: Path) -> None:
+    def test_an_unreadable_file_is_tried_again(self, pets: Path, tmp_path: Path) -> None:
         memory = tmp_path / "checked.json"
         FolderSource(pets, 8, memory=memory)
         record = json.loads(memory.read_text())
@@ -211,7 +194,7 @@ class TestMemory:
             sources = list(pool.map(lambda _: FolderSource(pets, 8, memory=tmp_path / "checked.json"), range(4)))
         assert self.decoded == 3 and len({source.identity for source in sources}) == 1
 
-    def test_a_damaged_memory_is_made_anew(self, pets: Path, tmp_path: Path) -> None:
+    def test_a_damaged_cache_is_replaced(self, pets: Path, tmp_path: Path) -> None:
         (tmp_path / "checked.json").write_text('{"seen":')
         for _ in range(2):
             FolderSource(pets, 8, memory=tmp_path / "checked.json")

@@ -1,4 +1,4 @@
-"""Guidance is one line; the rest is about not paying for the guiding model."""
+"""Guidance: scales and intervals per stream, and when the guiding model is not called."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class Field:
     """A velocity that is linear in x and counts its calls."""
 
     def __init__(self, slope: float) -> None:
-        self.slope = slope
-        self.calls = 0
+        self.slope, self.calls = slope, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
@@ -46,13 +45,13 @@ def guiding() -> Field:
 
 
 @pytest.mark.parametrize("scale", [1, 1.0, {}, {"semantic": 1.0}, {"texture": 1.0, "semantic": 1.0}])
-def test_scale_one_is_the_conditional_velocity_itself(scale, cond, guiding):
+def test_scale_one_returns_the_conditional_velocity(scale, cond, guiding):
     assert guide(cond, guiding, scale, COMPOSITE) is cond
     assert guide(cond, None, scale, COMPOSITE) is cond
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.4, 1.5, 4.0])
-def test_one_scale_extrapolates_all_streams(scale, x, cond, guiding):
+def test_one_scale_guides_all_streams(scale, x, cond, guiding):
     v = guide(cond, guiding, scale, COMPOSITE)(x, HALF)
     torch.testing.assert_close(v, guiding(x, HALF) + scale * (cond(x, HALF) - guiding(x, HALF)))
 
@@ -64,7 +63,7 @@ def test_scales_are_per_stream_and_exact_at_one(x, cond, guiding):
     assert torch.equal(v["texture"], COMPOSITE.unpack(cond(x, HALF))["texture"])
 
 
-def test_scales_are_not_rounded_to_a_networks_dtype(x):
+def test_scales_are_applied_in_float32(x):
     def half(slope: float) -> VelocityField:
         return lambda x, t: (slope * x).bfloat16()
 
@@ -72,7 +71,7 @@ def test_scales_are_not_rounded_to_a_networks_dtype(x):
     torch.testing.assert_close(v, torch.lerp((-0.7 * x).bfloat16().float(), (2.0 * x).bfloat16().float(), 1.9))
 
 
-def test_intervals_are_on_each_streams_own_time(x, cond, guiding):
+def test_intervals_are_in_each_streams_own_time(x, cond, guiding):
     scale, interval = {"semantic": 2.0, "texture": 3.0}, {"semantic": (0.0, 0.5), "texture": (0.25, 0.75)}
     guided = guide(cond, guiding, scale, COMPOSITE, interval)
     for texture, semantic in [(0.0, 0.3), (0.25, 0.5), (0.5, 0.8), (0.8, 1.0)]:
@@ -81,19 +80,13 @@ def test_intervals_are_on_each_streams_own_time(x, cond, guiding):
         for name, w, inside in [("texture", 3.0, 0.25 <= texture <= 0.75), ("semantic", 2.0, semantic <= 0.5)]:
             expected = torch.lerp(guiding(x, t), cond(x, t), w if inside else 1.0)
             assert torch.equal(v[name], COMPOSITE.unpack(expected)[name])
-
-
-def test_the_guiding_model_is_called_inside_intervals_only(x, cond, guiding):
-    guided = guide(cond, guiding, {"semantic": 2.0}, COMPOSITE, (0.2, 0.6))
-    for semantic in (0.0, 0.1, 0.7, 1.0):
-        t = torch.tensor([0.4, semantic])
+    calls = guiding.calls
+    for t in (torch.tensor([0.1, 0.7]), torch.tensor([0.8, 1.0])):  # outside of both intervals
         assert torch.equal(guided(x, t), cond(x, t))
-    assert guiding.calls == 0
-    guided(x, torch.tensor([0.0, 0.4]))
-    assert guiding.calls == 1
+    assert guiding.calls == calls
 
 
-def test_a_batched_pair_is_called_in_place_of_both(x, cond, guiding):
+def test_a_batched_pair_replaces_both_calls(x, cond, guiding):
     plain = guide(cond, guiding, 1.5, COMPOSITE)(x, HALF)
     calls = cond.calls, guiding.calls
     batched = guide(cond, guiding, 1.5, COMPOSITE, batched=lambda x, t: (2.0 * x + t.mean(), -0.7 * x + t.mean()))
@@ -101,8 +94,8 @@ def test_a_batched_pair_is_called_in_place_of_both(x, cond, guiding):
     assert (cond.calls, guiding.calls) == calls
 
 
-def test_a_smooth_interval_decides_who_is_guided_whatever_the_times(x, cond, guiding):
-    """Within it both ends see the limit from inside; a stream at rest needs no guidance."""
+def test_a_smooth_interval_fixes_which_streams_are_guided(x, cond, guiding):
+    """Both of its ends see the limit from inside; a stream at rest needs no guidance."""
     guided = guide(cond, guiding, 2.0, COMPOSITE, {"texture": (0.2, 0.5), "semantic": (0.5, 1.0)})
     inside = guided.on_interval([True, True], [0.4, 0.45])
     for t in (HALF, HALF + 0.1):
@@ -126,11 +119,9 @@ def test_discontinuities_are_the_ends_of_guided_streams_intervals(cond, guiding)
     "arguments",
     [
         {"scale": {"semantics": 2.0}},
-        {"scale": -1.0},
         {"scale": {"texture": math.nan}},
         {"scale": 2.0, "interval": {"txture": (0.0, 1.0)}},
         {"scale": 2.0, "interval": (0.6, 0.4)},
-        {"scale": 2.0, "interval": {"texture": (0.0, 1.5)}},
         {"scale": 1.5, "guiding": None},
     ],
 )

@@ -1,4 +1,4 @@
-"""Image files of every kind become the right 8-bit image; arrays and tensors convert without loss."""
+"""Image files of every kind become the right 8-bit image; damaged ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageOps
 
@@ -44,15 +44,11 @@ def test_tensors_span_minus_one_to_one_and_convert_back_without_loss() -> None:
     assert to_uint8(torch.tensor([-9.0, 9.0, 0.0]).view(1, 3, 1, 1)).ravel().tolist() == [0, 255, 128]
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
-def test_crop_has_the_given_size(width: int, height: int, size: int) -> None:
-    assert centre_crop(photo(width, height), size).shape == (size, size, 3)
-
-
-def test_crop_takes_the_centre_of_an_image_of_the_right_height() -> None:
+def test_crop_takes_the_centre() -> None:
     image = photo(48, 32)
     assert np.array_equal(centre_crop(image, 32), np.asarray(image)[:, 8:40])
+    for width, height, size in ((1, 90, 7), (20_000, 1, 64), (5, 3, 40)):
+        assert centre_crop(photo(width, height), size).shape == (size, size, 3)
 
 
 def test_crop_halves_with_a_box_filter_then_scales_bicubically() -> None:
@@ -61,10 +57,6 @@ def test_crop_halves_with_a_box_filter_then_scales_bicubically() -> None:
     assert np.abs(centre_crop(Image.fromarray(pixels), 32) - means).max() <= 1  # rounded once per axis
     image = photo(63, 63)
     assert np.array_equal(centre_crop(image, 32), np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)))
-
-
-def test_a_very_thin_image_costs_no_more_than_a_wide_one() -> None:
-    assert centre_crop(photo(20_000, 1), 64).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG", "AVIF", "JPEG2000", "PPM", "TGA"])
@@ -102,11 +94,12 @@ def with_chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_metadata_does_not_cost_the_image(data: bytes) -> None:
+def test_an_image_with_damaged_metadata_is_read(data: bytes) -> None:
     assert near(read_image(data), (9, 8, 7), within=2)
 
 
-def test_alpha_is_laid_over_white() -> None:
+def test_alpha_is_composited_over_white() -> None:
+    assert decode(encoded(Image.new("1", (8, 8), 1)), 8).min() == 255
     assert decode(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0))), 8).min() == 255
     assert near(decode(encoded(Image.new("LA", (8, 8), (0, 128))), 8), (127, 127, 127), within=1)
 
@@ -125,10 +118,6 @@ def test_sixteen_bit_grey_keeps_its_range(kind: str) -> None:
     assert np.array_equal(image[0], np.repeat((ramp / 257).round().astype(np.uint8)[:, None], 3, 1))
 
 
-def test_bilevel_is_black_and_white() -> None:
-    assert decode(encoded(Image.new("1", (8, 8), 1)), 8).min() == 255
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])  # JPEGs store inverted inks and say so in an Adobe segment
 @pytest.mark.parametrize("colour", [(255, 0, 0), (255, 255, 255)])
 def test_cmyk_is_not_inverted(kind: str, colour: tuple[int, int, int]) -> None:
@@ -140,8 +129,8 @@ def test_animations_give_their_first_frame() -> None:
     assert near(decode(data, 16), (0, 0, 255), within=0)
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction() -> None:
-    whole = Image.linear_gradient("L").resize((20_000, 900))
+def test_a_large_jpeg_is_decoded_at_reduced_size() -> None:
+    whole = Image.linear_gradient("L").resize((10_000, 900))
     image = decode(encoded(whole, "JPEG"), 32)
     # Decoding at an eighth is nearly a box filter.
     assert np.abs(image.astype(int) - centre_crop(whole.convert("RGB"), 32)).mean() < 4
@@ -168,21 +157,19 @@ def test_truncated_files_are_refused(kind: str) -> None:
         (b"", "empty"),
         (b"hello, this is no image", "no image in a known format"),
         (b"\xff\xd8\xff", "no image"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "no image|damaged"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC.*heif-convert"),
         (b"\xff\x0a\0\0", "JPEG XL.*djxl"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
         (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "32-bit"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_the_reason(data: bytes, reason: str) -> None:
+def test_an_unreadable_file_is_refused_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(SFDError, match=reason):
         decode(data, 8)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2000), st.integers(0, 255))
-def test_damage_gives_an_image_or_a_reason(place: int, value: int) -> None:
+def test_a_changed_byte_gives_an_image_or_a_reason(place: int, value: int) -> None:
     data = bytearray(encoded(photo(32, 24), "PNG"))
     data[place % len(data)] = value
     try:
@@ -191,5 +178,5 @@ def test_damage_gives_an_image_or_a_reason(place: int, value: int) -> None:
         assert str(error)
 
 
-def test_hashes_depend_on_content_not_on_order() -> None:
+def test_hashes_do_not_depend_on_the_order_of_fields() -> None:
     assert stable_hash("a", x=1, y=2) == stable_hash("a", y=2, x=1) != stable_hash("b", x=1, y=2)

@@ -1,4 +1,4 @@
-"""Solvers stop where rates and velocities jump, so guidance within an interval costs them nothing of their order."""
+"""Smooth intervals: solvers stop where rates and guidance jump and keep their order; steps are split by length."""
 
 from __future__ import annotations
 
@@ -27,23 +27,8 @@ JUMPS = [INTERVAL[name] for name in STREAMS]
 SINGLE, OTHER = mixture(1, seed=1), mixture(1, seed=2)
 
 
-@pytest.fixture(params=SCHEDULES)
-def schedule(request: pytest.FixtureRequest) -> Schedule:
-    return build_schedule(SCHEDULES[request.param], STREAMS)
-
-
-@pytest.fixture
-def offset() -> Schedule:
-    return build_schedule("offset", STREAMS)
-
-
-@pytest.fixture
-def noise() -> Tensor:
-    return initial_noise(range(8), COMPOSITE).double()
-
-
 class Counted:
-    """A velocity that notes the stream times at which it is evaluated."""
+    """A velocity that records the stream times of its evaluations."""
 
     def __init__(self, data: GaussianMixture) -> None:
         self._data = data
@@ -55,12 +40,12 @@ class Counted:
 
 
 def switched(guiding=OTHER.velocity) -> GuidedVelocity:
-    """Scale 0: inside the interval the guiding Gaussian's velocity alone, outside the conditional one's alone."""
+    """Scale 0: the guiding Gaussian's velocity inside the interval, the conditional one's outside."""
     return guide(SINGLE.velocity, guiding, 0.0, COMPOSITE, INTERVAL)
 
 
 def carried(noise: Tensor) -> Tensor:
-    """Where `switched` carries noise, exactly: a Gaussian's flow is x(t) = t·m + √V(t)·x0 on each entry's own time."""
+    """The exact solution of `switched`: a Gaussian's flow is x(t) = t·m + √V(t)·x0 in each entry's own time."""
     low, high = COMPOSITE.per_entry(torch.tensor(JUMPS, dtype=torch.float64).T)
     x, ends = noise, (torch.zeros_like(low), low, high, torch.ones_like(low))
     for data, (start, end) in zip((SINGLE, OTHER, SINGLE), pairwise(ends), strict=True):
@@ -75,13 +60,13 @@ def guided_mixture() -> GuidedVelocity:
 
 @functools.cache
 def guided_reference(spec: str) -> Tensor:
-    """Where a guided mixture carries the noise by a schedule, to twelve digits."""
+    """The solution of a guided mixture, to twelve digits."""
     noise, schedule = initial_noise(range(8), COMPOSITE).double(), build_schedule(json.loads(spec), STREAMS)
     tight = {"rtol": 1e-11, "atol": 1e-12}
     return integrate(guided_mixture(), noise, schedule, COMPOSITE, solver="dopri5", options=tight).x
 
 
-def test_switching_fields_at_the_solvers_order(schedule, noise):
+def test_multistep_keeps_its_order_where_guidance_switches(schedule, noise):
     exact = carried(noise)
 
     def error(steps: int) -> float:
@@ -92,8 +77,8 @@ def test_switching_fields_at_the_solvers_order(schedule, noise):
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "multistep 2", "multistep 3"])
-@pytest.mark.parametrize("timing", ["offset", "synchronous", "sequential", "table"])
-def test_a_guided_mixture_at_the_solvers_order(name, timing, noise):
+@pytest.mark.parametrize("timing", ["offset", "table"])
+def test_the_solvers_order_on_a_guided_mixture(name, timing, noise):
     schedule = build_schedule(SCHEDULES[timing], STREAMS)
     exact = guided_reference(json.dumps(schedule.spec))
 
@@ -104,7 +89,7 @@ def test_a_guided_mixture_at_the_solvers_order(name, timing, noise):
     check_order(error, name, steps=80)
 
 
-def test_heun_blind_to_an_interval_loses_its_order(noise):
+def test_heun_across_the_ends_of_an_interval_loses_its_order(noise):
     schedule, exact = build_schedule("synchronous", STREAMS), carried(noise)
 
     def error(steps: int) -> float:
@@ -112,7 +97,6 @@ def test_heun_blind_to_an_interval_loses_its_order(noise):
         return (x - exact).abs().mean().item()
 
     assert order(error, 60) < 1.3
-    assert error(1001) < 0.01
 
 
 @pytest.mark.parametrize("rtol", [1e-4, 1e-8])
@@ -122,8 +106,7 @@ def test_dopri5_reaches_its_tolerance_across_an_interval(rtol, schedule, noise):
     assert (x - carried(noise)).abs().max() < 30 * rtol
 
 
-def test_dopri5_pays_for_intervals_and_not_for_jumps(schedule, noise):
-    """As much as for the same intervals of a velocity that does not jump between them."""
+def test_dopri5_needs_hardly_more_evaluations_where_guidance_jumps(schedule, noise):
     options = {"rtol": 1e-4, "atol": 1e-5}
 
     def nfe(guiding: GaussianMixture) -> int:
@@ -134,7 +117,7 @@ def test_dopri5_pays_for_intervals_and_not_for_jumps(schedule, noise):
 
 
 @pytest.mark.parametrize("solver", ["heun", "multistep", "dopri5"])
-def test_the_guiding_model_is_evaluated_in_guided_intervals_alone(solver, schedule, noise):
+def test_the_guiding_model_is_evaluated_inside_its_interval_alone(solver, schedule, noise):
     guiding = Counted(OTHER)
     result = integrate(switched(guiding), noise, schedule, COMPOSITE, solver=solver, steps=30)
     times = torch.stack(guiding.times)
@@ -151,7 +134,7 @@ def test_an_interval_of_a_single_time_guides_nothing(noise):
 
 
 @pytest.mark.parametrize("solver", ["multistep", "heun", "sde", "dopri5"])
-def test_an_interval_over_all_times_changes_no_bit(solver, schedule, noise):
+def test_an_interval_over_all_times_changes_nothing(solver, schedule, noise):
     def sample(interval) -> Tensor:
         velocity = guide(mixture(3).velocity, OTHER.velocity, 2.0, COMPOSITE, interval)
         return integrate(velocity, noise, schedule, COMPOSITE, solver=solver, steps=17, seeds=range(8)).x
@@ -160,7 +143,7 @@ def test_an_interval_over_all_times_changes_no_bit(solver, schedule, noise):
 
 
 @given(SPECS, st.lists(st.lists(st.floats(0, 1), max_size=3), min_size=2, max_size=2))
-def test_intervals_cover_what_moves_and_hold_no_jump(spec, jumps):
+def test_smooth_intervals_cover_all_movement_and_contain_no_jump(spec, jumps):
     schedule = build_schedule(spec, STREAMS)
     found = smooth_intervals(schedule, jumps)
     for j, segment in enumerate(schedule.segments):
@@ -190,12 +173,12 @@ def test_intervals_cover_what_moves_and_hold_no_jump(spec, jumps):
         ([(0.2, 0.8), (0.2, 0.8)], 7),
     ],
 )
-def test_stops_that_coincide_are_one(jumps, count, offset):
+def test_stops_that_coincide_are_merged(jumps, count, offset):
     assert len(smooth_intervals(offset, jumps)) == count
 
 
 class Resting(Schedule):
-    """Semantics rest at 0.5 within a segment, as a smooth curve with a very flat middle would."""
+    """Semantics rest at 0.5 within a segment."""
 
     def at(self, u: Tensor, segment: int | None = None) -> StreamTimes:
         before, after = (u < 0.2).to(u), (u > 0.9).to(u)
@@ -205,7 +188,7 @@ class Resting(Schedule):
         )
 
 
-def test_a_rest_within_an_interval_does_not_decide_its_side():
+def test_the_side_of_a_jump_follows_the_ends_of_an_interval_not_its_middle():
     before, after = smooth_intervals(Resting(STREAMS), [(), (0.5,)])
     assert before.end == after.start == pytest.approx(0.2)
     assert before.midpoint[1] == pytest.approx(0.25)
@@ -244,7 +227,7 @@ def test_steps_are_split_by_length(lengths, extra):
         assert all(abs(c - q) < 1 + 1e-9 for c, q in zip(counts, quotas, strict=True))
 
 
-def test_too_few_steps_say_how_many_are_needed(noise, offset):
+def test_too_few_steps_are_refused_with_the_number_needed(noise, offset):
     with pytest.raises(SFDError, match=r"0\.2308.*at least 7 are needed, but 6"):
         integrate(switched(), noise, offset, COMPOSITE, solver="euler", steps=6)
 
@@ -274,12 +257,11 @@ def sde_moments(schedule: Schedule, steps: int, eta: float, monkeypatch) -> tupl
     return x[0], (x[1:] - x[0]).square().sum(0)
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_sde_variance_converges_at_order_two_across_knots(eta, schedule, monkeypatch):
+def test_sde_variance_converges_at_order_two_across_knots(schedule, monkeypatch):
     data = mixture(1)
 
     def error(steps: int) -> float:
-        mean, variance = sde_moments(schedule, steps, eta, monkeypatch)
+        mean, variance = sde_moments(schedule, steps, 1.0, monkeypatch)
         torch.testing.assert_close(mean, data.means[0], rtol=0, atol=1e-12)  # which any consistent method keeps here
         return (variance / data.stds[0].square() - 1).abs().mean().item()
 
@@ -287,7 +269,7 @@ def test_sde_variance_converges_at_order_two_across_knots(eta, schedule, monkeyp
     assert 1.9 < order(error, 48) < 2.2
 
 
-def test_churn_is_fresh_in_every_interval(offset, noise, monkeypatch):
+def test_noise_of_the_sde_is_fresh_in_every_interval(offset, noise, monkeypatch):
     keys, draw = [], rng.normal
     monkeypatch.setattr(rng, "normal", lambda seeds, size, *key: (keys.append(key), draw(seeds, size, *key))[1])
     integrate(switched(), noise, offset, COMPOSITE, solver="sde", steps=35, seeds=range(8))

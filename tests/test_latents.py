@@ -1,4 +1,4 @@
-"""Latent shards: what is encoded, by which rank, how much is read ahead, and what is refused."""
+"""Latent shards: content, statistics, ranks, interruption and damage."""
 
 import json
 import threading
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfd.data.shards
+from helpers.compare import contents
 from helpers.encoders import Encoder, pool
 from sfd.data.encode import LatentSettings, LatentWriter
 from sfd.data.images import to_tensor
@@ -40,7 +41,7 @@ def everything(latents, name, flip=False, **options):
 
 
 @pytest.mark.parametrize("large", [0, 1 << 14])
-def test_images_are_gathered_from_shards_and_orientations_in_the_given_order(tmp_path, monkeypatch, large):
+def test_latents_are_read_in_any_order_and_orientation(tmp_path, monkeypatch, large):
     monkeypatch.setattr(sfd.data.shards, "LARGE", large)
     latents = make(tmp_path)
     images = to_tensor(SOURCE.load(range(50)))
@@ -54,14 +55,14 @@ def test_images_are_gathered_from_shards_and_orientations_in_the_given_order(tmp
         latents.read("texture", order[:0], flips[:0])
 
 
-def test_statistics_cover_all_shards(tmp_path):
+def test_statistics_are_of_all_shards(tmp_path):
     latents = make(tmp_path)
     values = everything(latents, "texture").double().transpose(0, 1).flatten(1)
     assert latents.manifest.streams["texture"].mean == pytest.approx(values.mean(1).tolist())
     assert latents.manifest.streams["texture"].std == pytest.approx(values.std(1).tolist())
 
 
-def test_the_batch_size_changes_nothing(tmp_path):
+def test_latents_do_not_depend_on_the_batch_size(tmp_path):
     assert make(tmp_path / "a").manifest == make(tmp_path / "b", batch_size=3, workers=1).manifest
 
 
@@ -74,11 +75,9 @@ def test_the_batch_size_changes_nothing(tmp_path):
         ({"compressor": Encoder(lambda features: features[:, :1])}, {"texture", "semantic", FEATURES}),
     ],
 )
-def test_shards_hold_what_is_needed(tmp_path, options, held):
-    latents = make(tmp_path, **options)
-    assert set(files.read_tensors(tmp_path / "shard-00000.safetensors")) == {
-        "labels", *held, *(f"{name}_flip" for name in held)
-    }  # fmt: skip
+def test_shards_contain_the_streams_and_features_of_the_run(tmp_path, options, held):
+    latents, both = make(tmp_path, **options), {f"{name}{suffix}" for name in held for suffix in ("", "_flip")}
+    assert set(files.read_tensors(tmp_path / "shard-00000.safetensors")) == {"labels", *both}
     assert set(latents.manifest.streams) == held - {FEATURES}
     assert (latents.manifest.features is not None) == (FEATURES in held)
 
@@ -111,10 +110,6 @@ def test_only_a_few_batches_are_read_ahead(tmp_path, workers):
     assert max(ahead) <= (workers + 1) * 4
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_an_interrupted_encoding_resumes(tmp_path):
     calls = 0
 
@@ -135,17 +130,14 @@ def test_an_interrupted_encoding_resumes(tmp_path):
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(2, 4), st.data())
-def test_ranks_in_any_order_make_the_same_bytes(tmp_path_factory, count, data):
+def test_ranks_in_any_order_write_the_same_bytes(tmp_path_factory, count, data):
     folder = tmp_path_factory.mktemp("ranks")
     make(folder / "one")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("WORLD_SIZE", str(count))
         for number, rank in enumerate(data.draw(st.permutations(range(count)))):
-            assert (
-                number == 0
-                or not (folder / "many" / "manifest.json").exists()
-                or writer(folder / "many").missing() == []
-            )
+            manifest = folder / "many" / "manifest.json"
+            assert number == 0 or not manifest.exists() or writer(folder / "many").missing() == []
             environment.setenv("RANK", str(rank))
             writer(folder / "many").write()
     assert contents(folder / "many") == contents(folder / "one")
@@ -166,19 +158,16 @@ def test_only_a_damaged_shard_is_made_again(tmp_path, damage):
     assert contents(tmp_path) == before
 
 
-def test_latents_of_another_tokenizer_are_not_mixed(tmp_path):
+def test_latents_of_another_tokenizer_or_with_nan_are_refused(tmp_path):
+    with pytest.raises(SFDError, match="non-finite values in 'texture'"):
+        make(tmp_path / "nan", texture=Encoder(lambda images: F.avg_pool2d(images, 4) / 0))
     make(tmp_path)
     with pytest.raises(SFDError, match=r"made with tokenizer\.texture pool, but this run has other"):
         make(tmp_path, texture=Encoder(pool(4).encode, "other"))
 
 
-def test_latents_that_are_not_finite_are_refused(tmp_path):
-    with pytest.raises(SFDError, match="non-finite values in 'texture'"):
-        make(tmp_path, texture=Encoder(lambda images: F.avg_pool2d(images, 4) / 0))
-
-
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_damage_is_named_when_latents_are_opened(tmp_path, damage):
+def test_opening_damaged_latents_names_the_shard(tmp_path, damage):
     path = make(tmp_path).folder / "shard-00001.safetensors"
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SFDError, match=r"shard-00001\.safetensors is (missing|damaged)"):

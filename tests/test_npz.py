@@ -39,7 +39,7 @@ def test_images_are_read_in_any_order(tmp_path, save):
         np.testing.assert_array_equal(images.load(range(start, stop)), IMAGES[start:stop])
 
 
-def test_packed_samples_are_the_samples(tmp_path):
+def test_packed_samples_are_read_back(tmp_path):
     samples = load_samples(write_folder(tmp_path / "samples"))
     pack(samples, tmp_path / "out.npz")
     packed = load_samples(tmp_path / "out.npz")
@@ -49,45 +49,34 @@ def test_packed_samples_are_the_samples(tmp_path):
     assert packed.balanced
 
 
-def test_packed_samples_are_what_numpy_and_adm_read(tmp_path):
+def test_packed_samples_have_the_format_of_adm(tmp_path):
     pack(load_samples(write_folder(tmp_path / "samples")), tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], IMAGES)
         np.testing.assert_array_equal(arrays["arr_1"], RECORD["labels"])
     with zipfile.ZipFile(tmp_path / "out.npz") as archive:  # not compressed: any part of it can be read at once
         assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
-
-
-def test_equal_samples_make_equal_archives(tmp_path):
-    samples = load_samples(write_folder(tmp_path / "samples"))
-    for name in ("a.npz", "b.npz"):
-        pack(samples, tmp_path / name)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-
-
-def test_packing_a_damaged_image_leaves_nothing(tmp_path):
-    folder = write_folder(tmp_path / "samples")
-    (folder / "000007.png").write_bytes(b"no image")
+    (tmp_path / "samples" / "000007.png").write_bytes(b"no image")
     with pytest.raises(SFDError, match=r"000007\.png"):
-        pack(load_samples(folder), tmp_path / "out.npz")
-    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+        pack(load_samples(tmp_path / "samples"), tmp_path / "damaged.npz")
+    assert {path.name for path in tmp_path.iterdir()} == {"samples", "out.npz"}
 
 
 @pytest.mark.parametrize("record", [None, {**RECORD, "labels": [], "classes": []}])
-def test_samples_without_classes_are_packed_without(tmp_path, record):
+def test_samples_without_classes_are_packed(tmp_path, record):
     pack(load_samples(write_folder(tmp_path / "samples", record)), tmp_path / "out.npz")
     packed = load_samples(tmp_path / "out.npz")
     assert packed.labels is None and packed.classes == ()
     assert packed.balanced == bool(record)  # of one class; without a record nothing says so
 
 
-def test_numbers_of_an_archive_are_its_classes(tmp_path):
+def test_labels_of_an_archive_are_its_classes(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=IMAGES, arr_1=[0, 2] * 5)
     samples = load_samples(tmp_path / "a.npz")
     assert samples.classes == ("0", "1", "2") and not samples.balanced
 
 
-def test_moments_are_read_beside_images(tmp_path):
+def test_stored_moments_are_read(tmp_path):
     mu, sigma = np.arange(3.0), np.eye(3)
     np.savez(tmp_path / "a.npz", arr_0=IMAGES, mu=mu, sigma=sigma)
     npz = Npz(tmp_path / "a.npz")
@@ -101,19 +90,13 @@ def test_moments_are_read_beside_images(tmp_path):
     ("arrays", "words"),
     [
         ({"arr_0": IMAGES.astype(np.float32)}, "uint8"),
-        ({"arr_0": IMAGES[..., :1]}, "square images"),
         ({"arr_0": IMAGES[:, :4]}, "square images"),
-        ({"arr_0": IMAGES[0]}, "square images"),
-        ({"arr_0": IMAGES[:0]}, "square images"),
-        ({"arr_0": np.asfortranarray(IMAGES)}, "Fortran"),
         ({"arr_0": np.array([{}])}, "never unpickled"),
         ({"images": IMAGES}, "no array 'arr_0'.*it has images"),
         ({"arr_0": IMAGES, "arr_1": np.arange(9)}, "10 whole numbers"),
-        ({"arr_0": IMAGES, "arr_1": np.zeros(10)}, "10 whole numbers"),
-        ({"arr_0": IMAGES, "arr_1": np.full(10, -1)}, "count from 0"),
     ],
 )
-def test_archives_of_something_else_are_refused(tmp_path, arrays, words):
+def test_archives_of_other_content_are_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(SFDError, match=words):
         load_samples(tmp_path / "a.npz")
@@ -124,37 +107,22 @@ def test_archives_of_something_else_are_refused(tmp_path, arrays, words):
     [
         ({"mu": np.zeros(2048)}, "no array 'sigma'"),
         ({"mu": np.zeros(2047), "sigma": np.zeros((2047, 2047))}, "shape \\(2048,\\)"),
-        ({"mu": np.zeros(2048), "sigma": np.zeros(2048)}, "shape \\(2048, 2048\\)"),
-        ({"mu": np.zeros(2048, int), "sigma": np.zeros((2048, 2048))}, "floating-point"),
-        ({"mu": np.full(2048, np.nan), "sigma": np.zeros((2048, 2048))}, "finite"),
         ({"mu_s": np.zeros(2023), "sigma_s": np.zeros((2023, 2023))}, "neither arr_0"),
         ({"arr_0": np.zeros((4, 16, 16, 3), np.uint8)}, "8×8.*16×16"),
     ],
 )
-def test_references_of_something_else_are_refused(tmp_path, arrays, words):
+def test_references_of_other_content_are_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(SFDError, match=words):
         open_reference(tmp_path / "a.npz", 8, "inception")
 
 
-def test_moments_say_nothing_to_other_extractors(tmp_path):
-    np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
-    with pytest.raises(SFDError, match="neither arr_0"):
-        open_reference(tmp_path / "a.npz", 8, "dinov2")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_archive_is_refused(tmp_path, share):
-    np.savez(tmp_path / "whole.npz", arr_0=IMAGES)
-    data = (tmp_path / "whole.npz").read_bytes()
-    (tmp_path / "a.npz").write_bytes(data[: int(len(data) * share)])
+def test_a_truncated_or_damaged_archive_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "whole.npz", arr_0=IMAGES)
+    data = bytearray((tmp_path / "whole.npz").read_bytes())
+    (tmp_path / "a.npz").write_bytes(data[:-20])
     with pytest.raises(SFDError, match=r"a\.npz is no whole \.npz"):
         load_samples(tmp_path / "a.npz")
-
-
-def test_damaged_bytes_are_noticed(tmp_path):
-    np.savez_compressed(tmp_path / "a.npz", arr_0=IMAGES)
-    data = bytearray((tmp_path / "a.npz").read_bytes())
     data[len(data) // 2] ^= 0xFF
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(SFDError, match="fetch it again"):

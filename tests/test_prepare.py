@@ -1,18 +1,16 @@
-"""The stage that gives a run its latents: split between ranks, killed, and replaced by published ones."""
+"""`sfd prepare`: latents encoded by several ranks, or replaced by published ones."""
 
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
-from sfd.cli.main import main
+from helpers.cli import done, refused, sfd
+from helpers.compare import contents
+from helpers.launch import torchrun
+from sfd.data.images import to_tensor
 from sfd.data.published import open_published
 from sfd.data.shards import LatentSet
 from sfd.run.pipeline import Pipeline
@@ -23,31 +21,16 @@ from sfd.utils.errors import SFDError
 from tiny import write_recipe
 
 CPU = torch.device("cpu")
-# Small shards that take long: there is time to kill a process between two of them.
-SLOW = ("latents.shard_size=10", "latents.batch_size=1")
-
-
-def sfd(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def start(recipe, out, *launcher):
-    launcher = launcher or (sys.executable, "-m", "sfd")
-    command = [*launcher, "prepare", recipe, *SLOW, "--out", out, "--device", "cpu"]
-    return subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "stage.json"}
+SMALL = ("latents.shard_size=10", "latents.batch_size=1")
 
 
 @pytest.fixture(scope="module")
 def encoders(finished, tmp_path_factory):
-    """A run's folder with encoders alone."""
+    """Copy the encoders of a run, and nothing else, into a new folder."""
 
-    def copy():
+    def copy(*parts):
         out = tmp_path_factory.mktemp("run") / "out"
-        for part in ("texture", "semantic", "compressor"):
+        for part in parts or ("texture", "semantic", "compressor"):
             shutil.copytree(finished.folder.root / part, out / part)
         return out
 
@@ -61,43 +44,27 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(encoders, recipe):
-    """What one process makes undisturbed."""
-    pipeline = Pipeline(load_recipe(recipe, SLOW), encoders(), CPU)
+    """The latents of one process."""
+    pipeline = Pipeline(load_recipe(recipe, SMALL), encoders(), CPU)
     pipeline.latents.make()
     return contents(pipeline.folder.latents)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(encoders, recipe, alone):
+def test_two_ranks_of_a_launcher_write_the_same_bytes_as_one(encoders, recipe, alone):
     out = encoders()
-    process = start(recipe, out)
-    while len(list((out / "latents").glob("shard-*"))) < 3 and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (out / "latents" / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in (out / "latents").glob("shard-*")}
-    again = start(recipe, out)
-    assert again.communicate() and again.returncode == 0
-    assert contents(out / "latents") == alone
-    assert all(path.stat().st_mtime_ns == made for path, made in kept.items())
+    ended = torchrun("-m", "sfd", "prepare", recipe, *SMALL, "--out", out, "--device", "cpu")
+    assert ended.returncode == 0 and contents(out / "latents") == alone
+    assert ended.stderr.count("encoding latents") == 1  # rank 0 alone prints
+    Pipeline(load_recipe(recipe, SMALL), out, CPU).latents.require()
 
 
-def test_ranks_of_a_launcher_make_the_same_bytes_as_one(encoders, recipe, alone):
-    out = encoders()
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sfd")
-    process = start(recipe, out, *torchrun)
-    assert process.communicate()[1].count("encoding latents") == 1  # rank 0 alone speaks
-    assert process.returncode == 0 and contents(out / "latents") == alone
-    Pipeline(load_recipe(recipe, SLOW), out, CPU).latents.require()
-
-
-def test_the_last_job_of_an_array_finishes_the_stage_and_counts_all_time(encoders, recipe, alone, monkeypatch):
+def test_the_last_rank_of_an_array_job_finishes_the_stage_and_adds_up_the_time(encoders, recipe, alone, monkeypatch):
     out = encoders()
     monkeypatch.setenv("WORLD_SIZE", "2")
     seconds = []
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
-        pipeline = Pipeline(load_recipe(recipe, SLOW), out, CPU)
+        pipeline = Pipeline(load_recipe(recipe, SMALL), out, CPU)
         pipeline.latents.make()
         seconds.append(files.read_json(out / "latents" / "stage.json", "stage")["seconds"])
         assert pipeline.latents.finished() == (rank == 0)
@@ -105,15 +72,9 @@ def test_the_last_job_of_an_array_finishes_the_stage_and_counts_all_time(encoder
 
 
 def test_without_semantics_no_semantic_encoder_is_needed(encoders, recipe):
-    out = encoders()
-    shutil.rmtree(out / "semantic")
-    shutil.rmtree(out / "compressor")
-    baseline = [
-        "streams.semantic=null",
-        "schedule={name: synchronous}",
-        "loss.repa=0",
-        "semantic={name: vit, pretrained: nobody/nothing}",
-    ]
+    out = encoders("texture")
+    baseline = ["streams.semantic=null", "schedule={name: synchronous}", "loss.repa=0"]
+    baseline += ["semantic={name: vit, pretrained: nobody/nothing}"]
     pipeline = Pipeline(load_recipe(recipe, baseline), out, CPU)
     check(pipeline.recipe)
     pipeline.make_model()
@@ -122,7 +83,7 @@ def test_without_semantics_no_semantic_encoder_is_needed(encoders, recipe):
     assert not (out / "semantic").exists() and not (out / "compressor").exists()
 
 
-def test_a_disk_that_is_too_small_is_found_before_the_work(encoders, recipe, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_before_encoding(encoders, recipe, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     out = encoders()
@@ -131,19 +92,18 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(encoders, recipe, mon
     assert not list((out / "latents").glob("shard-*"))
 
 
-def test_the_size_on_disk_is_known_beforehand(finished):
+def test_the_size_on_disk_is_estimated_exactly(finished):
     latents = finished.folder.latents
-    bytes_an_image = sum(latent_bytes(finished.recipe)) + 8  # and its label
+    per_image = sum(latent_bytes(finished.recipe)) + 8  # and its label
     tensors = sum(t.nbytes for path in latents.glob("*.safetensors") for t in files.read_tensors(path).values())
-    assert tensors == bytes_an_image * len(LatentSet(latents))
+    assert tensors == per_image * len(LatentSet(latents))
 
 
 @pytest.fixture(scope="module")
 def published(finished, tmp_path_factory):
     """The finished run's latents as published shards."""
     out = tmp_path_factory.mktemp("published") / "shards"
-    result = sfd("export-latents", finished.folder.root, out)
-    assert result.exit_code == 0, result.output
+    done("export-latents", finished.folder.root, out)
     return out
 
 
@@ -153,7 +113,7 @@ def overrides(finished, published):
     return [f"latents.published='{published}'", texture, *data]
 
 
-def test_an_export_of_latents_reads_back(finished, published):
+def test_exported_latents_are_read_back(finished, published):
     ours, theirs = LatentSet(finished.folder.latents), open_published(published)
     everything, flips = np.arange(len(ours)), np.arange(len(ours)) % 2 == 0
     for name in ("texture", "semantic", "features"):
@@ -163,19 +123,15 @@ def test_an_export_of_latents_reads_back(finished, published):
 
 def test_a_run_on_published_latents_needs_no_images(finished, published, recipe, tmp_path):
     out = tmp_path / "o"
-    result = sfd("run", recipe, *overrides(finished, published), "--out", out, "--device", "cpu")
-    assert result.exit_code == 0, result.output
+    done("run", recipe, *overrides(finished, published), "--out", out, "--device", "cpu")
     model = Pipeline(load_recipe(out / "recipe.yaml"), out, CPU).model
     for ours, theirs in zip(model.composite.streams, finished.model.composite.streams, strict=True):
         assert ours.mean == pytest.approx(theirs.mean, abs=1e-6) and ours.std == pytest.approx(theirs.std)
     assert not (out / "semantic").exists() and (out / "report.html").exists()
-    again = sfd("export-latents", out, tmp_path / "again")
-    assert again.exit_code == 0, again.output
+    done("export-latents", out, tmp_path / "again")
 
 
-def test_real_latents_are_shown_decoded(finished):
-    from sfd.data.images import to_tensor
-
+def test_the_preview_of_the_data_shows_decoded_latents(finished):
     with Image.open(finished.folder.training / "previews" / "real.png") as image:
         shown = np.asarray(image.convert("RGB"))
     images = finished.images.training
@@ -187,16 +143,14 @@ def test_real_latents_are_shown_decoded(finished):
     assert any(found)
 
 
-def test_other_shards_in_the_same_place_are_refused(finished, published, recipe, tmp_path):
+def test_changed_published_shards_are_refused(finished, published, recipe, tmp_path):
     shards = shutil.copytree(published, tmp_path / "shards")
     arguments = [*overrides(finished, shards), "--out", tmp_path / "o", "--device", "cpu"]
-    prepared = sfd("prepare", recipe, *arguments)
-    assert prepared.exit_code == 0, prepared.output
+    done("prepare", recipe, *arguments)
     path = min(shards.glob("*.safetensors"))
     tensors = files.read_tensors(path)
     files.write_tensors(path, {**tensors, "latents": tensors["latents"] + 1})
-    result = sfd("train", recipe, *arguments)
-    assert result.exit_code == 2 and "published was " in result.output
+    refused(sfd("train", recipe, *arguments), "published was ")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Published latent shards: the reference numbers come out, damage is named, and what is written reads back."""
+"""Published latent shards: reading in any order, statistics, damage, and writing; numbers: tests/reference."""
 
 import shutil
 from pathlib import Path
@@ -44,32 +44,15 @@ def change(path, **tensors):
     files.write_tensors(path, {name: t for name, t in changed.items() if t is not None})
 
 
-@pytest.mark.parametrize(("suffix", "flip"), [("plain", False), ("flip", True)])
-def test_the_reference_composite_and_features_come_out(latents, expected, suffix, flip):
-    composite = latents.composite({}, {})
-    normal = composite.normalize({name: everything(latents, name, flip) for name in composite.names})
-    joined = composite.pack(normal).view(len(latents), -1, 8, 8)
-    torch.testing.assert_close(joined, expected[f"composite_{suffix}"], rtol=0, atol=1e-6)
-    assert torch.equal(everything(latents, FEATURES, flip), expected[f"features_{suffix}"])
-
-
-def test_the_reference_statistics_and_labels_come_out(latents, expected):
-    for name, stream in latents.manifest.streams.items():
-        for field in ("mean", "std"):
-            value = torch.tensor(getattr(stream, field))
-            torch.testing.assert_close(value, expected[f"{name}_{field}"], rtol=0, atol=1e-6)
-    assert torch.equal(latents.labels, expected["labels"])
-
-
 @given(st.permutations(range(10)), st.integers(1, 10), st.lists(st.booleans(), min_size=10, max_size=10))
-def test_images_are_found_in_any_order(latents, expected, order, count, flips):
+def test_images_are_read_in_any_order(latents, expected, order, count, flips):
     both = torch.stack([expected["features_plain"], expected["features_flip"]])
     read = latents.read(FEATURES, np.array(order[:count]), np.array(flips[:count]))
     assert torch.equal(read, both[torch.tensor(flips[:count]).long(), torch.tensor(order[:count])])
 
 
 @pytest.mark.parametrize("shape", [(1, -1, 1, 1), (-1,)])
-def test_statistics_beside_the_shards_are_used(folder, latents, shape):
+def test_stored_statistics_are_used(folder, latents, shape):
     for name, key in (("texture", "latents"), ("semantic", "latents_sv")):
         record = latents.manifest.streams[name]
         values = {"mean": torch.tensor(record.mean) + 0.125, "std": 1.25 * torch.tensor(record.std)}
@@ -88,23 +71,15 @@ ONES = torch.ones(1, 8, 1, 1)
     [
         ({"mean": ONES[:, :4], "std": ONES[:, :4]}, r"\[1, 4, 1, 1\], but the latents have 8 channels"),
         ({"mean": ONES, "std": 0 * ONES}, "not positive"),
-        ({"mean": ONES / 0, "std": ONES}, "not finite"),
         ({"mean": ONES, "std": 100 * ONES}, "not of these latents"),
         ({"mean": ONES}, "no tensors 'mean' and 'std'"),
-        (ONES, "no tensors 'mean' and 'std'"),
         ({"mean": ONES, "std": Path("x")}, "cannot be read as tensors alone"),
     ],
-    ids=["length", "zero", "not finite", "of other data", "missing", "no dict", "objects"],
+    ids=["length", "zero", "of other data", "missing", "objects"],
 )
 def test_unusable_statistics_are_refused(folder, values, words):
     torch.save(values, folder / "latents_stats.pt")
     with pytest.raises(SFDError, match=f"latents_stats.pt.*{words}"):
-        open_published(folder)
-
-
-def test_statistics_that_are_no_file_of_tensors_are_refused(folder):
-    (folder / "latents_stats.pt").write_bytes(b"half")
-    with pytest.raises(SFDError, match=r"latents_stats\.pt cannot be read"):
         open_published(folder)
 
 
@@ -118,18 +93,14 @@ def test_a_truncated_shard_is_named(folder):
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"latents": None}, "lacks 'latents'"),
         ({"latents_sv_flip": None}, "lacks 'latents_sv_flip'"),
-        ({"feats_dino": None}, "lacks 'feats_dino'"),
-        ({"labels": None}, "lacks 'labels'"),
         ({"labels": torch.zeros(4, dtype=torch.int64)}, "as many as there are labels"),
-        ({"labels": torch.zeros(5)}, "expected one integer per image"),
         ({"labels": torch.tensor([0, 1, 2, 3, -4])}, "labels are between -4 and 3"),
         ({"latents_flip": torch.zeros(5, 8, 4, 4)}, r"latents_flip is F32 \[5, 8, 4, 4\]"),
         ({"latents": torch.full((5, 8, 8, 8), torch.nan)}, "not finite"),
     ],
 )
-def test_a_shard_with_wrong_content_is_named(folder, tensors, words):
+def test_a_malformed_shard_is_named(folder, tensors, words):
     change(folder / NAMES[1], **tensors)
     with pytest.raises(SFDError, match=f"{NAMES[1]}.*{words}"):
         open_published(folder)
@@ -139,24 +110,23 @@ def test_a_shard_with_wrong_content_is_named(folder, tensors, words):
     ("tensors", "words"),
     [
         ({k: torch.zeros(5, 4, 4, 4) for k in ("latents_sv", "latents_sv_flip")}, "F32 4×8×8.*F32 4×4×4"),
-        ({k: torch.zeros(5, 8, 8, 8).half() for k in ("latents", "latents_flip")}, "F32 8×8×8.*F16 8×8×8"),
         (dict.fromkeys(("feats_dino", "feats_dino_flip")), "feats_dino is F16 16×8×8.*absent"),
     ],
 )
-def test_shards_of_two_shapes_are_both_named(folder, tensors, words):
+def test_shards_of_different_shapes_are_named(folder, tensors, words):
     change(folder / NAMES[1], **tensors)
     with pytest.raises(SFDError, match=f"{NAMES[0]} and {NAMES[1]} do not belong together.*{words}"):
         open_published(folder)
 
 
-def test_a_channel_without_spread_is_refused(folder):
+def test_a_constant_channel_is_refused(folder):
     for name in NAMES:
         change(folder / name, latents_sv=torch.ones(5, 4, 8, 8))
     with pytest.raises(SFDError, match="channel 0 of latents_sv is constant"):
         open_published(folder)
 
 
-def test_folders_without_shards(tmp_path):
+def test_a_folder_without_shards_is_refused(tmp_path):
     with pytest.raises(SFDError, match="give the folder of the published"):
         open_published(tmp_path)
     with pytest.raises(SFDError, match="there is no folder"):
@@ -168,7 +138,7 @@ def test_labels_beyond_the_classes_are_refused():
         open_published(SHARDS, classes=2)
 
 
-def test_identity_follows_the_content_not_the_place(folder):
+def test_identity_depends_on_the_content_alone(folder):
     assert identity(folder) == identity(SHARDS)
     change(folder / NAMES[0], version=torch.tensor(1))  # a tensor without dimensions
     assert identity(folder) != identity(SHARDS)
@@ -179,8 +149,10 @@ def test_identity_follows_the_content_not_the_place(folder):
 
 
 @pytest.mark.parametrize("shard_size", [3, 100])
-def test_what_is_written_reads_back(latents, tmp_path, shard_size):
+def test_written_latents_are_read_back(latents, tmp_path, shard_size):
     write_published(latents, tmp_path / "out", shard_size)
+    with pytest.raises(SFDError, match="exists already"):
+        write_published(latents, tmp_path / "out", shard_size)
     again = open_published(tmp_path / "out")
     for name in ("texture", "semantic", FEATURES):
         for flip in (False, True):
@@ -189,8 +161,3 @@ def test_what_is_written_reads_back(latents, tmp_path, shard_size):
     for name, record in latents.manifest.streams.items():
         assert again.manifest.streams[name].mean == pytest.approx(record.mean, abs=1e-6)
         assert again.manifest.streams[name].std == pytest.approx(record.std, rel=1e-6)
-
-
-def test_nothing_is_written_over(latents, folder):
-    with pytest.raises(SFDError, match="exists already"):
-        write_published(latents, folder, 10)

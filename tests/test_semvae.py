@@ -6,7 +6,6 @@ import torch
 from sfd.data.shapes import ShapesSource
 from sfd.encoders import convnet
 from sfd.models.compressor import load_compressor
-from sfd.models.gaussian import DiagonalGaussian
 from sfd.models.semvae import SemVAE, SemVAEConfig, SemVAEObjective
 from sfd.training.config import TrainSettings
 from sfd.training.tasks.semvae import SemVAETask
@@ -22,11 +21,6 @@ def make(config: SemVAEConfig = SMALL) -> SemVAE:
         return SemVAE(config).eval()
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="width 10 does not divide into 4 heads"):
-        SemVAEConfig(width=10, heads=4)
-
-
 def test_features_of_another_encoder_are_refused():
     with pytest.raises(SFDError, match="takes features of 12 channels, got 5"):
         make().encode(torch.zeros(1, 5, 4, 4))
@@ -39,16 +33,12 @@ def test_logvar_is_clamped():
     assert float(model.moments(torch.zeros(1, 12, 2, 2)).logvar.detach().max()) == 20
 
 
-def test_zero_noise_draws_the_mean():
+def test_zero_noise_samples_the_mean():
     features = torch.randn(2, 12, 4, 4, generator=torch.Generator().manual_seed(0))
     model = make()
     with torch.no_grad():
         reconstruction, moments = model(features, torch.zeros(2, 3, 4, 4))
     assert torch.equal(reconstruction, model.decode(moments.mean))
-
-
-def test_kl_of_a_standard_normal_is_zero():
-    assert DiagonalGaussian(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)).kl().tolist() == [0, 0]
 
 
 def test_saves_and_loads(tmp_path):
@@ -71,7 +61,7 @@ def test_training_lowers_the_loss(tmp_path):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
-def test_encoder_of_other_width_is_refused():
+def test_an_encoder_of_another_width_is_refused():
     encoder = convnet.build(convnet.Config(widths=(8, 8, 16), channels=8))
     with pytest.raises(SFDError, match="takes features of 12 channels, but the encoder gives 8"):
         SemVAETask(make(), encoder, ShapesSource(4, seed=0), SemVAEObjective(), seed=0, batch_size=2)

@@ -1,4 +1,4 @@
-"""What comes with the project: found by name in a checkout, and by someone who has only the wheel."""
+"""Recipes and models that come with the project, found by name in a checkout and in the wheel."""
 
 import os
 import shutil
@@ -7,8 +7,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import sfd
 from sfd.run.recipe import load_recipe
 from sfd.utils.errors import SFDError
 from sfd.utils.shipped import find_model, find_recipe, shipped
@@ -20,7 +22,7 @@ PARTS = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "s
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel, unpacked as pip does."""
+    """The wheel, unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for part in PARTS:
@@ -35,17 +37,15 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
-def test_the_wheel_holds_what_commands_need(installed):
+def files_in(folder, pattern="*"):
+    return {path.relative_to(folder) for path in folder.rglob(pattern) if path.is_file()}
+
+
+def test_the_wheel_contains_modules_recipes_and_models(installed):
     package = installed / "sfd"
     for name in ("recipes", "models"):
-        ours = {path.relative_to(ROOT / name) for path in (ROOT / name).rglob("*") if path.is_file()}
-        assert ours == {
-            path.relative_to(package / "shipped" / name)
-            for path in (package / "shipped" / name).rglob("*")
-            if path.is_file()
-        }
-    modules = {path.relative_to(ROOT / "src") for path in (ROOT / "src/sfd").rglob("*.py")}
-    assert modules == {path.relative_to(installed) for path in package.rglob("*.py")}
+        assert files_in(ROOT / name) == files_in(package / "shipped" / name)
+    assert files_in(ROOT / "src/sfd", "*.py") == files_in(package, "*.py")
     assert (package / "py.typed").exists() and (package / "evaluation/report.html").exists()
     assert list(installed.glob("sfd-*.dist-info/licenses/LICENSE"))
 
@@ -57,19 +57,19 @@ def test_the_wheel_holds_what_commands_need(installed):
         "run shapes-demo --dry-run --device cpu --out x",
     ],
 )
-def test_the_wheel_alone_serves_the_readme_s_commands(installed, tmp_path, command):
+def test_the_readmes_commands_run_from_the_wheel(installed, tmp_path, command):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     subprocess.run([sys.executable, "-m", "sfd", *command.split()], check=True, cwd=tmp_path, env=environment)
     assert (tmp_path / "x/grid.png").exists() == command.startswith("sample")
 
 
 @pytest.mark.parametrize("name", ["shapes-demo", "shapes-demo.yaml", "imagenet256/xl-80", "imagenet256/offset/0.3"])
-def test_a_recipe_by_name(name, tmp_path, monkeypatch):
+def test_a_recipe_is_found_by_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_recipe(Path(name)) == load_recipe(ROOT / "recipes" / f"{name.removesuffix('.yaml')}.yaml")
 
 
-def test_a_file_or_folder_wins_over_a_name(tmp_path, monkeypatch):
+def test_an_existing_path_takes_precedence_over_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shapes").mkdir()
     assert find_model("shapes") == Path("shapes")
@@ -86,6 +86,43 @@ def test_a_recipe_extends_a_shipped_one(tmp_path):
 @pytest.mark.parametrize(
     ("find", "given", "near"), [(find_recipe, "x1-80", "imagenet256/xl-80"), (find_model, "shape", "shapes")]
 )
-def test_an_unknown_name_lists_the_nearest(find, given, near):
+def test_an_unknown_name_suggests_the_nearest(find, given, near):
     with pytest.raises(SFDError, match=near):
         find(given)
+
+
+# The shipped model
+
+REFERENCE = Path(__file__).parent / "helpers" / "shapes_images.npz"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sfd.load(ROOT / "models" / "shapes", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("multistep-25-2.0", {"solver": "multistep", "steps": 25, "guidance": 2.0}),
+        ("heun-8-2.0", {"solver": "heun", "steps": 8, "guidance": 2.0}),
+        ("sde-20-2.0", {"solver": "sde", "steps": 20, "guidance": 2.0}),
+        ("dopri5-None-1.0", {"solver": "dopri5"}),
+    ],
+)
+def test_images_of_the_shipped_model_stay_the_same(model, key, settings):
+    """Images of the release that the model came with, within one level per pixel."""
+    images = model.sample(["star", "heart"] * 2, seeds=range(4), output="array", **settings)
+    assert np.abs(images[:2].astype(int) - np.load(REFERENCE)[key]).max() <= 1
+
+
+def test_a_bar_is_not_a_ring(model):
+    """Samples of two classes differ where the shapes do: a bar covers the middle of the image, a ring does not."""
+    differences = {}
+    for name in ("bar", "ring"):
+        images = model.sample(name, seeds=range(24), output="array", steps=12, guidance=2).astype(float)
+        middle = images[:, 14:18, 14:18].mean((1, 2))
+        corners = np.concatenate([images[:, :4, :4], images[:, -4:, -4:]], axis=1).mean((1, 2))
+        differences[name] = np.abs(middle - corners).sum(1)
+    # In most images the middle has the background's colour inside a ring, and another one inside a bar.
+    assert np.median(differences["bar"]) > 2 * np.median(differences["ring"])

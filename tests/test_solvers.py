@@ -1,4 +1,4 @@
-"""Each solver alone, on equations with known solutions."""
+"""Each solver on equations with known solutions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def decay(u: float, x: Tensor) -> Tensor:
 
 
 def solve(name, dxdu, steps, callback=None, start=START, **options) -> Tensor:
-    """Solve from 0 to 1; a stochastic solver is led back without noise."""
+    """Solve from 0 to 1; a stochastic solver moves back without noise."""
     solver = SOLVERS[name]
     grid = [0.0, 1.0] if solver.adaptive else [k / steps for k in range(steps + 1)]
     churn = [lambda x, u, earlier: x - (u - earlier) * dxdu(u, x)] if solver.stochastic else []
@@ -52,7 +52,6 @@ def test_order(name, options, order):
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_multistep_integrates_polynomials_through_uneven_steps(order):
-    """It integrates exactly what it interpolates exactly; only the first step is the trapezoidal rule's."""
     uneven = [0.0, 1e-9, 0.1, 0.15, 0.5, 0.58, 1.0]
     x = solvers.multistep(lambda u, x: torch.full_like(x, order * u ** (order - 1)), START, uneven, order=order)
     torch.testing.assert_close(x, START + 1, rtol=0, atol=1e-12)
@@ -84,27 +83,19 @@ def test_dopri5_does_not_evaluate_beyond_the_end():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_callback_reports_every_step_up_to_the_end(name):
+def test_the_callback_gets_every_step_and_the_input_is_unchanged(name):
     seen: list[tuple[float, Tensor]] = []
-    x = solve(name, decay, 5, lambda u, x: seen.append((u, x)))
+    start = START.clone()
+    x = solve(name, decay, 5, lambda u, x: seen.append((u, x)), start=start)
     at = [u for u, _ in seen]
-    assert at == sorted(set(at))
-    assert at[0] > 0
-    assert at[-1] == 1
-    assert torch.equal(seen[-1][1], x)
+    assert at == sorted(set(at)) and at[0] > 0 and at[-1] == 1
+    assert torch.equal(seen[-1][1], x) and torch.equal(start, START)
     for u, state in seen:
         torch.testing.assert_close(state, START * math.exp(-(u**2)), rtol=0, atol=0.3)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_input_is_not_written_to(name):
-    start = START.clone()
-    solve(name, decay, 3, start=start)
-    assert torch.equal(start, START)
-
-
 class Dtypes(TorchDispatchMode):
-    """Collects the dtypes of all tensors that are made."""
+    """Collects the dtypes of all new tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,20 +121,14 @@ def test_dopri5_makes_no_float64_on_devices_without(monkeypatch):
     assert seen == sorted(set(seen)) and seen[0] > ends[0] + 1e-6 and seen[-1] == ends[1]
 
 
-def test_dopri5_says_when_it_cannot_go_on():
+def test_dopri5_fails_with_one_sentence_on_nan():
     with pytest.raises(SFDError, match="dopri5 cannot continue"):
         dopri5(lambda u, x: x * float("nan"), START, [0.0, 1.0])
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [
-        ("huen", {}, "heun"),
-        ("dopri5", {"rtoll": 1e-3}, "'rtol'"),
-        ("dopri5", {"rtol": 0}, "greater than 0"),
-        ("euler", {"rtol": 1e-3}, "'rtol'"),
-        ("multistep", {"order": 4}, "'order'"),
-    ],
+    [("huen", {}, "heun"), ("dopri5", {"rtol": 0}, "greater than 0"), ("euler", {"rtol": 1e-3}, "'rtol'")],
 )
 def test_unknown_names_and_options_are_refused(name, options, message):
     with pytest.raises(SFDError, match=message):

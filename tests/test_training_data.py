@@ -22,7 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KEYS = [(step, range(2 * micro, 2 * micro + 2)) for step in range(6) for micro in range(2)]
 
 
-def test_every_epoch_shows_every_image_once_in_another_order():
+def test_every_epoch_is_a_new_permutation():
     order = EpochOrder(seed=3, length=10)
     seen = np.concatenate([order.indices(step, range(4), 4) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
@@ -42,7 +42,7 @@ def test_a_sample_does_not_depend_on_how_its_batch_is_divided():
 
 
 def identified(step, samples):
-    """Make a batch that says which it is."""
+    """A batch with its step and samples."""
     return {"step": torch.tensor(step), "samples": torch.tensor(list(samples))}
 
 
@@ -51,11 +51,11 @@ def key(batch):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 20])
-def test_batches_come_in_order_whichever_is_done_first(threads):
+def test_batches_are_returned_in_order(threads):
     turns = count()
 
     def make(step, samples):
-        time.sleep(0.02 if next(turns) % 3 == 0 else 0)  # some are overtaken
+        time.sleep(0.02 if next(turns) % 3 == 0 else 0)
         return identified(step, samples)
 
     with closing(Prefetcher(make, SETTINGS, threads=threads)) as batches:
@@ -70,7 +70,7 @@ def test_batches_start_at_any_step_and_are_offset():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_batch_that_cannot_be_made_fails_in_its_turn(threads):
+def test_an_error_is_raised_in_the_order_of_the_batches(threads):
     def make(step, samples):
         if step == 1:
             raise ValueError("broken")
@@ -83,23 +83,7 @@ def test_a_batch_that_cannot_be_made_fails_in_its_turn(threads):
             batches.next()
 
 
-def test_several_threads_prepare_several_batches_at_once():
-    def make(step, samples):
-        time.sleep(0.1)
-        return identified(step, samples)
-
-    def seconds(threads):
-        with closing(Prefetcher(make, SETTINGS, threads=threads)) as batches:
-            start = time.monotonic()
-            batches.start(0)
-            for _ in KEYS:
-                batches.next()
-            return time.monotonic() - start
-
-    assert seconds(6) < 0.5 * seconds(1)
-
-
-def test_threads_of_several_run_serially_and_leave_the_others_theirs():
+def test_worker_threads_are_single_threaded_in_pytorch():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -119,7 +103,7 @@ def test_threads_of_several_run_serially_and_leave_the_others_theirs():
         torch.set_num_threads(before)
 
 
-def test_the_number_of_threads_suits_the_device(monkeypatch):
+def test_the_default_number_of_threads(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     assert num_workers(SETTINGS, CPU) == 1
     assert num_workers(SETTINGS, CUDA) == data.MAX_WORKERS
@@ -128,7 +112,7 @@ def test_the_number_of_threads_suits_the_device(monkeypatch):
     assert num_workers(SETTINGS.model_copy(update={"workers": 5}), CPU) == 5
 
 
-def test_the_number_of_threads_changes_no_byte(tmp_path):
+def test_the_number_of_threads_does_not_change_training(tmp_path):
     trained = [fit(Regression(), changed(workers=n), tmp_path / str(n), device=CPU) for n in (1, 5)]
     assert same_weights(*trained)
     assert timeless_log(tmp_path / "1") == timeless_log(tmp_path / "5")

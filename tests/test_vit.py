@@ -1,4 +1,4 @@
-"""Published semantic encoders: features are those of the library's own model, whatever they are loaded from."""
+"""Published semantic encoders: features equal those of transformers' own model."""
 
 import shutil
 import subprocess
@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from sfd.encoders import load_encoder, open_semantic, planned_encoder, vit
 from sfd.utils.errors import SFDError
@@ -34,7 +33,7 @@ def images(count: int = 2, height: int = TILE, width: int = TILE) -> torch.Tenso
 
 
 def expected(network, tiles: torch.Tensor) -> torch.Tensor:
-    """Features (B, C, 4, 4), by the library's own means."""
+    """Features (B, C, 4, 4) of the library's own model."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = (tiles * 0.5 + 0.5 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     pixels = torch.nn.functional.interpolate(pixels, size=(GRID * 7,) * 2, mode="bicubic", align_corners=False)
@@ -52,13 +51,12 @@ class TestEveryFamily:
         assert (encoder.channels, encoder.downsample) == (16, 4)
         assert not encoder.encode(images()).requires_grad and not encoder.training
 
-    def test_tiles_are_encoded_by_themselves(self, models, name):
+    def test_tiles_are_encoded_independently(self, models, name):
         encoder = vit.pretrained(str(models[name][1]), CHOICES)
         whole = images(2, 2 * TILE, 3 * TILE)
-        rows = [
-            torch.cat([encoder.encode(t) for t in row.split(TILE, dim=3)], dim=3) for row in whole.split(TILE, dim=2)
-        ]
-        torch.testing.assert_close(encoder.encode(whole), torch.cat(rows, dim=2), rtol=1e-4, atol=1e-5)
+        tiles = [[encoder.encode(tile) for tile in row.split(TILE, dim=3)] for row in whole.split(TILE, dim=2)]
+        joined = torch.cat([torch.cat(row, dim=3) for row in tiles], dim=2)
+        torch.testing.assert_close(encoder.encode(whole), joined, rtol=1e-4, atol=1e-5)
 
     def test_it_is_saved_as_a_component_that_needs_no_hub(self, models, name, tmp_path):
         encoder = vit.pretrained(str(models[name][1]), CHOICES)
@@ -73,12 +71,6 @@ class TestEveryFamily:
         planned = planned_encoder("vit", str(tmp_path), None, CHOICES)
         assert planned == vit.pretrained(str(models[name][1]), CHOICES).config
         assert (planned.channels, planned.downsample, planned.tile) == (16, 4, TILE)
-
-
-def test_identity_tells_tiles_apart(models):
-    folder = str(models["dinov2"][1])
-    assert vit.pretrained(folder, CHOICES).identity == vit.pretrained(folder, CHOICES).identity
-    assert vit.pretrained(folder, CHOICES).identity != vit.pretrained(folder, {"tile": 32, "grid": 4}).identity
 
 
 def test_a_crop_of_256_pixels_is_seen_at_224_on_a_grid_of_16():
@@ -96,10 +88,8 @@ def test_a_crop_of_256_pixels_is_seen_at_224_on_a_grid_of_16():
     ("name", "parameters"),
     [
         # Counted by hand from the shapes.
-        ("facebook/dinov2-with-registers-small", 22_056_576 + 4 * 384),
-        ("facebook/dinov2-with-registers-base", 86_580_480 + 4 * 768),
         ("facebook/dinov2-base", 86_580_480),
-        ("facebook/dinov2-with-registers-large", 304_368_640 + 4 * 1024),
+        ("facebook/dinov2-with-registers-small", 22_056_576 + 4 * 384),
         ("facebook/dinov2-with-registers-giant", 1_136_480_768 + 4 * 1536),
     ],
 )
@@ -121,22 +111,14 @@ class TestBadSources:
         with pytest.raises(SFDError, match=message):
             vit.pretrained(str(source), {**CHOICES, **given})
 
-    def test_an_unknown_name_is_not_planned_with_the_defaults(self):
+    def test_a_name_that_is_not_downloaded(self):
         with pytest.raises(SFDError, match="hf download someone/some-vit"):
             vit.planned("someone/some-vit", CHOICES)
-
-    def test_offline(self):
         self.refused("facebook/dinov2-with-registers-base", "hf download facebook")
 
     def test_truncated_weights(self, copy):
         (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-9])
         self.refused(copy, "cannot be loaded")
-
-    def test_missing_tensors(self, copy):
-        tensors = load_file(copy / WEIGHTS)
-        del tensors["layernorm.weight"]
-        save_file(tensors, copy / WEIGHTS, {"format": "pt"})
-        self.refused(copy, r"missing: layernorm\.weight")
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -144,27 +126,21 @@ class TestBadSources:
             ({"num_hidden_layers": 1}, "config.json is damaged"),
             ({"num_register_tokens": 4}, "register_tokens"),
             ({"model_type": "dinov3_vit"}, "dinov3_vit"),
-            ({"patch_size": "7"}, "patch_size"),
-            ({"hidden_act": "golu"}, "golu"),
         ],
     )
-    def test_another_config(self, copy, changes, message):
+    def test_a_wrong_config(self, copy, changes, message):
         change_config(copy, **changes)
         self.refused(copy, message)
 
-    def test_a_field_that_the_model_has_otherwise(self, copy):
+    def test_sizes_that_do_not_divide_and_a_config_that_contradicts_the_model(self, copy):
         self.refused(copy, "hidden_size = 768, but .* has 16", hidden_size=768)
-
-    def test_a_tile_that_the_grid_does_not_divide(self, copy):
         self.refused(copy, "tile of 16 pixels", grid=5)
-
-    def test_images_that_are_no_whole_number_of_tiles(self, copy):
         with pytest.raises(SFDError, match="16×24"):
             vit.pretrained(str(copy), CHOICES).encode(images(1, 16, 24))
 
 
-def test_published_encoders_need_no_torchvision(models, tmp_path):
-    """Even where one is installed that cannot be imported, and without a word on the way."""
+def test_published_encoders_never_import_torchvision(models, tmp_path):
+    """Also where a broken one is installed, and without a warning."""
     broken = tmp_path / "torchvision"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from helpers.dit import CLOCKS, EQUAL, configuration, inputs, random_dit
 from sfd.generation.model import load_model
 from sfd.latents import CompositeLatent
 from sfd.models.dit import LightningDiT
@@ -14,22 +15,20 @@ from sfd.models.warm_start import inherited, warm_start
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
 from sfd.utils.errors import SFDError
-from test_transformer import EQUAL, awake, configuration, inputs
 from tiny import write_recipe
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
-CLOCKS = ("semantic", "texture")
 
 
-def test_the_same_network_on_the_same_classes_gives_the_same():
+def test_equal_architectures_and_classes_copy_all_weights():
     config = configuration(clocks=CLOCKS)
-    source, network = awake(config), LightningDiT(config, seed=5)
+    source, network = random_dit(config), LightningDiT(config, seed=5)
     assert warm_start(network, source, CLASSES, CLASSES) == []
     assert torch.equal(network(*inputs(config)).velocity, source(*inputs(config)).velocity)
 
 
-def test_other_classes_start_fresh_and_the_null_class_is_kept():
-    source = awake(configuration())
+def test_new_classes_are_initialised_and_the_null_class_is_copied():
+    source = random_dit(configuration())
     network = LightningDiT(configuration(num_classes=2), seed=5)
     before = network.class_embedding.weight.detach().clone()
     assert warm_start(network, source, ("fox", "bee"), CLASSES) == ["class fox"]
@@ -40,7 +39,7 @@ def test_other_classes_start_fresh_and_the_null_class_is_kept():
 
 
 def test_streams_are_matched_by_name():
-    source = awake(configuration(clocks=CLOCKS))
+    source = random_dit(configuration(clocks=CLOCKS))
     network = LightningDiT(configuration(EQUAL[::-1], clocks=CLOCKS), seed=5)
     assert warm_start(network, source, CLASSES, CLASSES) == []
     x, times, labels = inputs(source.config)
@@ -49,8 +48,8 @@ def test_streams_are_matched_by_name():
     torch.testing.assert_close(here[::-1], there, rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_source_has_not_starts_fresh():
-    source = awake(configuration(EQUAL[:1], depth=1))
+def test_weights_without_a_source_are_initialised_and_listed():
+    source = random_dit(configuration(EQUAL[:1], depth=1))
     network = LightningDiT(configuration(repa_block=1, repa_width=8, repa_channels=7), seed=5)
     fresh = warm_start(network, source, CLASSES, CLASSES)
     assert {name.split(".")[0] for name in fresh} == {"blocks", "embeddings", "heads", "projector"}
@@ -59,7 +58,7 @@ def test_what_the_source_has_not_starts_fresh():
 
 def test_a_network_of_another_width_is_refused():
     with pytest.raises(SFDError, match="width 48"):
-        warm_start(LightningDiT(configuration(width=96)), awake(configuration()), CLASSES, CLASSES)
+        warm_start(LightningDiT(configuration(width=96)), random_dit(configuration()), CLASSES, CLASSES)
 
 
 def test_statistics_come_from_the_source_and_tokenizers_must_agree():
@@ -72,8 +71,7 @@ def test_statistics_come_from_the_source_and_tokenizers_must_agree():
         inherited(composite("b", 2.0), composite("a", 1.0))
 
 
-def test_a_run_starts_from_another_runs_model(finished, tmp_path):
-    """Fine-tuning on other images by the encoders of the first run."""
+def test_a_run_fine_tunes_the_model_of_another_run(finished, tmp_path):
     before = finished.folder
     overrides = [f"train.init={before.root}", "data.seed=7", "evaluation.classifier=null", "train.learning_rate=1.0e-9"]
     for part in ("texture", "semantic"):
@@ -88,6 +86,6 @@ def test_a_run_starts_from_another_runs_model(finished, tmp_path):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
 
 
-def test_only_the_transformer_starts_from_weights(tmp_path):
+def test_only_the_transformer_takes_initial_weights(tmp_path):
     with pytest.raises(SFDError, match=r"texture\.folder"):
         load_recipe(write_recipe(tmp_path), ["texture.train.init=models/shapes"])

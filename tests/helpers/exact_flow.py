@@ -1,4 +1,4 @@
-"""Flows that are known exactly, and the order at which a solver approaches them."""
+"""Flows with a known solution, and the order of a solver on them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ ORDERS = {  # solver and options, as `integrate` takes them, and the order of th
     "euler": ({"solver": "euler"}, 1),
     "heun": ({"solver": "heun"}, 2),
     "multistep 2": ({"solver": "multistep", "options": {"order": 2}}, 2),
-    "sde": ({"solver": "sde", "options": {"noise": 0.0}}, 2),
     "multistep 3": ({"solver": "multistep", "options": {"order": 3}}, 3),
 }
 

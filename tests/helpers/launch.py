@@ -28,10 +28,7 @@ def pair(*arguments):
     command = [sys.executable, "-m", "sfd", *map(str, arguments)]
     return [
         subprocess.Popen(
-            command,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting),
-            stderr=subprocess.PIPE,
-            text=True,
+            command, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting), stderr=subprocess.PIPE, text=True
         )
         for rank in range(2)
     ]

@@ -1,8 +1,6 @@
-"""The mixture's velocity is the conditional expectation that it claims to be."""
+"""The exact velocity of a Gaussian mixture is the conditional expectation E[x1 − x0 | x]."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from torch import Tensor
 
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.toy import GaussianMixture
-from sfd.utils.errors import SFDError
 
 PAIR = CompositeLatent(
     streams=(Stream(name="texture", channels=1, grid=1), Stream(name="semantic", channels=1, grid=1))
@@ -23,7 +20,7 @@ def double(*values: object) -> Tensor:
 
 @pytest.fixture
 def mixture() -> GaussianMixture:
-    """Two components whose streams tell of each other."""
+    """Two components whose streams are dependent."""
     return GaussianMixture(PAIR, double(0.3, 0.7), double([-1.5, 1.0], [1.0, -0.5]), double([0.3, 0.5], [0.6, 0.2]))
 
 
@@ -39,27 +36,15 @@ def by_integration(mixture: GaussianMixture, x: Tensor, times: Tensor) -> Tensor
     return (density[:, None] * (x1 - x0)).sum(dim=0) / density.sum()
 
 
-@pytest.mark.parametrize("times", [(0.0, 0.0), (0.0, 0.3), (0.2, 0.5), (0.7, 0.7), (0.6, 0.9)])
+@pytest.mark.parametrize("times", [(0.0, 0.0), (0.0, 0.3), (0.7, 0.7), (0.6, 0.9)])
 def test_velocity_is_the_conditional_expectation(times, mixture):
     x = double([0.2, -0.4], [-1.0, 0.8], [1.3, 0.1])
     expected = torch.stack([by_integration(mixture, row, double(*times)) for row in x])
     torch.testing.assert_close(mixture.velocity(x, double(*times)), expected, rtol=1e-7, atol=1e-7)
 
 
-def test_pure_noise_moves_towards_the_mean(mixture):
-    x = double([0.5, -2.0])
-    torch.testing.assert_close(mixture.velocity(x, double(0, 0)), mixture.weights @ mixture.means - x)
-
-
-def test_a_clear_stream_tells_of_the_other(mixture):
-    """Texture is noise; semantics at its second mean say which component it is."""
-    x = double([0.0, -0.5])
-    assert mixture.responsibilities(x, double(0, 0.95))[0, 1] > 0.99
-    assert mixture.velocity(x, double(0, 0.95))[0, 0] == pytest.approx(1.0, abs=0.05)
-
-
 def test_transport_solves_the_flow(mixture):
-    """Along t ↦ t·m + √V·x0 the derivative is the velocity."""
+    """The derivative of t ↦ t·m + √V·x0 is the velocity."""
     one = mixture.component(0)
     noise, t, h = double([0.7, -1.1]), 0.4, 1e-5
 
@@ -79,28 +64,9 @@ def test_samples_have_the_mixtures_moments(mixture):
     assert torch.equal(x, mixture.sample(40_000, seed=0))
 
 
-def test_velocity_is_finite_far_from_the_data(mixture):
-    assert mixture.velocity(double([1e3, -1e3]), double(1, 1)).isfinite().all()
-
-
-def test_weights_are_normalised():
-    mixture = GaussianMixture(PAIR, double(2.0, 6.0), torch.zeros(2, 2).double(), torch.ones(2, 2).double())
-    assert mixture.weights.tolist() == [0.25, 0.75]
-    assert math.isclose(mixture.component(1).weights.item(), 1.0)
-
-
-def test_mistakes_are_explained(mixture):
-    with pytest.raises(SFDError, match=r"must have shape \(1, 2\)"):
-        GaussianMixture(PAIR, double(1.0), torch.zeros(1, 3), torch.ones(1, 2))
-    with pytest.raises(SFDError, match="greater than 0"):
-        GaussianMixture(PAIR, double(1.0), torch.zeros(1, 2), torch.zeros(1, 2))
-    with pytest.raises(SFDError, match="known for one Gaussian"):
-        mixture.transport(torch.zeros(1, 2))
-
-
 @pytest.mark.parametrize("times", [(0.1, 0.4), (0.6, 0.9)])
 def test_the_score_follows_from_the_velocity(times, mixture):
-    """∇log p = (t·v − x) / (1 − t), each stream at its own time: what stochastic samplers rest on."""
+    """∇log p = (t·v − x) / (1 − t), each stream at its own time."""
     x, t = double([0.2, -0.4], [-1.0, 0.8]).requires_grad_(), double(*times)
     (score,) = torch.autograd.grad(mixture.log_density(x, t).sum(), x)
     torch.testing.assert_close(score, ((t * mixture.velocity(x, t) - x) / (1 - t)).detach())

@@ -1,4 +1,4 @@
-"""Nothing waits for a GPU where it need not, and no tensor is left behind on the CPU."""
+"""Training and sampling do not synchronise with a GPU, and leave no tensor on the CPU."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def latents(tmp_path_factory):
 @pytest.mark.parametrize(
     ("checkpointing", "losses"), [(False, {}), (False, {"stationary_streams": False}), (True, {}), ("selective", {})]
 )
-def test_a_training_step_does_not_wait_for_the_device(latents, tmp_path, far, checkpointing, losses):
+def test_a_training_step_does_not_synchronise(latents, tmp_path, far, checkpointing, losses):
     model = make_model(latents)
     model.config = model.config.model_copy(update={"checkpointing": checkpointing})
     task = make_task(latents, model=model, batch_size=TRAINING.batch_size, **losses)
     training = Trainer(task, TRAINING, tmp_path, FAR)
     with training.running():
-        training.train_step()  # puts the weights of the loss on the device, once
+        training.train_step()  # copies the weights of the loss once
         with forbid_syncs():
             training.train_step()
     assert training.step == 2 and all(p.device == FAR for p in training.network.parameters())
@@ -61,11 +61,11 @@ def sampled(settings: SamplingConfig) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_sampling_does_not_wait_for_the_device(far, settings):
+def test_sampling_does_not_synchronise(far, settings):
     assert sampled(settings).device == FAR
 
 
-def test_decoding_copies_once(far, monkeypatch):
+def test_decoding_copies_to_the_cpu_once(far, monkeypatch):
     model, copies = random_model(0).to(FAR), []
     packed = initial_noise(range(40), COMPOSITE).to(FAR)  # more than are decoded at once
 
@@ -96,15 +96,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_every_fault_is_noticed(far, fault):
+def test_every_kind_of_synchronisation_is_detected(far, fault):
     values = torch.zeros(2, 3, device=FAR)
     with forbid_syncs(), pytest.raises((ImplicitSync, Float64, RuntimeError)):
         fault(values)
 
 
 @pytest.mark.parametrize("kind", ["plain", "bf16", "compiled"])
-def test_attention_sees_what_the_fused_kernels_take(kind, monkeypatch):
-    """One dtype (in bf16 that of flash attention), no mask, neighbouring channels side by side in memory."""
+def test_attention_inputs_suit_the_fused_kernels(kind, monkeypatch):
+    """One dtype (bf16 for flash attention), no mask, contiguous channels."""
     seen, attend = [], F.scaled_dot_product_attention
 
     def recorded(*tensors: Tensor, **options: object) -> Tensor:
@@ -115,32 +115,29 @@ def test_attention_sees_what_the_fused_kernels_take(kind, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     network = Inference(random_model(0).transformer.to(FAR), "float32" if kind == "plain" else "bf16").network
     if kind == "compiled":
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the formulas that a compiler is given
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with torch.no_grad():
         network(torch.zeros(2, COMPOSITE.size, device=FAR), torch.zeros(2, 2, device=FAR), torch.tensor([0, 1]).to(FAR))
     assert {t.dtype for t in seen} == {torch.float32 if kind == "plain" else torch.bfloat16}
     assert len(seen) == 3 and all(t.stride(-1) == 1 for t in seen)
 
 
-def test_autocast_gives_attention_values_in_bf16(monkeypatch):
-    """Queries and keys leave their norm in float32 and take the dtype of the values: so these must be in bf16."""
+def test_under_autocast_attention_values_are_bf16(monkeypatch):
+    """Queries and keys leave their norm in float32 and take the dtype of the values."""
     seen, attend = [], layers._attend
     monkeypatch.setattr(layers, "_attend", lambda q, k, v: (seen.append((q.dtype, v.dtype)), attend(q, k, v))[1])
-    with torch.autocast("cpu", torch.bfloat16):  # whose list of operations is that of GPUs, as far as used here
+    with torch.autocast("cpu", torch.bfloat16):
         random_model(0).transformer(torch.zeros(2, COMPOSITE.size), torch.zeros(2, 2), torch.tensor([0, 1]))
     assert seen == [(torch.float32, torch.bfloat16)]
 
 
-def test_building_a_network_starts_no_gpu(monkeypatch):
+def test_building_a_network_does_not_initialise_cuda(monkeypatch):
     for name in ("device_count", "get_rng_state", "manual_seed_all"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: pytest.fail("a GPU was asked"))
-    before = torch.get_rng_state()
-    first, again = (random_model(0).transformer for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.class_embedding.weight, again.class_embedding.weight)
+        monkeypatch.setattr(torch.cuda, name, lambda *args: pytest.fail("CUDA was used"))
+    random_model(0)
 
 
-def test_norms_leave_the_device_before_they_become_float64(monkeypatch):
+def test_statistics_are_converted_to_float64_on_the_cpu(monkeypatch):
     left = []
 
     def cpu(values: Tensor) -> Tensor:
