@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +19,6 @@ from sfd.utils.errors import SFDError, unknown
 STATES = ("ema", "model", "model_state_dict", "state_dict")
 # What wrappers put before every name: distributed training, and torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
-# Of the standard library these hold values; all of its other names could run code.
-_VALUES = ("argparse.Namespace", "types.SimpleNamespace", "uuid.UUID", "decimal.Decimal", "fractions.Fraction")
-_VALUE_MODULES = ("collections", "datetime", "enum", "pathlib", "typing")
 _BUILTINS = {f"builtins.{kind.__name__}": kind for kind in (dict, list, tuple, int, float, str, bool, frozenset)}
 
 
@@ -95,11 +91,10 @@ def plain(value: Any) -> Any:
 
 
 def _read(path: Path) -> tuple[dict[Any, Any], tuple[str, ...]]:
+    """Read what a file holds, and the names of foreign classes in it."""
     try:
         with path.open("rb") as handle:
             start = handle.read(512)
-    except FileNotFoundError:
-        raise SFDError(f"there is no file {path}") from None
     except OSError as error:
         raise files.as_user_error(error, path) from None
     if reason := files.failed_download(start):
@@ -108,19 +103,19 @@ def _read(path: Path) -> tuple[dict[Any, Any], tuple[str, ...]]:
         return dict(files.read_tensors(path)), ()
     if not start.startswith((b"PK", b"\x80")):
         raise SFDError(f"{path} is neither a safetensors file nor one of torch.save; give a checkpoint")
-    values, foreign = _read_pickled(path)
+    try:
+        names = get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # of the format before zip files, or damaged: the reader below says which
+        names = []
+    values, foreign = _read_pickled(path, names)
     if not isinstance(values, dict):
         raise SFDError(f"{path} holds a {type(values).__name__}, but a dictionary of tensors was expected")
     return values, foreign
 
 
-def _read_pickled(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """Read what `torch.save` wrote; classes of other libraries become placeholders, functions are refused."""
-    try:
-        names = get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # of the format before zip files, or damaged: the reader below says which
-        return files.read_pickled(path), ()
-    running = sorted(name for name in names if not _is_value(name))
+def _read_pickled(path: Path, names: list[str]) -> tuple[Any, tuple[str, ...]]:
+    """Read what `torch.save` wrote, with placeholders for these classes; functions are refused."""
+    running = sorted(name for name in names if not _is_class(name))
     if running:
         raise SFDError(
             f"{path} would call {', '.join(running)} when it is loaded, so it is refused; nothing of it was run. If "
@@ -146,13 +141,10 @@ def _with_placeholders(path: Path, names: list[str], kind: type) -> Any:
         return files.read_pickled(path)
 
 
-def _is_value(name: str) -> bool:
-    """Tell whether a name in a pickle is a class that holds values; functions, and what runs code, are not."""
-    module, _, last = name.rpartition(".")
-    package = module.partition(".")[0]
-    if package in sys.stdlib_module_names:
-        return name in _BUILTINS or name in _VALUES or package in _VALUE_MODULES
-    return package == "numpy" or last.lstrip("_")[:1].isupper()
+def _is_class(name: str) -> bool:
+    """Tell classes from functions by their names."""
+    package, last = name.partition(".")[0], name.rpartition(".")[2]
+    return name in _BUILTINS or package in ("collections", "numpy", "datetime") or last.lstrip("_")[:1].isupper()
 
 
 def _is_state(value: Any) -> bool:
