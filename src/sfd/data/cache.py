@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import TypeVar
 
 import numpy as np
 
 from sfd.data.images import ImageSource, Indices
 from sfd.utils.progress import bar
+from sfd.utils.threads import ahead
 
 # Bytes of decoded images that are kept in memory.
 BUDGET = 2 * 2**30
@@ -69,12 +70,8 @@ def map_ranges(title: str, count: int, function: Callable[[range], Result]) -> l
     """Call a function with successive ranges that cover [0, count), several at a time, with a progress bar."""
     ranges = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     results = []
-    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-    try:
-        with bar(title, count) as progress:
-            for part, result in zip(ranges, pool.map(function, ranges), strict=True):
-                results.append(result)
-                progress.advance(len(part))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt need not wait for the rest
+    with bar(title, count) as progress, closing(ahead(function, ranges, min(16, os.cpu_count() or 1))) as found:
+        for part, result in zip(ranges, found, strict=True):
+            results.append(result)
+            progress.advance(len(part))
     return results

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,16 +22,17 @@ from torch import Tensor
 
 from sfd.data import shards
 from sfd.data.images import ImageSource, to_tensor
-from sfd.data.shards import FEATURES, FLIP, LABELS, Header, Manifest, read_header, shard_path
-from sfd.data.statistics import ChannelRecord, ChannelStatistics
+from sfd.data.shards import FEATURES, FLIP, LABELS, Header, Manifest, build_manifest, read_header, shard_path
+from sfd.data.statistics import ChannelStatistics
 from sfd.encoders import SemanticEncoder, TextureEncoder
 from sfd.latents import SEMANTIC, TEXTURE
 from sfd.models.compressor import Compressor
 from sfd.utils import distributed, files
-from sfd.utils.config import Free, PathText, Settings, parse
+from sfd.utils.config import Free, PathText, Settings
 from sfd.utils.device import full_float32
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar, say
+from sfd.utils.threads import ahead
 
 RECORD = "sfd"  # name of the entry in a shard's header
 
@@ -127,10 +126,10 @@ class LatentWriter:
         """Read a shard's header; None: it is not made, or damaged."""
         path = shard_path(self.folder, number)
         try:
-            header = read_header(path) if path.is_file() else None
-        except SafetensorError:
+            header = read_header(path)
+        except (SafetensorError, FileNotFoundError):
             return None
-        if header is None or RECORD not in header.metadata:
+        if RECORD not in header.metadata:
             return None
         made_from = json.loads(header.metadata[RECORD])["inputs"]
         for key, value in self._inputs.items():
@@ -149,17 +148,12 @@ class LatentWriter:
         """Encode images in both orientations, reading a few batches ahead."""
         encoded = {LABELS: torch.from_numpy(self.images.labels[indices])}
         done = 0
-        for pixels in self._read_ahead(indices):
+        size = self.settings.batch_size
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        for pixels in ahead(self.images.load, batches, self.settings.workers):
             batch = to_tensor(pixels).to(self.device)
             for suffix, images in (("", batch), (FLIP, batch.flip(-1))):
-                latents = {TEXTURE: self.texture.encode(images)}
-                if self.semantic is not None:
-                    features = self.semantic.encode(images)
-                    if self.compressor is not None:
-                        latents[SEMANTIC] = self.compressor.encode(features)
-                    if self.settings.features:
-                        latents[FEATURES] = features
-                for name, value in latents.items():
+                for name, value in self._encode(images).items():
                     dtype = torch.float16 if name == FEATURES else getattr(torch, self.settings.dtype)
                     if name + suffix not in encoded:
                         encoded[name + suffix] = torch.empty(len(indices), *value.shape[1:], dtype=dtype)
@@ -168,17 +162,16 @@ class LatentWriter:
             advance(len(pixels))
         return encoded
 
-    def _read_ahead(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield images in batches; at most `workers` + 1 batches are in memory."""
-        size, workers = self.settings.batch_size, self.settings.workers
-        pending: deque[Future[np.ndarray]] = deque()
-        with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(indices), size):
-                pending.append(pool.submit(self.images.load, indices[start : start + size]))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+    def _encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Encode images (B, 3, S, S) in [-1, 1] into each stream's latents, and the features if they are kept."""
+        latents = {TEXTURE: self.texture.encode(images)}
+        if self.semantic is not None:
+            features = self.semantic.encode(images)
+            if self.compressor is not None:
+                latents[SEMANTIC] = self.compressor.encode(features)
+            if self.settings.features:
+                latents[FEATURES] = features
+        return latents
 
     def _write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -190,7 +183,7 @@ class LatentWriter:
         for name in sorted(tensors.keys() & {TEXTURE, SEMANTIC}):
             gathered = ChannelStatistics(tensors[name].shape[1])
             gathered.add(tensors[name])
-            statistics[name] = gathered.record().model_dump()
+            statistics[name] = gathered.record()
         # One entry, because the library writes several in any order, and equal shards are equal files.
         metadata = {RECORD: json.dumps({"inputs": self._inputs, "statistics": statistics})}
         files.write_tensors(shard_path(self.folder, number), tensors, metadata)
@@ -198,27 +191,11 @@ class LatentWriter:
     def _manifest(self) -> Manifest:
         """Describe the shards by their headers alone."""
         headers = [read_header(shard_path(self.folder, number)) for number in range(self._count)]
-        streams, features = {}, None
-        for name, tokenizer in self.tokenizers.items():
-            if name not in headers[0].entries:
-                continue
-            _, channels, grid, _ = headers[0].entries[name].shape
-            if name == FEATURES:
-                features = {"channels": channels, "grid": grid, "dtype": "float16", "tokenizer": tokenizer}
-                continue
-            statistics = ChannelStatistics(channels)
+
+        def statistics(name: str, channels: int) -> tuple[Tensor, Tensor]:
+            merged = ChannelStatistics(channels)
             for header in headers:
-                record = json.loads(header.metadata[RECORD])["statistics"][name]
-                statistics.merge(parse(ChannelRecord, record))
-            mean, std = tuple(statistics.mean.tolist()), tuple(statistics.std.tolist())
-            streams[name] = shards.StreamRecord(channels=channels, grid=grid, mean=mean, std=std, tokenizer=tokenizer)
-        return Manifest(
-            format=shards.FORMAT,
-            data=self.images.identity,
-            count=len(self.images),
-            classes=tuple(self.images.classes),
-            dtype=self.settings.dtype,
-            streams=streams,
-            features=features,
-            shards=tuple(shards.ShardRecord(file=h.path.name, count=h.count, bytes=h.size) for h in headers),
-        )
+                merged.merge(json.loads(header.metadata[RECORD])["statistics"][name])
+            return merged.mean, merged.std
+
+        return build_manifest(headers, statistics, self.tokenizers, self.images.identity, tuple(self.images.classes))

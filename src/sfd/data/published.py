@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfd.data import shards
 from sfd.data.images import stable_hash
-from sfd.data.shards import FEATURES, FLIP, LABELS, Header, LatentSet, Manifest
+from sfd.data.shards import FEATURES, FLIP, FLOATS, LABELS, Header, LatentSet, Manifest, build_manifest
 from sfd.data.statistics import ChannelStatistics
 from sfd.encoders import TextureEncoder
 from sfd.latents import SEMANTIC, TEXTURE
@@ -30,7 +30,6 @@ from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar
 
 KEYS = {TEXTURE: "latents", SEMANTIC: "latents_sv", FEATURES: "feats_dino"}
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INTEGERS = ("I64", "I32", "I16", "U8")
 # Images that show whether a file's statistics are those of the latents, and how far off is wrong.
 _SAMPLE = 256
@@ -89,29 +88,12 @@ def describe_published(
         classes: their number; None: the largest label and one.
     """
     headers, paths = read_shards(folder), statistics_files(folder)
-    streams, features = {}, None
-    for name, key in KEYS.items():
-        if key not in headers[0].entries:
-            continue
-        dtype, (_, channels, grid, _) = headers[0].entries[key]
-        tokenizer = (tokenizers or {}).get(name, "")
-        if name == FEATURES:
-            features = {"channels": channels, "grid": grid, "dtype": FLOATS[dtype], "tokenizer": tokenizer}
-            continue
-        given = read_statistics(paths[name], channels) if name in paths else _compute_statistics(headers, name)
-        mean, std = (tuple(values.tolist()) for values in given)
-        streams[name] = shards.StreamRecord(channels=channels, grid=grid, mean=mean, std=std, tokenizer=tokenizer)
-    manifest = Manifest(
-        format=shards.FORMAT,
-        data=identity(folder),
-        count=sum(header.count for header in headers),
-        classes=_classes(headers, classes),
-        dtype=FLOATS[headers[0].entries[KEYS[TEXTURE]].dtype],
-        streams=streams,
-        features=features,
-        shards=tuple(shards.ShardRecord(file=h.path.name, count=h.count, bytes=h.size) for h in headers),
-        keys=KEYS,
-    )
+
+    def statistics(name: str, channels: int) -> tuple[Tensor, Tensor]:
+        return read_statistics(paths[name], channels) if name in paths else _compute_statistics(headers, name)
+
+    names = _classes(headers, classes)
+    manifest = build_manifest(headers, statistics, tokenizers or {}, identity(folder), names, KEYS)
     for name, path in paths.items():
         _check_statistics(LatentSet(folder, manifest), name, path)
     return manifest
@@ -124,19 +106,19 @@ def read_shards(folder: Path) -> list[Header]:
     headers = [_read_shard(path) for path in sorted(folder.glob("*.safetensors"))]
     if not headers:
         raise SFDError(f"{folder} holds no *.safetensors file; give the folder of the published latents")
+    first = headers[0]
     for header in headers[1:]:
-        for name in sorted({*headers[0].entries, *header.entries}):
-            ours, theirs = _kind(headers[0], name), _kind(header, name)
+        for name in sorted({*first.entries, *header.entries}):
+            ours, theirs = _per_image(first, name), _per_image(header, name)
             if ours != theirs:
                 raise SFDError(
-                    f"{headers[0].path} and {header.path.name} do not belong together: {name} is {ours} in the first "
-                    f"and {theirs} in the second; keep the shards of one data set in a folder"
+                    f"{first.path} and {header.path.name} do not belong together: {name} is {ours} in the first and "
+                    f"{theirs} in the second; keep the shards of one data set in a folder"
                 )
     return headers
 
 
-def _kind(shard: Header, name: str) -> str:
-    """A tensor's type and shape per image."""
+def _per_image(shard: Header, name: str) -> str:
     if name not in shard.entries:
         return "absent"
     dtype, shape = shard.entries[name]
@@ -149,8 +131,8 @@ def _read_shard(path: Path) -> Header:
     except SafetensorError as error:
         reason = files.failed_download(path) or f"damaged ({error}); fetch or make it again"
         raise SFDError(f"{path} is {reason}") from None
-    entries, optional = shard.entries, (KEYS[SEMANTIC], KEYS[FEATURES])
-    streams = [KEYS[TEXTURE], *(key for key in optional if key in entries or key + FLIP in entries)]
+    entries = shard.entries
+    streams = [key for key in KEYS.values() if key == KEYS[TEXTURE] or {key, key + FLIP} & entries.keys()]
     for name in (*streams, *(key + FLIP for key in streams), LABELS):
         if name not in entries:
             raise SFDError(
@@ -168,9 +150,7 @@ def _read_shard(path: Path) -> Header:
                 "grid, grid), as many as there are labels"
             )
         if entries[key + FLIP] != entries[key]:
-            flipped = entries[key + FLIP]
-            raise SFDError(f"{path}: {key} is {dtype} {list(shape)}, but {key + FLIP} is {flipped.dtype} "
-                           f"{list(flipped.shape)}; extract the shard again")  # fmt: skip
+            raise SFDError(f"{path}: {key} and {key + FLIP} differ in type or shape; extract the shard again")
     return shard
 
 

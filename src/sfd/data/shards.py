@@ -8,7 +8,7 @@ so where it exists the rest is whole. Shards in the published format differ in n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
-from sfd.latents import CompositeLatent, Stream
+from sfd.latents import SEMANTIC, TEXTURE, CompositeLatent, Stream
 from sfd.utils import files
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError, unknown
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 FEATURES = "features"
 LABELS = "labels"
 FLIP = "_flip"
-FORMAT: Literal[1] = 1
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and PyTorch's
 # From this many bytes per image on, images are copied one by one: gathering them first would be one more pass.
 LARGE = 1 << 14
 
@@ -107,6 +107,49 @@ def read_manifest(folder: Path) -> Manifest:
     return parse(Manifest, files.read_json(folder / MANIFEST, "folder of latents"), str(folder / MANIFEST))
 
 
+def build_manifest(
+    headers: Sequence[Header],
+    statistics: Callable[[str, int], tuple[Tensor, Tensor]],
+    tokenizers: Mapping[str, str],
+    data: str,
+    classes: tuple[str, ...],
+    keys: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Describe shards by their headers.
+
+    Args:
+        headers: of all shards, in order.
+        statistics: gives mean and standard deviation, (C,) each, of a stream with a number of channels.
+        tokenizers: identity of what made each stream and the features, where it is known.
+        data: identity of the images.
+        classes: their names, in the order of the labels.
+        keys: names of streams and features in the shards, where they differ.
+    """
+    streams, features = {}, None
+    for name in (TEXTURE, SEMANTIC, FEATURES):
+        key = (keys or {}).get(name, name)
+        if key not in headers[0].entries:
+            continue
+        dtype, (_, channels, grid, _) = headers[0].entries[key]
+        about: dict[str, Any] = {"channels": channels, "grid": grid, "tokenizer": tokenizers.get(name, "")}
+        if name == FEATURES:
+            features = {**about, "dtype": FLOATS[dtype]}
+        else:
+            mean, std = (tuple(values.tolist()) for values in statistics(name, channels))
+            streams[name] = StreamRecord(mean=mean, std=std, **about)
+    return Manifest(
+        format=1,
+        data=data,
+        count=sum(header.count for header in headers),
+        classes=classes,
+        dtype=FLOATS[headers[0].entries[(keys or {}).get(TEXTURE, TEXTURE)].dtype],
+        streams=streams,
+        features=features,
+        shards=tuple(ShardRecord(file=h.path.name, count=h.count, bytes=h.size) for h in headers),
+        keys=dict(keys or {}),
+    )
+
+
 class LatentSet:
     """A folder of latents, read through memory maps: opening is fast, and memory holds only what is used.
 
@@ -142,17 +185,11 @@ class LatentSet:
         self, patch_sizes: Mapping[str, int] | None = None, weights: Mapping[str, float] | None = None
     ) -> CompositeLatent:
         """Describe the streams for a network; patch sizes and weights that are not given are 1."""
-        patch_sizes, weights = patch_sizes or {}, weights or {}
-        streams = tuple(
-            Stream(
-                name=name,
-                patch_size=patch_sizes.get(name, 1),
-                weight=weights.get(name, 1.0),
-                **record.model_dump(),
-            )
-            for name, record in self.manifest.streams.items()
-        )
-        return CompositeLatent(streams=streams)
+        streams = []
+        for name, record in self.manifest.streams.items():
+            patch_size, weight = (patch_sizes or {}).get(name, 1), (weights or {}).get(name, 1.0)
+            streams.append(Stream(name=name, patch_size=patch_size, weight=weight, **record.model_dump()))
+        return CompositeLatent(streams=tuple(streams))
 
     def read(
         self, name: str, indices: np.ndarray, flips: np.ndarray, dtype: torch.dtype | None = torch.float32

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from pydantic import Field
-from torch import Tensor
+from typing import Any
 
-from sfd.utils.config import Settings
+import torch
+from torch import Tensor
 
 # Images that are turned to float64 at a time: a fixed number, because the last bits of a sum depend on it.
 _CHUNK = 256
-
-
-class ChannelRecord(Settings):
-    """`ChannelStatistics` as plain values, exact to the last bit."""
-
-    count: int = Field(ge=0)
-    mean: tuple[float, ...]
-    squares: tuple[float, ...]
 
 
 class ChannelStatistics:
@@ -35,22 +26,22 @@ class ChannelStatistics:
             mean = values.mean(1)
             self._merge(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
 
-    def merge(self, other: ChannelRecord) -> None:
+    @property
+    def std(self) -> Tensor:
+        """The unbiased standard deviation, as the published statistics have it."""
+        return (self._squares / max(self.count - 1, 1)).sqrt()
+
+    def record(self) -> dict[str, Any]:
+        """Give what was gathered as plain values, exact to the last bit, to be kept and merged later."""
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self._squares.tolist()}
+
+    def merge(self, record: dict[str, Any]) -> None:
         """Take in what was gathered elsewhere."""
-        mean, squares = (torch.tensor(values, dtype=torch.float64) for values in (other.mean, other.squares))
-        self._merge(other.count, mean, squares)
+        mean, squares = (torch.tensor(record[name], dtype=torch.float64) for name in ("mean", "squares"))
+        self._merge(record["count"], mean, squares)
 
     def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
         total, shift = self.count + count, mean - self.mean
         self._squares += squares + shift.square() * self.count * count / total
         self.mean = self.mean + shift * count / total
         self.count = total
-
-    @property
-    def std(self) -> Tensor:
-        """The unbiased standard deviation, as the published statistics have it."""
-        return (self._squares / max(self.count - 1, 1)).sqrt()
-
-    def record(self) -> ChannelRecord:
-        """Give what was gathered, to be kept and merged later."""
-        return ChannelRecord(count=self.count, mean=tuple(self.mean.tolist()), squares=tuple(self._squares.tolist()))

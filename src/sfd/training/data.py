@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import numpy as np
@@ -22,6 +20,7 @@ from sfd.data.images import ImageSource, to_tensor
 from sfd.training.config import TrainSettings
 from sfd.utils import distributed, rng
 from sfd.utils.errors import SFDError
+from sfd.utils.threads import ahead
 
 Batch = dict[str, Tensor]
 MAX_WORKERS = 8  # unless configured: each holds a batch in memory
@@ -119,28 +118,24 @@ class Prefetcher:
             pinned: put batches into memory that a GPU copies from asynchronously.
         """
         self._make, self._settings, self._threads, self._pinned = make, settings, threads, pinned
-        initializer = partial(_run_serially, torch.get_num_threads()) if threads > 1 else None
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches", initializer=initializer)
-        self._keys: Iterator[tuple[int, range]] = iter(())
-        self._pending: deque[Future[Batch]] = deque()
+        self._batches = ahead(self._prepare, (), 1)
         self._waited, self._since = 0.0, time.monotonic()
 
     def start(self, step: int) -> None:
         """Begin with the batches of a step."""
         settings = self._settings
-        self._keys = (
+        keys = (
             (s + settings.data_offset, sample_range(settings, micro))
             for s in range(step, settings.steps)
             for micro in range(settings.accumulate)
         )
-        for _ in range(self._threads):
-            self._prepare_another()
+        alone = partial(_run_serially, torch.get_num_threads()) if self._threads > 1 else None
+        self._batches = ahead(self._prepare, keys, self._threads, alone)
 
     def next(self) -> Batch:
-        """Give the next micro-batch, and begin to prepare another."""
-        self._prepare_another()
+        """Give the next micro-batch, while others are prepared."""
         start = time.monotonic()
-        batch = self._pending.popleft().result()
+        batch = next(self._batches)
         self._waited += time.monotonic() - start
         return batch
 
@@ -151,18 +146,13 @@ class Prefetcher:
         self._waited, self._since = 0.0, now
         return fraction
 
-    def _prepare_another(self) -> None:
-        key = next(self._keys, None)
-        if key is not None:
-            self._pending.append(self._pool.submit(self._prepare, *key))
-
-    def _prepare(self, step: int, samples: range) -> Batch:
-        batch = self._make(step, samples)
-        return {name: value.pin_memory() for name, value in batch.items()} if self._pinned else batch
-
     def close(self) -> None:
         """Stop preparing."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._batches.close()
+
+    def _prepare(self, key: tuple[int, range]) -> Batch:
+        batch = self._make(*key)
+        return {name: value.pin_memory() for name, value in batch.items()} if self._pinned else batch
 
 
 def _run_serially(other_threads: int) -> None:
