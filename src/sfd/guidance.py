@@ -12,6 +12,7 @@ guidance); nothing else differs.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -74,7 +75,29 @@ def guide(
     return GuidedVelocity(cond, batched, scales, intervals, latent)
 
 
-class GuidedVelocity:
+class PiecewiseVelocity(ABC):
+    """A velocity field that jumps at known stream times; the sampler stops there."""
+
+    @property
+    @abstractmethod
+    def discontinuities(self) -> list[tuple[float, ...]]:
+        """Per stream: its times in (0, 1) at which the velocity jumps."""
+
+    @abstractmethod
+    def on_interval(self, active: Sequence[bool], midpoint: Sequence[float]) -> VelocityField:
+        """Restrict to a smooth interval of base time, so that both its ends see the limit from inside.
+
+        Args:
+            active: per stream, whether it moves.
+            midpoint: per stream, a time inside the interval, off any discontinuity.
+        """
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Evaluate v; see `VelocityField`."""
+
+
+class GuidedVelocity(PiecewiseVelocity):
     """A guided velocity, which evaluates v_w only where a moving stream is guided; made by `guide`."""
 
     def __init__(
@@ -92,17 +115,12 @@ class GuidedVelocity:
 
     @property
     def discontinuities(self) -> list[tuple[float, ...]]:
-        """Per stream: its times at which the velocity jumps, the ends of the interval in which it is guided."""
+        """Per stream: the ends of the interval in which it is guided."""
         pairs = zip(self._scales, self._intervals, strict=True)
         return [tuple(t for t in (a, b) if g != 1 and a < b and 0 < t < 1) for g, (a, b) in pairs]
 
     def on_interval(self, active: Sequence[bool], midpoint: Sequence[float]) -> VelocityField:
-        """Restrict to a smooth interval of base time, so that both its ends see the limit from inside.
-
-        Args:
-            active: per stream, whether it moves; a stream at rest needs no guidance.
-            midpoint: per stream, a time inside the interval, off any discontinuity.
-        """
+        """Restrict to a smooth interval; a stream at rest needs no guidance."""
         each = zip(self._scales, self._intervals, active, midpoint, strict=True)
         scales = [g if moves and low < t < high else 1.0 for g, (low, high), moves, t in each]
         return self._cond if all(g == 1 for g in scales) else partial(self._guided, scales)

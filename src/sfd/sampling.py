@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd.guidance import GuidedVelocity, VelocityField
+from sfd.guidance import PiecewiseVelocity, VelocityField
 from sfd.latents import CompositeLatent
 from sfd.schedule import Schedule, StreamTimes
 from sfd.solvers import SOLVERS, Solver
@@ -88,7 +88,7 @@ def integrate(
     """
     _check_shapes(noise, schedule, latent, seeds)
     method, settings = find_solver(solver, options)
-    jumps = velocity.discontinuities if isinstance(velocity, GuidedVelocity) else ()
+    jumps = velocity.discontinuities if isinstance(velocity, PiecewiseVelocity) else ()
     intervals = smooth_intervals(schedule, jumps) if knots else [undivided(schedule)]
     grids = time_grids(intervals, method, steps, shift)
     x, nfe = noise, 0
@@ -116,7 +116,7 @@ class ActiveODE:
         nfe: int,
     ) -> None:
         """Start from x (B, N) at the interval's start, after `nfe` function evaluations."""
-        if isinstance(velocity, GuidedVelocity) and interval.midpoint is not None:
+        if isinstance(velocity, PiecewiseVelocity) and interval.midpoint is not None:
             velocity = velocity.on_interval(interval.active, interval.midpoint)
         self._velocity, self._x, self._schedule, self._interval = velocity, x, schedule, interval
         self._latent, self._seeds, self._draws = latent, seeds, interval.number << 20  # distinct within a segment

@@ -1,0 +1,245 @@
+"""Edits of samples and of real images, each a choice of noise and of paths for the streams.
+
+Sources are packed, normalised latents (B, N): of a sample `model.sample(..., output="latent")`, of an image
+`model.encode`. The *plan* is what they hold in all streams but texture. Results are latents too; `model.decode` shows
+them. Without classes the null class is used, so that the plan alone says what is drawn. Keyword arguments that are not
+listed are fields of `SamplingConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfd.editing.follow import Follow, follow
+from sfd.generation.model import Classes, Model
+from sfd.latents import TEXTURE, CompositeLatent
+from sfd.sampling import initial_noise, integrate
+from sfd.solvers import SOLVERS
+from sfd.utils.errors import SFDError
+
+
+def edit(
+    model: Model, noise: Tensor, paths: Mapping[str, Follow], classes: Classes | None = None, **settings: Any
+) -> Tensor:
+    """Sample with some streams on given paths: latents (B, N), on the CPU.
+
+    Args:
+        model: the generator.
+        noise: (B, N), each stream's state at time 0; see `mixed_noise`.
+        paths: by stream; see `Follow`.
+        classes: names or numbers, one per image or one for all; None: the null class.
+        settings: fields of `SamplingConfig` that differ from the model's own.
+    """
+    config = model.config(**settings)
+    model.check_sampling(config)
+    if SOLVERS[config.solver].stochastic:
+        raise SFDError(f"{config.solver} adds noise, which leads off a given path; take another solver for edits")
+    labels = [model.transformer.null_class] if classes is None else model.class_indices(classes)
+    labels = labels * len(noise) if len(labels) == 1 else labels
+    if len(labels) != len(noise):
+        raise SFDError(f"{len(labels)} classes were given for {len(noise)} images; give one per image, or one for all")
+    found = []
+    for first in range(0, len(noise), config.batch_size):
+        batch = slice(first, first + config.batch_size)
+        x = noise[batch].to(model.device)
+        velocity = model.velocity_field(torch.tensor(labels[batch], device=model.device), config)
+        chosen = {name: _of_batch(path, batch) for name, path in paths.items()}
+        result = integrate(
+            follow(velocity, x, model.composite, chosen),
+            x,
+            model.schedule,
+            model.composite,
+            solver=config.solver,
+            steps=config.steps,
+            options=config.options,
+            shift=config.shift,
+        )
+        found.append(result.x.cpu())
+    return torch.cat(found)
+
+
+def keep_plan(
+    model: Model,
+    latents: Tensor,
+    seeds: Sequence[int],
+    *,
+    plan_seeds: Sequence[int] | None = None,
+    where: Tensor | None = None,
+    classes: Classes | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Keep each source's plan and redraw its texture.
+
+    Args:
+        model: the generator.
+        latents: (B, N), the sources.
+        seeds: of the texture's noise, one per image.
+        plan_seeds: of the noise that the plans emerge from; None: `seeds`. Of a sample its own seed fits best.
+        where: mask (H, W) or (B, H, W) of the part of the plan that is kept; None: all of it.
+        classes, settings: see `edit`.
+    """
+    streams = model.composite.unpack(latents)
+    paths = {name: Follow(streams[name], where=where) for name in plan_streams(model.composite)}
+    return edit(model, mixed_noise(model.composite, seeds, plan_seeds), paths, classes, **settings)
+
+
+def change_plan(
+    model: Model, seeds: Sequence[int], plan_seeds: Sequence[int], *, classes: Classes | None = None, **settings: Any
+) -> Tensor:
+    """Draw another plan for the same texture: the texture's noise is of `seeds`, the plan's of `plan_seeds`."""
+    return edit(model, mixed_noise(model.composite, seeds, plan_seeds), {}, classes, **settings)
+
+
+def swap_plans(
+    model: Model, latents: Tensor, seeds: Sequence[int], *, classes: Classes | None = None, **settings: Any
+) -> Tensor:
+    """Give each of two samples the plan of the other and keep its own texture's noise.
+
+    Args:
+        model: the generator.
+        latents: (2, N), the samples.
+        seeds: two, that made them.
+        classes: of the results, so of the plans: those of the samples in reverse; see `edit`.
+        settings: see `edit`.
+    """
+    if len(latents) != 2 or len(seeds) != 2:
+        raise SFDError(f"two samples swap plans; got {len(latents)} with {len(seeds)} seeds")
+    return keep_plan(model, latents.flip(0), seeds, plan_seeds=list(seeds)[::-1], classes=classes, **settings)
+
+
+def paint(
+    model: Model,
+    latents: Tensor,
+    brush: Tensor,
+    seeds: Sequence[int],
+    *,
+    keep_texture: bool = True,
+    plan_seeds: Sequence[int] | None = None,
+    classes: Classes | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Redraw each source where the brush went, and keep the plan elsewhere.
+
+    Args:
+        model: the generator.
+        latents: (B, N), the sources.
+        brush: mask (H, W) or (B, H, W), 1 where to redraw.
+        seeds: of the noise, one per image.
+        keep_texture: keep the texture elsewhere too; False: all of it is drawn anew from the noise of `seeds`.
+        plan_seeds: of the plan's noise; None: `seeds`.
+        classes, settings: see `edit`.
+    """
+    kept, streams = 1 - brush.float(), model.composite.unpack(latents)
+    names = model.composite.names if keep_texture else plan_streams(model.composite)
+    paths = {name: Follow(streams[name], where=kept) for name in names}
+    return edit(model, mixed_noise(model.composite, seeds, plan_seeds), paths, classes, **settings)
+
+
+def sdedit(
+    model: Model,
+    latents: Tensor,
+    start: float | Mapping[str, float],
+    seeds: Sequence[int],
+    *,
+    plans: Tensor | None = None,
+    classes: Classes | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Noise sources up to a time and denoise them again (SDEdit, Meng et al. 2021, arXiv 2108.01073), by streams.
+
+    Args:
+        model: the generator.
+        latents: (B, N), the sources.
+        start: a base time u: all streams start at their τ_k(u), so at one point of the schedule. Or a stream time by
+            name, 0 for those left out: {"semantic": 1, "texture": 0.4} keeps the plan and starts texture at 0.4.
+        seeds: of the noise, one per image.
+        plans: (B, N), sources of the plans; None: `latents`.
+        classes, settings: see `edit`.
+    """
+    composite = model.composite
+    if isinstance(start, Mapping):
+        times = dict(start)
+    else:
+        if not 0 <= start <= 1:
+            raise SFDError(f"a base time to start from must be from 0 to 1, got {start}")
+        at = model.schedule.at(torch.tensor(start, dtype=torch.float64)).time
+        times = dict(zip(composite.names, at.tolist(), strict=True))
+    streams = composite.unpack(latents)
+    if plans is not None:
+        others = composite.unpack(plans)
+        streams |= {name: others[name] for name in plan_streams(composite)}
+    paths = {name: Follow(streams.get(name, latents), time) for name, time in times.items()}
+    return edit(model, mixed_noise(composite, seeds), paths, classes, **settings)
+
+
+def interpolate_plans(
+    model: Model,
+    latents: Tensor,
+    seed: int,
+    *,
+    count: int = 7,
+    plan_seeds: Sequence[int] | None = None,
+    classes: Classes | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Go from one plan to another in `count` images whose texture has the same noise; the ends are the two plans.
+
+    Plans, and the noises that they emerge from, are interpolated on the sphere, which keeps their norms.
+
+    Args:
+        model: the generator.
+        latents: (2, N), the sources of the plans.
+        seed: of the texture's noise.
+        count: images, the ends included.
+        plan_seeds: two, of the plans' noises; None: `seed`.
+        classes, settings: see `edit`.
+    """
+    if len(latents) != 2 or count < 2:
+        raise SFDError(f"an interpolation needs 2 plans and 2 images or more, got {len(latents)} and {count}")
+    noises = mixed_noise(model.composite, [seed, seed], plan_seeds)
+    ends = [model.composite.unpack(x) for x in (noises, latents)]
+    steps = torch.linspace(0, 1, count)
+    noise, target = ({name: _on_sphere(part, steps) for name, part in streams.items()} for streams in ends)
+    paths = {name: Follow(target[name]) for name in plan_streams(model.composite)}
+    return edit(model, model.composite.pack(noise), paths, classes, **settings)
+
+
+def mixed_noise(composite: CompositeLatent, seeds: Sequence[int], plan_seeds: Sequence[int] | None = None) -> Tensor:
+    """Draw noise (B, N): the texture's of the images with `seeds`, the other streams' of those with `plan_seeds`."""
+    noise = composite.unpack(initial_noise(seeds, composite))
+    if plan_seeds is not None:
+        if len(plan_seeds) != len(seeds):
+            raise SFDError(f"{len(plan_seeds)} plan_seeds were given for {len(seeds)} seeds; give as many")
+        others = composite.unpack(initial_noise(plan_seeds, composite))
+        noise = {name: noise[name] if name == TEXTURE else others[name] for name in composite.names}
+    return composite.pack(noise)
+
+
+def plan_streams(composite: CompositeLatent) -> list[str]:
+    """Names of the streams that make the plan."""
+    names = [name for name in composite.names if name != TEXTURE]
+    if not names:
+        raise SFDError("this model has texture alone, so it has no plan to keep or to change; use one with two streams")
+    return names
+
+
+def _of_batch(path: Follow, batch: slice) -> Follow:
+    by_image = path.where is not None and path.where.dim() == 3 and len(path.where) > 1
+    where = path.where[batch] if by_image and path.where is not None else path.where
+    return path._replace(target=path.target[batch], where=where)
+
+
+def _on_sphere(ends: Tensor, steps: Tensor) -> Tensor:
+    """Spherical interpolation from ends[0] to ends[1], (2, …), at steps (n,) in [0, 1]: (n, …)."""
+    a, b = ends.flatten(1)
+    angle = torch.arccos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
+    s = steps[:, None]
+    if angle < 1e-3:  # the ends all but agree
+        mixed = torch.lerp(a[None], b[None], s)
+    else:
+        mixed = (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
+    return mixed.unflatten(1, ends.shape[1:])
