@@ -63,15 +63,15 @@ def test_numbers_carry_their_protocol(seen, results):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("garbage", "cannot be read as PyTorch weights"),
-        ("evil", "cannot be read as PyTorch weights"),
+        ("garbage", "cannot be read as tensors alone"),
+        ("evil", "cannot be read as tensors alone"),
         ("other", "weights of another network"),
         ("missing", "there is no file"),
     ],
 )
 def test_files_that_are_not_its_weights_are_refused(seen, results, name, words):
     code, text = results[name]
-    assert code == 2 and words in text and f"{name}.pth" in text and "6726825d" in text
+    assert code == 2 and words in text and f"{name}.pth" in text
     assert not (seen / "unpickled").exists()
 
 

@@ -10,8 +10,8 @@ from sfd.data.images import to_tensor
 from sfd.encoders import encoder_module, open_semantic, open_texture
 from sfd.models.component import CONFIG_FILE, WEIGHTS_FILE
 from sfd.models.compressor import Compressor, load_compressor
-from sfd.models.pca import fit_pca
-from sfd.models.semvae import SemVAE
+from sfd.models.pca import PCAConfig, fit_pca
+from sfd.models.semvae import SemVAE, SemVAEConfig
 from sfd.run.images import RunImages
 from sfd.run.recipe import EncoderSettings
 from sfd.run.stages import Run, Stage
@@ -102,7 +102,7 @@ class CompressorStage(Stage):
         encoder, train, seed = self.semantic.encoder, self.settings.train, self.run.recipe.seed
         assert train is not None
         with rng.seeded(seed, "SemVAE"):
-            semvae = SemVAE(self.settings.semvae(encoder.channels))
+            semvae = SemVAE(cast(SemVAEConfig, self.settings.config(encoder.channels)))
         objective, images = self.settings.objective, self.images.training
         task = SemVAETask(semvae, encoder, images, objective, seed=seed, batch_size=train.batch_size)
         trained = fit(task, train, self.folder, device=self.run.device)
@@ -117,7 +117,7 @@ class CompressorStage(Stage):
             encoder.encode(to_tensor(images.load(chosen[i : i + size])).to(self.run.device))
             for i in range(0, len(chosen), size)
         )
-        fit_pca(batches, self.settings.pca(encoder.channels)).save(self.folder)
+        fit_pca(batches, cast(PCAConfig, self.settings.config(encoder.channels))).save(self.folder)
 
     @cached_property
     def compressor(self) -> Compressor:

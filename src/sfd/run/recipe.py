@@ -21,6 +21,7 @@ from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
 from sfd.run.values import apply_override, follow_changes, merge, read_yaml, write_out_names
+from sfd.schedule import build_schedule
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
 from sfd.training.tasks.classifier import ClassifierSettings
@@ -54,16 +55,14 @@ class EncoderSettings(Settings):
         for field in self.config:  # of a published encoder only some are given, which must match its own
             if field not in module.Config.model_fields:
                 raise unknown("field", field, module.Config.model_fields)
-        if self.objective and self.name not in TASKS:
-            raise ValueError(f"encoder {self.name!r} has no training objective; leave `objective` out")
+        if (self.train is not None or self.objective) and self.name not in TASKS:
+            raise ValueError(f"encoder {self.name!r} cannot be trained here; give `pretrained` or `folder`")
         if self.objective:
             parse(TASKS[self.name].Objective, self.objective, f"objective of encoder {self.name!r}")
         if self.folder is not None and (self.config or self.objective):
             raise ValueError("a trained encoder from `folder` has its own config and objective; leave these out")
         if self.pretrained is not None and not hasattr(module, "pretrained"):
             raise ValueError(f"no {self.name!r} encoder is published; give `train`, or a trained one's `folder`")
-        if self.train is not None and self.name not in TASKS:
-            raise ValueError(f"encoder {self.name!r} cannot be trained here; give `pretrained` or `folder`")
         if sum(way is not None for way in (self.train, self.folder, self.pretrained)) != 1:
             raise ValueError(
                 "give exactly one of `train` (train one in the run), `folder` (a trained encoder's directory) and "
@@ -109,26 +108,9 @@ class CompressorSettings(Settings):
 
     def config(self, input_channels: int) -> SemVAEConfig | PCAConfig:
         """Give the compressor's architecture for features with this number of channels."""
-        return self.semvae(input_channels) if self.name == "semvae" else self.pca(input_channels)
-
-    def semvae(self, input_channels: int) -> SemVAEConfig:
-        """Give the SemVAE's architecture for features with this number of channels."""
-        return SemVAEConfig(
-            input_channels=input_channels,
-            latent_channels=self.channels,
-            width=self.width,
-            heads=self.heads,
-            blocks=self.blocks,
-        )
-
-    def pca(self, input_channels: int) -> PCAConfig:
-        """Give the shape of the principal components for features with this number of channels."""
-        return PCAConfig(
-            input_channels=input_channels,
-            latent_channels=self.channels,
-            whiten=self.whiten,
-            standardize=self.standardize,
-        )
+        kind = SemVAEConfig if self.name == "semvae" else PCAConfig
+        values = {name: value for name, value in self if name in kind.model_fields}
+        return kind(input_channels=input_channels, latent_channels=self.channels, **values)
 
 
 class StreamSettings(Settings):
@@ -205,8 +187,6 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        from sfd.schedule import build_schedule
-
         for name in self.streams:
             if name not in ("texture", "semantic"):
                 raise unknown("stream", name, ("texture", "semantic"))
@@ -216,8 +196,6 @@ class Recipe(Settings):
         for name, training in parts.items():
             if training is not None and training.init is not None:
                 raise SFDError(f"{name}.train.init: only the transformer starts from weights; give {name}.folder")
-        if not 0 <= self.train.betas[0] < 1 or not 0 <= self.train.betas[1] < 1:
-            raise SFDError(f"train.betas must be in [0, 1), got {self.train.betas}")
         schedule = build_schedule(self.schedule, tuple(self.streams))
         if self.transformer.clocks == "one" and schedule.knots:
             raise SFDError(
@@ -263,8 +241,6 @@ class Recipe(Settings):
 
     def fixed(self) -> dict[str, Any]:
         """Write out the defaults of the schedule, so that leaving one out is no difference."""
-        from sfd.schedule import build_schedule
-
         return super().fixed() | {"schedule": build_schedule(self.schedule, tuple(self.streams)).spec}
 
     def _check_data(self) -> None:
@@ -275,14 +251,10 @@ class Recipe(Settings):
             )
         if self.data.source is None and self.latents.published is None:
             raise SFDError("data.source is missing; give a folder of images, or latents.published=FOLDER")
-        if self.data.source is None and self.evaluation.classifier is not None:
+        lacking = "data.source is null" if self.data.source is None else "data.holdout is 0"
+        if self.evaluation.classifier is not None and (self.data.source is None or self.data.holdout == 0):
             raise SFDError(
-                "evaluation trains its classifier on held-out images, but data.source names none; give it, or set "
-                "evaluation.classifier=null"
-            )
-        if self.data.holdout == 0 and self.evaluation.classifier is not None:
-            raise SFDError(
-                "data.holdout is 0, but evaluation trains its classifier on held-out images; give a share, or set "
+                f"evaluation trains its classifier on held-out images, but {lacking}; give it, or set "
                 "evaluation.classifier=null"
             )
 

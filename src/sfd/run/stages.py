@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ class Stage(ABC):
         try:
             self.work()
             if all(path.exists() for path in self.results()):  # else other ranks of an array job make the rest
-                finished = files.now()
+                finished = datetime.now(timezone.utc).isoformat()
         finally:  # an interrupted attempt counts too; one that is killed outright cannot be counted
             seconds = self._elapsed() + time.monotonic() - start
             self._write(finished=finished, seconds=seconds, **peak_memory(self.run.device))

@@ -16,15 +16,13 @@ from sfd.generation.directory import model_config
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.component import Component
 from sfd.models.compressor import Compressor, load_compressor
-from sfd.models.convnet import ConvNet
 from sfd.models.dit import SIZES, DiTConfig
 from sfd.models.inference import require_compiler
-from sfd.models.pca import PCA
+from sfd.models.pca import PCA, PCAConfig
 from sfd.models.semvae import SemVAE
 from sfd.models.warm_start import check_width
 from sfd.run.recipe import CompressorSettings, EncoderSettings, Recipe
 from sfd.schedule import Schedule, build_schedule
-from sfd.training.config import TrainSettings
 from sfd.training.trainer import check_settings
 from sfd.utils.config import explain
 from sfd.utils.errors import SFDError
@@ -45,13 +43,11 @@ def check(recipe: Recipe, *, dry: bool = False) -> DiTConfig:
     try:
         config = planned_architecture(recipe)
         planned_compressor(recipe)
-        _check_evaluator(recipe)
     except (ValidationError, ValueError) as error:
         raise explain(error, DiTConfig, f"recipe {recipe.name!r}") from None
-    composite = config.composite
-    recipe.sample.check(build_schedule(recipe.schedule, composite.names), composite, has_guiding=True)
+    recipe.sample.check(build_schedule(recipe.schedule, config.composite.names), config.composite, has_guiding=True)
     if recipe.loss.repa:
-        _check_repa(recipe, composite)
+        _check_repa(recipe, config.composite)
     return config
 
 
@@ -83,18 +79,15 @@ def check_models(recipe: Recipe) -> None:
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:
     """Refuse a run that this machine cannot finish."""
-    for settings in trainings(recipe):
-        check_settings(settings, device)
+    parts = [recipe.texture, recipe, *((recipe.semantic, recipe.compressor) if recipe.encodes_semantics else ())]
+    trainings = [part.train for part in parts]
+    if recipe.evaluation.classifier is not None:
+        trainings.append(recipe.evaluation.classifier.training)
+    for settings in trainings:
+        if settings is not None:
+            check_settings(settings, device)
     if recipe.sample.compile:
         require_compiler(device)
-
-
-def trainings(recipe: Recipe) -> list[TrainSettings]:
-    """List the training settings of all stages of a run."""
-    encoding = [recipe.semantic.train, recipe.compressor.train] if recipe.encodes_semantics else []
-    judge = recipe.evaluation.classifier
-    each = [recipe.texture.train, *encoding, recipe.train, judge.training if judge is not None else None]
-    return [settings for settings in each if settings is not None]
 
 
 def planned_architecture(recipe: Recipe) -> DiTConfig:
@@ -103,20 +96,12 @@ def planned_architecture(recipe: Recipe) -> DiTConfig:
     Without `data.classes` the number of classes is known only with the data, and counts as 0.
     """
     shapes = planned_shapes(recipe)
-    composite = CompositeLatent(
-        streams=tuple(
-            Stream(
-                name=name,
-                channels=shapes[name].channels,
-                grid=shapes[name].grid,
-                patch_size=stream.patch_size,
-                weight=stream.weight,
-            )
-            for name, stream in recipe.streams.items()
-        )
-    )
+    streams = [
+        Stream(name=name, **shapes[name]._asdict(), patch_size=stream.patch_size, weight=stream.weight)
+        for name, stream in recipe.streams.items()
+    ]
     features = shapes[FEATURES].channels if FEATURES in shapes else None
-    return architecture(recipe, composite, recipe.data.classes or 0, features)
+    return architecture(recipe, CompositeLatent(streams=tuple(streams)), recipe.data.classes or 0, features)
 
 
 class Shape(NamedTuple):
@@ -125,27 +110,33 @@ class Shape(NamedTuple):
     channels: int
     grid: int
 
+    def __str__(self) -> str:
+        return f"{self.channels} channels on {self.grid}×{self.grid}"
+
 
 def planned_shapes(recipe: Recipe) -> dict[str, Shape]:
     """Derive the shape of each stream, and of the features, from the encoders or from published shards."""
-    texture, size = planned_encoder(recipe.texture), recipe.data.image_size
-    _check_kind("texture", recipe.texture, texture, TEXTURE)
-    _check_size(recipe, "texture encoder", texture.downsample)
-    shapes = {"texture": Shape(texture.channels, size // texture.downsample)}
+    texture = _encoded(recipe, recipe.texture, TEXTURE)
     if recipe.latents.published is not None and Path(recipe.latents.published).is_dir():
-        return _published_shapes(recipe, Path(recipe.latents.published), shapes["texture"])
+        return _published_shapes(recipe, Path(recipe.latents.published), texture)
     if not recipe.uses_semantics:
-        return shapes
-    semantic = planned_encoder(recipe.semantic)
-    _check_kind("semantic", recipe.semantic, semantic, SEMANTIC)
-    _check_size(recipe, "semantic encoder", semantic.downsample)
-    if size % semantic.tile:
+        return {"texture": texture}
+    features = _encoded(recipe, recipe.semantic, SEMANTIC)
+    return {"texture": texture, "semantic": Shape(recipe.compressor.channels, features.grid), FEATURES: features}
+
+
+def _encoded(recipe: Recipe, settings: EncoderSettings, kind: str) -> Shape:
+    """Shape of what an encoder makes of the recipe's images."""
+    encoder, size = planned_encoder(settings), recipe.data.image_size
+    if encoder.kind != kind:
+        given = f"{settings.folder} holds" if settings.folder is not None else f"{settings.name!r} is"
+        raise SFDError(f"{given} a {encoder.kind}, but a {kind} is needed; name another")
+    if size % encoder.tile:
         raise SFDError(
-            f"data.image_size is {size}, but the semantic encoder reads tiles of {semantic.tile} pixels; "
-            f"choose a multiple of {semantic.tile}, or set semantic.config.tile"
+            f"data.image_size is {size}, but the {kind} takes tiles of {encoder.tile} pixels; choose a multiple of "
+            f"{encoder.tile}{', or set semantic.config.tile' if kind == SEMANTIC else ''}"
         )
-    grid = size // semantic.downsample
-    return shapes | {"semantic": Shape(recipe.compressor.channels, grid), FEATURES: Shape(semantic.channels, grid)}
+    return Shape(encoder.channels, size // encoder.downsample)
 
 
 def _published_shapes(recipe: Recipe, folder: Path, decoded: Shape) -> dict[str, Shape]:
@@ -153,9 +144,8 @@ def _published_shapes(recipe: Recipe, folder: Path, decoded: Shape) -> dict[str,
     shapes = {name: Shape(*entries[key].shape[1:3]) for name, key in KEYS.items() if key in entries}
     if shapes["texture"] != decoded:
         raise SFDError(
-            f"{folder} holds texture latents of {_shape(shapes['texture'])}, but the texture encoder decodes "
-            f"{_shape(decoded)} for data.image_size {recipe.data.image_size}; name the encoder and the image size that "
-            "they were made with"
+            f"{folder} holds texture latents of {shapes['texture']}, but the texture encoder decodes {decoded} for "
+            f"data.image_size {recipe.data.image_size}; name the encoder and the image size that they were made with"
         )
     for name in recipe.streams:
         if name not in shapes:
@@ -163,10 +153,6 @@ def _published_shapes(recipe: Recipe, folder: Path, decoded: Shape) -> dict[str,
     if recipe.loss.repa and FEATURES not in shapes:
         raise SFDError(f"{folder} holds no features ({KEYS[FEATURES]}), which loss.repa needs; set loss.repa=0")
     return shapes
-
-
-def _shape(shape: Shape) -> str:
-    return f"{shape.channels} channels on {shape.grid}×{shape.grid}"
 
 
 def latent_bytes(recipe: Recipe) -> tuple[int, int]:
@@ -219,23 +205,9 @@ def planned_compressor(recipe: Recipe) -> Component | None:
     channels = planned_encoder(recipe.semantic).channels
     if recipe.compressor.folder is not None and Path(recipe.compressor.folder).is_dir():
         return cast(Component, given_compressor(recipe.compressor, channels))
+    config = recipe.compressor.config(channels)
     with torch.device("meta"):
-        if recipe.compressor.name == "pca":
-            return PCA(recipe.compressor.pca(channels))
-        return SemVAE(recipe.compressor.semvae(channels))
-
-
-def _check_evaluator(recipe: Recipe) -> None:
-    if recipe.evaluation.classifier is not None:
-        with torch.device("meta"):
-            evaluator = ConvNet(recipe.evaluation.classifier.network)
-        _check_size(recipe, "evaluation classifier", evaluator.config.downsample)
-
-
-def _check_kind(stream: str, settings: EncoderSettings, encoder: EncoderConfig, kind: str) -> None:
-    if encoder.kind != kind:
-        given = f"{settings.folder} holds" if settings.folder is not None else f"{settings.name!r} is"
-        raise SFDError(f"{stream}: {given} a {encoder.kind}, but a {kind} is needed; name another")
+        return PCA(config) if isinstance(config, PCAConfig) else SemVAE(config)
 
 
 def given_compressor(settings: CompressorSettings, input_channels: int) -> Compressor:
@@ -254,14 +226,6 @@ def given_compressor(settings: CompressorSettings, input_channels: int) -> Compr
                 "recipe's compressor and semantic encoder; change the recipe, or give another folder"
             )
     return compressor
-
-
-def _check_size(recipe: Recipe, what: str, downsample: int) -> None:
-    if recipe.data.image_size % downsample:
-        raise SFDError(
-            f"data.image_size is {recipe.data.image_size}, but the {what} shrinks images by {downsample}; "
-            f"choose a multiple of {downsample}"
-        )
 
 
 def _check_repa(recipe: Recipe, composite: CompositeLatent) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from sfd.utils.config import Free, PathText, Settings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSettings(Settings):
@@ -23,7 +25,7 @@ class TrainSettings(Settings):
     init: Free[PathText | None] = Field(
         None, description="of the transformer: a model's directory or a run's folder to start from; null: fresh weights"
     )
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     decay: Literal["constant", "cosine"] = Field("constant", description="cosine falls to a tenth at the last step")

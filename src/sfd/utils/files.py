@@ -6,14 +6,12 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +53,7 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
             _remove(old)
             path.rename(old)
         partial.replace(path)
-        _fsync_folder(path.parent)
+        _fsync(path.parent)
         _remove(old)
     except OSError as error:
         _remove(partial)
@@ -93,17 +91,14 @@ def _fsync_tree(path: Path) -> None:
     mode = probe.stat().st_mode
     probe.unlink()
     for item in [path, *path.rglob("*")]:
-        if item.is_dir():
-            _fsync_folder(item)
-        else:
+        if not item.is_dir():
             item.chmod(mode)
-            with item.open("rb") as handle:
-                os.fsync(handle.fileno())
+        _fsync(item)
 
 
-def _fsync_folder(path: Path) -> None:
+def _fsync(path: Path) -> None:
     # A rename survives a power cut only once the folder is on disk; Windows cannot open folders.
-    if os.name == "posix":
+    if os.name == "posix" or not path.is_dir():
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -153,11 +148,6 @@ def check_space(folder: Path, needed: int, otherwise: str) -> None:
             f"{folder} needs {needed / 2**30:.3g} GiB more, but its disk has {free / 2**30:.3g} GiB free; free some, "
             f"choose another --out, or {otherwise}"
         )
-
-
-def now() -> str:
-    """Return the present time in UTC, to the microsecond, as ISO 8601."""
-    return datetime.now(timezone.utc).isoformat()
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
@@ -249,19 +239,16 @@ def read_pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
         raise as_user_error(error, path) from None
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged pickle can end in any of them
         download = failed_download(path)
         if download is not None:
             raise SFDError(f"{path} is {download}") from None
         named = re.search(r"GLOBAL [\w.]+|Unsupported operand \d+", str(error))
-        reason = named[0] if named else "unreadable"
+        reason = named[0] if named else type(error).__name__
         raise SFDError(
             f"{path} cannot be read as tensors alone ({reason}): it is damaged, or loading it could run code; nothing "
             "of it was run. If you trust who made it, save its state dictionary alone, best as safetensors"
         ) from None
-    except Exception as error:  # a damaged pickle can end in any of them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SFDError(f"{path} cannot be read ({reason[:120]}); make or fetch it again") from None
 
 
 def checksum(path: Path) -> str:
@@ -274,17 +261,11 @@ def checksum(path: Path) -> str:
 
 
 @contextmanager
-def exclusive(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
-    """Hold a folder for this process alone; it is made if it does not exist, and removed again if it stays empty.
-
-    Args:
-        folder: what to hold.
-        wait: as in `file_lock`.
-    """
-    message = f"{folder} is in use by another run; wait for it to end or choose another folder"
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; it is made if it does not exist, and removed again if it stays empty."""
     lock, made = folder / ".lock", [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with file_lock(lock, message, wait=wait):
+        with file_lock(lock, f"{folder} is in use by another run; wait for it to end or choose another folder"):
             yield
     finally:
         with suppress(OSError):

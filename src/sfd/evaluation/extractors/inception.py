@@ -71,31 +71,19 @@ def pretrained(weights: str | None, device: torch.device) -> Inception:
             "install it, and the torchvision of your PyTorch, with: pip install torch-fidelity torchvision"
         ) from None
     path = Path(weights) if weights else _fetched(URL_INCEPTION_V3)
-    state = _read(path)
+    if not path.is_file():
+        raise SFDError(f"there is no file {path}; give {WEIGHTS}, which torch-fidelity publishes")
     buffer = io.BytesIO()
-    torch.save(state, buffer)  # the constructor unpickles what it is given, so it is given what was read safely
+    torch.save(files.read_pickled(path), buffer)  # the constructor unpickles it, so it gets what was read safely
     buffer.seek(0)
     try:
         network = FeatureExtractorInceptionV3(
             "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer
         )
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise SFDError(f"{path} holds the weights of another network ({reason}); give {WEIGHTS}") from None
     return Inception(network, files.checksum(path), device)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise SFDError(f"there is no file {path}; give {WEIGHTS}, which torch-fidelity publishes")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files are met with errors of nearly every type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SFDError(f"{path} cannot be read as PyTorch weights ({reason}); give {WEIGHTS}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SFDError(f"{path} holds no state dictionary of tensors; give {WEIGHTS}")
-    return state
 
 
 def _fetched(url: str) -> Path:
