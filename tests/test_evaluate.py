@@ -6,7 +6,7 @@ from PIL import Image
 
 from sfd.data.shapes import ShapesSource
 from sfd.data.split import split
-from sfd.evaluation.evaluate import METRICS, compare, evaluate, evaluate_real, read_metrics
+from sfd.evaluation.evaluate import METRICS, evaluate, evaluate_real, read_metrics
 from sfd.evaluation.extractors._base import Extraction
 from sfd.evaluation.metrics import Gaussian, gaussian
 from sfd.evaluation.reference import RealImages, Reference, reference_of
@@ -76,10 +76,10 @@ def test_sfid_is_the_distance_of_spatial_features():
     moments = gaussian(seen.features)
     scaled = Gaussian(moments.mean - 2, 9 * moments.covariance, 0)  # |Δμ|² + tr(Σ)·(3 − 1)²
     reference = Reference(PLAIN.extractor, PLAIN.protocol, None, moments, scaled)
-    result = compare(seen._replace(spatial=seen.features), None, reference, name="samples")
+    result = evaluate(seen._replace(spatial=seen.features), None, reference, name="samples")
     assert result.sfid == pytest.approx(16 * 4 + 4 * np.trace(moments.covariance))
     assert result.precision is result.recall is None
-    assert compare(seen, None, reference, name="samples").sfid is None
+    assert evaluate(seen, None, reference, name="samples").sfid is None
 
 
 def test_real_images_are_a_balanced_and_reproducible_choice():
@@ -131,7 +131,7 @@ def doubtful(samples=2000, reference=2000, size=16, moments=False, **judge):
     )
     labels = np.arange(samples) % 2
     seen = Extraction(features[:samples], np.eye(2, dtype=np.float32)[labels])
-    return set(compare(seen, labels, against, name="samples").caveats)
+    return set(evaluate(seen, labels, against, name="samples").caveats)
 
 
 FEATURES = {"frechet_distance", "precision", "recall"}

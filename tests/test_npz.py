@@ -91,7 +91,7 @@ def test_stored_moments_are_read(tmp_path):
     [
         ({"arr_0": IMAGES.astype(np.float32)}, "uint8"),
         ({"arr_0": IMAGES[:, :4]}, "square images"),
-        ({"arr_0": np.array([{}])}, "never unpickled"),
+        ({"arr_0": np.array([{}])}, "object"),
         ({"images": IMAGES}, "no array 'arr_0'.*it has images"),
         ({"arr_0": IMAGES, "arr_1": np.arange(9)}, "10 whole numbers"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sfd.evaluation.evaluate import Metrics, compare, read_metrics
+from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
 from sfd.evaluation.extractors import inception
 from sfd.evaluation.extractors._base import PUBLISHED, Extractor, pretrained
 from sfd.evaluation.features import extract
@@ -68,7 +68,7 @@ def evaluate_samples(
     if seen is None or against is None:
         click.echo(f"this rank's features are in {cache}; the last rank to end gives the numbers")
         return
-    found = compare(seen, labels, against, name=samples.name, sampling=loaded.sampling)
+    found = evaluate(seen, labels, against, name=samples.name, sampling=loaded.sampling)
     if run is None:
         found = found.model_copy(
             update={"balanced": loaded.balanced, "not_comparable": tuple(_not_comparable(loaded, against))}

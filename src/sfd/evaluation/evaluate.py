@@ -58,7 +58,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def evaluate(
-    samples: Images | np.ndarray,
+    samples: Images | np.ndarray | Extraction,
     labels: Sequence[int] | np.ndarray | None,
     reference: Reference,
     *,
@@ -69,34 +69,23 @@ def evaluate(
     """Compare images with a reference, through its extractor.
 
     Args:
-        samples: images, or uint8 (N, S, S, 3).
+        samples: images, uint8 (N, S, S, 3), or what the extractor saw in them.
         labels: class of each image, as index into the extractor's classes; None: images have none.
         reference: what to compare with.
         name: what the samples are, for tables.
         sampling: how they were made, plain values.
         real: these are real images.
     """
-    seen = extract(samples, reference.extractor, f"features of {name}")
-    assert seen is not None  # only a cache leaves work to other ranks
-    return compare(seen, labels, reference, name=name, sampling=sampling, real=real)
-
-
-def compare(
-    seen: Extraction,
-    labels: Sequence[int] | np.ndarray | None,
-    reference: Reference,
-    *,
-    name: str,
-    sampling: Mapping[str, Any] | None = None,
-    real: bool = False,
-) -> Metrics:
-    """Compare features of images with a reference; see `evaluate`."""
+    seen = samples
+    if not isinstance(seen, Extraction):
+        found = extract(seen, reference.extractor, f"features of {name}")
+        assert found is not None  # only a cache leaves work to other ranks
+        seen = found
     classes = tuple(reference.extractor.classes)
     truth = None if labels is None or not classes else _checked(labels, len(seen.features), classes)
-    found = dict(_measured(seen, truth, reference))
-    values: dict[str, Any] = {metric: found[metric].value if metric in found else None for metric in METRICS}
+    estimates = dict(_measured(seen, truth, reference))
     by_class = {}
-    if "class_accuracy" in found and truth is not None and seen.probabilities is not None:
+    if truth is not None and seen.probabilities is not None:
         right = seen.probabilities.argmax(axis=1) == truth
         by_class = {c: float(right[truth == i].mean()) for i, c in enumerate(classes) if (truth == i).any()}
     return Metrics(
@@ -104,10 +93,10 @@ def compare(
         real=real,
         n_samples=len(seen.features),
         balanced=balanced(truth, len(classes)),
-        **values,
+        **{metric: estimates[metric].value if metric in estimates else None for metric in METRICS},
         accuracy_by_class=by_class,
-        intervals={metric: (estimate.low, estimate.high) for metric, estimate in found.items()},
-        caveats={metric: why for metric in found if (why := _caveats(metric, seen, reference))},
+        intervals={metric: (estimate.low, estimate.high) for metric, estimate in estimates.items()},
+        caveats={metric: why for metric in estimates if (why := _caveats(metric, seen, reference))},
         protocol=reference.protocol,
         sampling=dict(sampling or {}),
     )
@@ -147,9 +136,9 @@ def _caveats(metric: str, seen: Extraction, reference: Reference) -> tuple[str, 
             reasons.append(f"{given}, fewer than {MIN_PER_DIMENSION} for each of {dimensions:,} feature dimensions")
     if protocol.extractor_images is not None and protocol.extractor_images < MIN_IMAGES:
         reasons.append(f"a classifier trained on {protocol.extractor_images:,} images, fewer than {MIN_IMAGES:,}")
-    if protocol.extractor_accuracy is not None and protocol.extractor_accuracy < MIN_ACCURACY:
-        right = f"{protocol.extractor_accuracy:.1%}"
-        reasons.append(f"a classifier with an accuracy of {right} on unseen images, below {MIN_ACCURACY:.0%}")
+    accuracy = protocol.extractor_accuracy
+    if accuracy is not None and accuracy < MIN_ACCURACY:
+        reasons.append(f"a classifier with an accuracy of {accuracy:.1%} on unseen images, below {MIN_ACCURACY:.0%}")
     return tuple(reasons)
 
 

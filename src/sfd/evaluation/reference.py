@@ -77,11 +77,12 @@ class Reference:
             extractor_accuracy=extractor.accuracy,
         )
         features = None if seen is None else seen.features
-        if real.moments is not None:
-            # Without stored spatial moments there is no sFID: moments of fewer images would pass for them.
-            return Reference(extractor, protocol, features, real.moments, real.spatial)
-        spatial = None if seen is None else moments(seen.spatial)
-        return Reference(extractor, protocol, features, moments(features), spatial)
+        statistics, spatial = real.moments, real.spatial
+        if seen is not None and statistics is None:  # beside stored moments, those of fewer images would mislead
+            statistics, spatial = (
+                gaussian(x) if x is not None and len(x) > 1 else None for x in (seen.features, seen.spatial)
+            )
+        return Reference(extractor, protocol, features, statistics, spatial)
 
 
 def reference_of(images: Images, extractor: Extractor, name: str) -> Reference:
@@ -89,11 +90,6 @@ def reference_of(images: Images, extractor: Extractor, name: str) -> Reference:
     reference = Reference.of(RealImages(name, images.identity, images), extractor)
     assert reference is not None  # only a cache leaves work to other ranks
     return reference
-
-
-def moments(features: np.ndarray | None) -> Gaussian | None:
-    """Compute the moments of features (N, D), if there are enough for a covariance."""
-    return None if features is None or len(features) < 2 else gaussian(features)
 
 
 def open_reference(path: Path, image_size: int, extractor: str) -> RealImages:

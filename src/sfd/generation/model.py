@@ -127,20 +127,19 @@ class Model(HubFolder):
         return images
 
     def trajectory(
-        self, classes: Classes | None = None, seeds: int | Sequence[int] | None = None, **settings: Any
+        self,
+        classes: Classes | None = None,
+        seeds: int | Sequence[int] | None = None,
+        *,
+        guiding: Model | None = None,
+        **settings: Any,
     ) -> list[Progress]:
         """All states of a sampling, from noise to data; see `sample`. `decode` shows a state's texture as images."""
         labels, chosen = self._pairs(classes, seeds)
-        return self.states(labels, chosen, self.config(**settings))
-
-    def states(
-        self, labels: Sequence[int], seeds: Sequence[int], config: SamplingConfig, guiding: Model | None = None
-    ) -> list[Progress]:
-        """All states of a sampling, its first one the noise; see `sample_batches`."""
-        start = initial_noise(seeds, self.composite).to(self.device)
+        start = initial_noise(chosen, self.composite).to(self.device)
         states = [Progress(0.0, torch.zeros(len(self.composite.streams)), start, 0)]
-        whole = config.model_copy(update={"batch_size": len(seeds)})
-        list(self.sample_batches(labels, seeds, whole, guiding=guiding, callback=states.append))
+        config = self.config(**settings | {"batch_size": len(chosen)})
+        list(self.sample_batches(labels, chosen, config, guiding=guiding, callback=states.append))
         return states
 
     def velocity(

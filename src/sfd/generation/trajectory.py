@@ -54,13 +54,13 @@ def follow_sample(
     if len(model.composite.streams) < 2:
         raise SFDError("this model has a single stream, so there are no phases to show; use a model with two")
     config = config.model_copy(update={"solver": "heun", "steps": STEPS, "options": {}, "shift": 1.0})
-    label = model.labels[0] if label is None else label
-    states = model.states([label], [seed], config, guiding)
+    classes = (label or 0) if model.classes else None
+    states = model.trajectory(classes, seed, guiding=guiding, **config.model_dump(mode="json"))
     wanted = np.linspace(0, 1, FRAMES + 1)[1:]
     frames = [min(states, key=lambda p: abs(p.u - u)) for u in wanted]
     x = torch.cat([frame.x for frame in frames])
     leader = next(name for name in model.composite.names if name != TEXTURE)
-    named = f"class {model.classes[label]!r}, " if model.classes else ""
+    named = f"class {model.classes[label or 0]!r}, " if model.classes else ""
     return Trajectory(
         caption=f"{named}seed {seed}, {config.summary()}",
         base=np.array([frame.u for frame in frames]),

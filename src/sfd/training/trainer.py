@@ -82,7 +82,7 @@ def fit(
             stop = 0
             while trainer.step < settings.steps and not stop:
                 trainer.train_step()
-                progress.reach(trainer.step, trainer.log_step())
+                progress.advance(trainer.step - progress.done, trainer.log_step())
                 trainer.preview()
                 # A signal that comes from here on is seen after the next step, or at the end.
                 stop = distributed.all_reduce_max(received[0] if received else 0)

@@ -135,9 +135,7 @@ def shutdown() -> None:
 def barrier() -> None:
     """Wait until all ranks have come here."""
     if _waiting is not None:
-        import torch.distributed as dist
-
-        dist.barrier(group=_waiting)
+        _waiting.barrier().wait()
 
 
 def broadcast(value: Any) -> Any:

@@ -14,10 +14,10 @@ SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BETWEEN_UPDATES = 0.1  # on a terminal
 
 
-def say(message: str) -> None:
+def say(message: str, end: str = "\n") -> None:
     """Print a message to stderr; of the ranks of a process group, rank 0 alone speaks."""
     if distributed.is_main_process() or not distributed.has_group():
-        print(message, file=sys.stderr, flush=True)
+        print(message, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -30,32 +30,22 @@ class Progress:
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Count `count` more as done."""
-        self.reach(self.done + count, note)
-
-    def reach(self, done: int, note: str | None = None) -> None:
-        """Set the number of items that are done."""
-        self.done = done
+        self.done += count
         self.note = self.note if note is None else note
         if time.monotonic() - self._shown >= (SECONDS_BETWEEN_UPDATES if self._terminal else SECONDS_BETWEEN_LINES):
-            self._show()
+            self.show()
 
-    def close(self) -> None:
-        """Show the last state."""
-        if self.done > self._first:
-            self._show()
-            if self._terminal:
-                say("")
-
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Show the present state."""
         self._shown = time.monotonic()
         rate = max(self.done - self._first, 0) / max(self._shown - self._start, 1e-9)
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else "done"
         line = f"{self.description}: {self.done}/{self.total}, {left} {self.note}".rstrip()
-        if not self._terminal:
-            say(line)
-        elif distributed.is_main_process() or not distributed.has_group():
+        if self._terminal:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+            say(f"\r{line[:width]:<{width}}", end="")
+        else:
+            say(line)
 
 
 @contextmanager
@@ -71,4 +61,7 @@ def bar(description: str, total: int, done: int = 0) -> Iterator[Progress]:
     try:
         yield progress
     finally:
-        progress.close()
+        if progress.done > done:
+            progress.show()
+            if sys.stderr.isatty():
+                say("")
