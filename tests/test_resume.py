@@ -283,3 +283,12 @@ def test_a_command_overwrites_only_its_own_output(finished, tmp_path, command):
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     assert sfd(*start(out)).exit_code == 0
     assert sfd(*start(out)).exit_code == (2 if command == "export" else 0)
+
+
+@pytest.mark.parametrize("stage", ["texture", "transformer", "evaluator"])
+def test_a_stage_that_others_were_made_from_is_not_trained_further(finished, tiny, stage):
+    fields = {"texture": "texture.train.steps", "transformer": "train.steps"}
+    field = fields.get(stage, "evaluation.classifier.training.steps")
+    recipe = changed(tiny, field, 99)
+    with pytest.raises(SFDError, match=rf"{'training' if stage == 'transformer' else stage} was trained for .*metrics"):
+        pipeline.Pipeline(recipe, finished.folder.root, CPU).check_recipe()

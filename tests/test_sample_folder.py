@@ -133,3 +133,12 @@ def test_the_models_settings_are_the_defaults_of_the_command(tmp_path):
         done(*command)
         expected = model.sampling.model_copy(update=changed).model_dump(mode="json")
         assert load_samples(tmp_path / name).record["sampling"] == expected
+
+
+@pytest.mark.parametrize("name", ["cat/photo.jpg", "photo.JPG", "grid.png"])
+def test_samples_are_not_put_among_other_images(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(SFDError, match="holds images or folders"):
+        few(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]

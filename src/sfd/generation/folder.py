@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from sfd.data.grid import image_grid
+from sfd.data.listing import meant_as_image
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.latents import TEXTURE
@@ -116,8 +117,9 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record, the same on every rank; refuse a folder whose record differs in more than the batch size."""
     path = folder / RECORD
     if not path.exists():
-        if any(folder.glob("*.png")):
-            raise SFDError(f"{folder} holds images, but no {RECORD} that says what they are; give an empty folder")
+        others = folder.is_dir() and any(item.is_dir() or meant_as_image(item.name) for item in folder.iterdir())
+        if others and not path.exists():  # another rank may have begun since
+            raise SFDError(f"{folder} holds images or folders, but no {RECORD} from sampling; give an empty folder")
         files.write_json(path, record, shared=True)
         return
     before = _flat(files.read_json(path, "folder of samples"))

@@ -89,7 +89,7 @@ class SamplesStage(Stage):
         transformer: TransformerStage,
         guiding: Callable[[], Model | None] = lambda: None,
     ) -> None:
-        self.variant, self.transformer, self.guiding = variant, transformer, guiding
+        self.variant, self.transformer, self.guiding, self.sources = variant, transformer, guiding, (transformer,)
         folder, fields = run.folder.samples / variant, ("evaluation.samples_per_class", "evaluation.seed")
         super().__init__(run, f"{variant} samples", "sfd report", folder, fields)
         sample = run.recipe.sample if variant == "guided" else run.recipe.sample.unguided()
@@ -153,7 +153,7 @@ class MetricsStage(Stage):
     together = False
 
     def __init__(self, run: Run, samples: Sequence[SamplesStage], evaluator: EvaluatorStage, images: RunImages) -> None:
-        self.samples, self.evaluator, self.images = samples, evaluator, images
+        self.samples, self.evaluator, self.images, self.sources = samples, evaluator, images, (*samples, evaluator)
         fields = ("seed", "data", "sample", "evaluation")
         super().__init__(run, "metrics", "sfd report", run.folder.metrics, fields)
 

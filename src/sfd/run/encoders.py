@@ -76,7 +76,7 @@ class CompressorStage(Stage):
     """Trains the SemVAE, or fits PCA, on the semantic encoder's features; or loads the one that the recipe gives."""
 
     def __init__(self, run: Run, images: RunImages, semantic: EncoderStage) -> None:
-        self.settings, self.images, self.semantic = run.recipe.compressor, images, semantic
+        self.settings, self.images, self.semantic, self.sources = run.recipe.compressor, images, semantic, (semantic,)
         self.together = self.settings.name == "semvae"
         name, fields = "SemVAE" if self.together else "principal components", ("seed", "data", "compressor")
         super().__init__(run, name, "sfd train-semvae", run.folder.compressor, fields, self.settings.train)

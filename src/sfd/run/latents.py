@@ -35,7 +35,7 @@ class LatentsStage(Stage):
         self, run: Run, images: RunImages, texture: EncoderStage, semantic: EncoderStage, compressor: CompressorStage
     ) -> None:
         self.images, self.texture, self.semantic, self.compressor = images, texture, semantic, compressor
-        self.published = run.recipe.latents.published
+        self.sources, self.published = (texture, semantic, compressor), run.recipe.latents.published
         self.together = self.published is None
         super().__init__(
             run, "latents", "sfd prepare", run.folder.latents, ("data", "latents") if self.together else ()

@@ -56,6 +56,8 @@ class Pipeline:
         """Refuse a recipe that differs from what any started stage was made with, before the first of them works."""
         for stage in self.stages():
             stage.check_recipe()
+        for stage in self.stages():
+            stage.check_extension(self.stages())
 
     def make_model(self) -> None:
         """Make every stage up to the model and its evaluation classifier."""

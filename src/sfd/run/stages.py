@@ -78,6 +78,8 @@ class Stage(ABC):
 
     together = True
     """Whether all ranks do the work; otherwise rank 0 does, and the others wait for it."""
+    sources: tuple[Stage, ...] = ()
+    """Stages whose results it reads."""
 
     def __init__(
         self, run: Run, name: str, command: str, folder: Path, fields: Sequence[str], train: TrainSettings | None = None
@@ -127,6 +129,21 @@ class Stage(ABC):
     def check_recipe(self) -> None:
         """Refuse a recipe that differs from the recorded one, if the stage was started. Loads nothing."""
         self._compare(recipe=self.fields)
+
+    def check_extension(self, others: Sequence[Stage]) -> None:
+        """Refuse to train a finished stage further where other stages were made from its result."""
+        record = self._read()
+        if record is None or not record["finished"] or record["steps"] == self._steps:
+            return
+        after = [str(stage.folder) for stage in others if stage._follows(self) and (stage.folder / RECORD).exists()]
+        if after:
+            raise SFDError(
+                f"{self.folder} was trained for {record['steps']} steps and used for {', '.join(after)}; "
+                f"to train it for {self._steps}, give another --out folder, or remove {' '.join(after)} first"
+            )
+
+    def _follows(self, other: Stage) -> bool:
+        return any(source is other or source._follows(other) for source in self.sources)
 
     def finished(self) -> bool:
         """Tell whether the stage is done, for as many steps, and all its results exist; refuse other inputs."""
@@ -208,12 +225,13 @@ class Stage(ABC):
                     "--out folder, or remove them"
                 )
             return None
+        kinds = {"recipe": "with another recipe", "inputs": "from other inputs"}
         for part, now in parts.items():
             different = first_difference(record[part], files.jsonable(now))
             if different is not None:
                 field, before, value = different
                 raise SFDError(
-                    f"{self.folder} was made with another recipe: {field} was {before!r} before and is {value!r} now; "
+                    f"{self.folder} was made {kinds[part]}: {field} was {before!r} before and is {value!r} now; "
                     f"give another --out folder, or remove {self.folder} to make it anew"
                 )
         return record

@@ -35,7 +35,7 @@ class TransformerStage(Stage):
     """Trains the transformer on latents; the texture encoder decodes what it samples."""
 
     def __init__(self, run: Run, latents: LatentsStage, texture: EncoderStage) -> None:
-        self.latents, self.texture = latents, texture
+        self.latents, self.texture, self.sources = latents, texture, (latents,)
         fields = ("seed", "streams", "schedule", "transformer", "loss", "train")
         super().__init__(run, "transformer", "sfd train", run.folder.training, fields, run.recipe.train)
 
