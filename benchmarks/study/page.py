@@ -1,0 +1,201 @@
+"""The study's page: what holds and what does not, tables, plots, and all numbers as JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.report import table
+from sfd.evaluation.evaluate import Metrics, read_metrics
+from sfd.utils import files
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of Student's t, by number of seeds
+DRAWN = ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived")  # arms whose fronts are plotted
+SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
+CLAIMS = (
+    ("repa", "texture", "REPA is better than texture alone"),
+    ("offset-0", "repa", "a semantic stream, synchronous, is better than REPA alone"),
+    ("offset-0.3", "offset-0", "semantics that lead by 0.3 are better than synchronous ones"),
+    ("offset-0.3", "offset-1", "semantics that lead by 0.3 are better than sequential ones"),
+    ("offset-0.3", "stationary", "not training streams at rest is better than training them"),
+    ("arrived", "offset-0.3", "noise on finished semantics is better than none"),
+    ("arrived-1", "offset-1", "the same, sequential"),
+    ("data-0.3", "offset-0.3", "predicting the data is better than predicting the velocity"),
+    ("data-0.3", "data-0", "with predictions of the data, 0.3 is better than synchronous"),
+    ("density-0.3", "density-0", "with equal densities of each stream's time, 0.3 is better than synchronous"),
+    ("density-0.3", "density-1", "with equal densities of each stream's time, 0.3 is better than sequential"),
+    ("compressor", "offset-0.3", "a SemVAE is better than principal components"),
+    ("offset-0.3", "embedded", "the base's encoder is better than the embedded one"),
+)
+
+
+class Value(NamedTuple):
+    """A mean over seeds, and half the width of its 95 % interval."""
+
+    mean: float
+    half: float
+
+
+class Results:
+    """The metrics of all arms and seeds of a data set: `found[arm][what]`, one `Metrics` a seed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.found: dict[str, dict[str, list[Metrics]]] = defaultdict(lambda: defaultdict(list))
+        for path in sorted((folder / "results").glob("*.json")):
+            name = re.fullmatch(r"(.+)\.seed-(\d+)\.(.+)\.json", path.name)
+            if name is not None:
+                self.found[name[1]][name[3]].append(read_metrics(path))
+
+    def value(self, arm: str, metric: str, what: str = "guidance-1") -> Value | None:
+        """Average a metric over seeds; its interval covers both the draw of samples and the spread of seeds."""
+        seeds = self.found.get(arm, {}).get(what, [])
+        if not seeds:
+            return None
+        values = [float(getattr(seen, metric)) for seen in seeds]
+        sampled = float(np.mean([np.subtract(*seen.intervals[metric][::-1]) / 2 for seen in seeds])) / len(seeds) ** 0.5
+        if len(seeds) == 1:
+            return Value(values[0], sampled)
+        spread = STUDENT.get(len(seeds), 2.6) * float(np.std(values, ddof=1)) / len(seeds) ** 0.5
+        return Value(float(np.mean(values)), max(sampled, spread))
+
+    def front(self, arm: str, metric: str) -> list[tuple[float, Value]]:
+        """A metric by scale of guidance."""
+        scales = sorted(float(what.split("-")[1]) for what in self.found.get(arm, {}) if what.startswith("guidance"))
+        pairs = [(scale, self.value(arm, metric, f"guidance-{scale:g}")) for scale in scales]
+        return [(scale, value) for scale, value in pairs if value is not None]
+
+    def curve(self, arm: str, images: int, steps: int) -> list[tuple[int, float]]:
+        """Unguided distance by images seen, the last point that of the trained model."""
+        taken = sorted(int(what.split("-")[1]) for what in self.found.get(arm, {}) if what.startswith("step"))
+        points = [(step * images, self.value(arm, "frechet_distance", f"step-{step}")) for step in taken]
+        points.append((steps * images, self.value(arm, "frechet_distance")))
+        return [(seen, value.mean) for seen, value in points if value is not None]
+
+    def best(self, arm: str) -> tuple[float, Value] | None:
+        """The lowest distance over the scales of guidance, and its scale."""
+        return min(self.front(arm, "frechet_distance"), key=lambda pair: pair[1].mean, default=None)
+
+
+def verdict(better: Value | None, worse: Value | None, lower: bool) -> str:
+    """Say whether an ordering holds, with intervals that do not overlap."""
+    if better is None or worse is None:
+        return "not measured"
+    gain = (worse.mean - better.mean) * (1 if lower else -1)
+    if abs(gain) <= better.half + worse.half:
+        return "not separated"
+    return "holds" if gain > 0 else "the reverse holds"
+
+
+def claims(results: Results) -> list[dict[str, Any]]:
+    """Check each claim in unguided distance, in the best guided distance, and in unguided accuracy."""
+    rows = []
+    for better, worse, claim in CLAIMS:
+        pairs = {
+            "unguided distance": [results.value(arm, "frechet_distance") for arm in (better, worse)],
+            "best guided distance": [best[1] if (best := results.best(arm)) else None for arm in (better, worse)],
+            "unguided accuracy": [results.value(arm, "class_accuracy") for arm in (better, worse)],
+        }
+        row = {"claim": claim}
+        for what, (one, other) in pairs.items():
+            row[what] = f"{verdict(one, other, 'distance' in what)}: {shown(one)}, {shown(other)}"
+        if any(None not in pair for pair in pairs.values()):
+            rows.append(row)
+    return rows
+
+
+def shown(value: Value | None) -> str:
+    """A value with its interval; shares of 1 as they are."""
+    if value is None:
+        return "—"
+    digits = 3 if value.mean < 1 else 2
+    return f"{value.mean:.{digits}f} ± {value.half:.{digits}f}"
+
+
+def reached(curve: list[tuple[int, float]], distance: float) -> float | None:
+    """Images until a distance was first reached, by straight lines on logarithms of both; None: never."""
+    for (before, high), (after, low) in pairwise(curve):
+        if low <= distance < high:
+            share = math.log(high / distance) / math.log(high / low)
+            return math.exp((1 - share) * math.log(before) + share * math.log(after))
+    return float(curve[0][0]) if curve and curve[0][1] <= distance else None
+
+
+def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
+    """One row per arm."""
+    final = results.value("texture", "frechet_distance")
+    listed = []
+    for arm in results.found:
+        row: dict[str, Any] = {"arm": arm, "seeds": len(results.found[arm].get("guidance-1", []))}
+        row |= {metric.replace("_", " "): shown(results.value(arm, metric)) for metric in SHOWN}
+        best = results.best(arm)
+        row["best guided distance"] = "—" if best is None else f"{shown(best[1])} at {best[0]:g}"
+        seen = reached(results.curve(arm, images, steps), final.mean) if final is not None else None
+        row["times faster than texture alone"] = "—" if seen is None else f"{images * steps / seen:.2g}"
+        listed.append(row)
+    return listed
+
+
+def plots(results: Results, images: int, steps: int) -> Figure:
+    """Distance by offset, the fronts of precision and recall and of distance over guidance, and convergence."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (by_offset, front), (by_scale, convergence) = figure.subplots(2, 2)
+    for what, style in (("unguided", "o-"), ("best guided", "s--")):
+        points = []
+        for arm in results.found:
+            best, plain = results.best(arm), results.value(arm, "frechet_distance")
+            if (found := re.fullmatch(r"offset-([\d.]+)", arm)) and best is not None and plain is not None:
+                points.append((float(found[1]), *(plain if what == "unguided" else best[1])))
+        if points:
+            x, y, half = zip(*sorted(points), strict=True)
+            by_offset.errorbar(x, y, half, fmt=style, capsize=3, label=what)
+    if by_offset.lines:
+        by_offset.legend()
+    for arm in [
+        arm for arm in ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived") if arm in results.found
+    ]:
+        pairs = results.front(arm, "precision"), results.front(arm, "recall"), results.front(arm, "frechet_distance")
+        precision, recall, distance = ([value.mean for _, value in pair] for pair in pairs)
+        front.plot(recall, precision, "o-", label=arm)
+        by_scale.plot([scale for scale, _ in pairs[2]], distance, "o-", label=arm)
+        curve = results.curve(arm, images, steps)
+        convergence.loglog([seen for seen, _ in curve], [value for _, value in curve], "o-", label=arm)
+    titles = ("offset Δ", "Fréchet distance"), ("recall", "precision"), ("guidance", "Fréchet distance")
+    for axis, (x_name, y_name) in zip(
+        (by_offset, front, by_scale, convergence), (*titles, ("images seen", "unguided Fréchet distance")), strict=True
+    ):
+        axis.set(xlabel=x_name, ylabel=y_name)
+        axis.grid(alpha=0.3)
+    if results.found:
+        front.legend()
+    return figure
+
+
+def write(folder: Path, name: str, images: int, steps: int) -> Path:
+    """Write the page of a data set, `study-NAME.md`, with its picture and its numbers; give its path."""
+    results = Results(folder)
+    page, picture, numbers = (folder.parent / f"study-{name}{suffix}" for suffix in (".md", ".png", ".json"))
+    with files.atomic_write(picture) as partial:
+        plots(results, images, steps).savefig(partial, format="png", dpi=110)
+    checked, measured = claims(results), rows(results, images, steps)
+    files.write_json(numbers, {"claims": checked, "arms": measured, "images a step": images, "steps": steps})
+    text = f"""# Study: {name}
+
+Each arm is a network of the same size that saw the same {images * steps:,} images, in the same order. Values are means
+over seeds with 95 % intervals that cover the draw of the samples and the spread of the seeds. An ordering holds if the
+intervals do not overlap.
+
+{table(checked) if checked else "Nothing to compare yet."}
+
+![distance by offset, fronts and convergence]({picture.name})
+
+{table(measured) if measured else ""}
+"""
+    files.write_text(page, text)
+    return page

@@ -1,0 +1,132 @@
+"""Trains and measures one arm with one seed. All that is made is kept and shared by what it is made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.study.arms import Arm, Base
+from sfd.data.shards import LatentSet
+from sfd.evaluation.evaluate import evaluate
+from sfd.evaluation.extractors._base import pretrained
+from sfd.evaluation.reference import Reference
+from sfd.generation.model import Model
+from sfd.models.dit import LightningDiT
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import Recipe, load_recipe
+from sfd.run.stages import Stage
+from sfd.run.transformer import transformer_config
+from sfd.schedule import build_schedule
+from sfd.training.tasks.diffusion import DiffusionTask
+from sfd.training.trainer import fit
+
+SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance
+OF_LATENTS = ("data", "texture", "semantic", "compressor", "latents")  # fields of a recipe that latents depend on
+PER_SEED = 1_000_000  # images of a training seed have noise of their own, the same for all arms
+
+
+class Study:
+    """The arms of one data set, in a folder."""
+
+    def __init__(self, base: Base, changes: Sequence[str], folder: Path, device: torch.device) -> None:
+        self.base, self.folder, self.device = base, folder, device
+        self.changes = (*base.changes, *changes)
+
+    def measure(self, arm: Arm, seed: int) -> bool:
+        """Train an arm and measure its samples, at each scale of guidance and while it is trained.
+
+        Returns:
+            whether there was something to do.
+        """
+        paths = {scale: self.path(arm, seed, f"guidance-{scale:g}") for scale in SCALES}
+        if all(path.exists() for path in paths.values()):
+            return False
+        model = self._train(arm, seed)
+        for scale, path in paths.items():
+            if not path.exists():
+                self._evaluate(model, scale, seed, path)
+        return True
+
+    def path(self, arm: Arm, seed: int, what: str) -> Path:
+        """The file of one set of metrics."""
+        return self.folder / "results" / f"{arm.name}.seed-{seed}.{what}.json"
+
+    def recipe(self, arm: Arm) -> Recipe:
+        """The complete recipe of an arm."""
+        return load_recipe(self.base.recipe, [*self.changes, *arm.changes])
+
+    def _train(self, arm: Arm, seed: int) -> Model:
+        recipe, parts = self.recipe(arm), self._parts(arm)
+        latents, texture = LatentSet(parts.folder.latents), parts.texture.encoder
+        config = transformer_config(recipe, latents)
+        schedule = build_schedule(recipe.schedule, config.composite.names)
+
+        def preview(step: int, network: nn.Module, _: Path) -> None:
+            path = self.path(arm, seed, f"step-{step}")
+            if step < recipe.train.steps and not path.exists():
+                self._evaluate(Model(network, schedule, texture, latents.manifest.classes), 1.0, seed, path)
+
+        network, size = LightningDiT(config, seed=seed), recipe.train.batch_size
+        task = DiffusionTask(network, latents, schedule, recipe.loss, seed=seed, batch_size=size, previewer=preview)
+        trained = fit(task, recipe.train, self.folder / "training" / f"{arm.name}.seed-{seed}", device=self.device)
+        return Model(trained, schedule, texture, latents.manifest.classes)
+
+    def _evaluate(self, model: Model, scale: float, seed: int, path: Path) -> None:
+        recipe = self.recipe(Arm("base", (), ""))
+        settings = recipe.sample.model_copy(update={"guidance": scale, "guidance_from": "null_class"})
+        labels = [c for c in range(len(model.classes)) for _ in range(recipe.evaluation.samples_per_class)]
+        seeds = range(PER_SEED * seed, PER_SEED * seed + len(labels))
+        images = np.concatenate([batch.images for batch in model.sample_batches(labels, seeds, settings)])
+        sampling = settings.model_dump(mode="json")
+        judge, *others = self.references
+        seen = evaluate(images, labels, judge, name=path.name, sampling=sampling)
+        for reference in others:  # distances in the extractor's features, accuracy by the classifier
+            found = evaluate(images, None, reference, name=path.name, sampling=sampling)
+            kept = ("class_accuracy", "accuracy_by_class")
+            intervals = found.intervals | {k: v for k, v in seen.intervals.items() if k in kept}
+            seen = found.model_copy(update={k: getattr(seen, k) for k in kept} | {"intervals": intervals})
+        seen.write(path)
+
+    @cached_property
+    def references(self) -> tuple[Reference, ...]:
+        """Held-out images as the evaluation classifier sees them, and as the extractor does, if there is one."""
+        recipe = self.recipe(Arm("base", (), ""))
+        fixed = recipe.fixed()
+        judge = Pipeline(recipe, self._part("judge", [fixed["data"], fixed["evaluation"]["classifier"]]), self.device)
+        judge.evaluator.make()
+        references = [judge.evaluator.reference()]
+        if self.base.extractor is not None:
+            network = pretrained(self.base.extractor, None, self.device)
+            found = Reference.of(judge.evaluator.reference_images(), network, cache=self.folder / "parts" / "features")
+            assert found is not None
+            references.append(found)
+        return tuple(references)
+
+    def _parts(self, arm: Arm) -> Pipeline:
+        """Encoders and latents for an arm; those of equal recipes are one."""
+        own = [change for change in arm.changes if change.split(".")[0].split("=")[0] in OF_LATENTS]
+        recipe = load_recipe(self.base.recipe, [*self.changes, *own])
+        fixed, given = recipe.fixed(), []
+        for kind in ("texture", "semantic"):
+            settings = getattr(recipe, kind)
+            if settings.train is not None:
+                encoders = Pipeline(recipe, self._part(kind, [recipe.seed, fixed["data"], fixed[kind]]), self.device)
+                stage: Stage = getattr(encoders, kind)
+                stage.make()
+                given.append(f"{kind}={{name: {settings.name}, folder: '{stage.folder}'}}")
+        folder = self._part("latents", [recipe.seed, *(fixed[field] for field in OF_LATENTS)])
+        parts = Pipeline(load_recipe(self.base.recipe, [*self.changes, *own, *given]), folder, self.device)
+        parts.compressor.make()
+        parts.latents.make()
+        return parts
+
+    def _part(self, kind: str, made_from: list[object]) -> Path:
+        digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
+        return self.folder / "parts" / f"{kind}-{digest}"

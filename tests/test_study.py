@@ -1,0 +1,79 @@
+"""The study in toy sizes: it runs, resumes, shares parts, and says what its numbers say."""
+
+import json
+
+import pytest
+
+from benchmarks.study import __main__ as study
+from benchmarks.study.arms import BASES, arms
+from benchmarks.study.page import Results, Value, reached, verdict
+from benchmarks.study.work import SCALES
+from sfd.run.recipe import load_recipe
+
+TOY = [
+    "data={source: shapes, image_size: 32, count: 400, holdout: 0.5, seed: 0}",
+    *(f"{part}.train={{steps: 2, batch_size: 8, learning_rate: 1.0e-3}}" for part in ("texture", "semantic")),
+    "train={steps: 4, batch_size: 8, learning_rate: 1.0e-3, preview_every: 2}",
+    "transformer={size: tiny, depth: 1, repa_block: 1, repa_width: 8, width: 16, heads: 2}",
+    "sample={steps: 3, solver: euler}",
+    "evaluation={samples_per_class: 2, classifier: {training: {steps: 2, batch_size: 8, learning_rate: 1.0e-3}}}",
+]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_arm_has_a_valid_recipe_of_its_own(name):
+    base = BASES[name]
+    listed = arms(base)
+    assert len({arm.name for arm in listed}) == len(listed)
+    recipes = {arm.name: load_recipe(base.recipe, [*base.changes, *arm.changes]).fixed() for arm in listed}
+    assert len({json.dumps(recipe, sort_keys=True) for recipe in recipes.values()}) == len(recipes)
+    assert len({json.dumps([recipe["train"], recipe["transformer"]["depth"]]) for recipe in recipes.values()}) == 1
+
+
+@pytest.mark.slow
+def test_it_measures_resumes_and_shares(tmp_path):
+    command = [
+        "shapes",
+        *TOY,
+        "--arms",
+        "texture,offset-0.3",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    study.main(command)
+    results = sorted((tmp_path / "shapes/results").iterdir())
+    assert len(results) == 2 * 2 * (len(SCALES) + 1)  # arms, seeds, scales and one preview
+    assert len(list((tmp_path / "shapes/parts").glob("latents-*"))) == 1
+    page = (tmp_path / "study-shapes.md").read_text(encoding="utf-8")
+    assert "| offset-0.3 | 2 |" in page and (tmp_path / "study-shapes.png").exists()
+
+    results[0].unlink()
+    before = {path: path.stat().st_mtime_ns for path in results[1:]}
+    study.main(command)
+    assert results[0].exists()
+    assert {path: path.stat().st_mtime_ns for path in results[1:]} == before
+    values = Results(tmp_path / "shapes")
+    seen = values.found["texture"]["guidance-1"]
+    assert values.value("texture", "frechet_distance").mean == pytest.approx(
+        (seen[0].frechet_distance + seen[1].frechet_distance) / 2
+    )
+
+
+def test_an_ordering_holds_only_where_intervals_are_apart():
+    low, high = Value(10, 1), Value(13, 1)
+    assert verdict(low, high, lower=True) == "holds"
+    assert verdict(high, low, lower=True) == "the reverse holds"
+    assert verdict(low, high, lower=False) == "the reverse holds"
+    assert verdict(low, Value(13, 2.5), lower=True) == "not separated"
+    assert verdict(low, None, lower=True) == "not measured"
+
+
+def test_images_until_a_distance_is_reached():
+    curve = [(100, 40.0), (200, 20.0), (400, 10.0)]  # distance · images is constant
+    assert reached(curve, 16) == pytest.approx(250)
+    assert reached(curve, 50) == 100
+    assert reached(curve, 5) is None
