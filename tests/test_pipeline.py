@@ -87,6 +87,22 @@ def test_latents_are_the_encoded_images(finished):
     torch.testing.assert_close(latents.read("texture", numbers, np.ones(3, bool)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_encodes_images_as_the_run_did(finished, tmp_path):
+    latents, numbers = LatentSet(finished.folder.latents), np.array([3, 77, 51])
+    model = load_model(finished.folder.model, CPU)
+    encoded = model.composite.denormalize(model.composite.unpack(model.encode(finished.images.training.load(numbers))))
+    for name, values in encoded.items():
+        expected = latents.read(name, numbers, np.zeros(3, bool))
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "copy")
+    assert load_model(tmp_path / "copy", CPU).semantic.identity == finished.semantic.encoder.identity
+    with pytest.raises(SFDError, match=r"\(B, 32, 32, 3\)"):
+        model.encode(np.zeros((2, 16, 16, 3), np.uint8))
+    model.compressor = None
+    with pytest.raises(SFDError, match="compressor"):
+        model.encode(np.zeros((2, 32, 32, 3), np.uint8))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

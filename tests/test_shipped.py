@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import sfd
+from sfd.data.shapes import ShapesSource
 from sfd.run.recipe import load_recipe
 from sfd.utils.errors import SFDError
 from sfd.utils.shipped import find_model, find_recipe, shipped
@@ -114,6 +117,18 @@ def test_images_of_the_shipped_model_stay_the_same(model, key, settings):
     """Images of the release that the model came with, within one level per pixel."""
     images = model.sample(["star", "heart"] * 2, seeds=range(4), output="array", **settings)
     assert np.abs(images[:2].astype(int) - np.load(REFERENCE)[key]).max() <= 1
+
+
+def test_the_shipped_model_encodes_images_as_in_its_training(model):
+    """Latents of images it never saw have mean 0 and deviation 1 in each channel, and decode to the images."""
+    images = ShapesSource(400, seed=1_000_003).load(range(400))
+    latents = model.encode(images)
+    for name, stream in model.composite.unpack(latents).items():
+        assert stream.mean((0, 2, 3)).abs().max() < 0.15, name
+        assert (stream.std((0, 2, 3)) - 1).abs().max() < 0.1, name
+    assert np.abs(model.decode(latents).astype(int) - images).mean() < 8
+    pictures = [Image.fromarray(image) for image in images[:3]]
+    torch.testing.assert_close(model.encode(pictures), latents[:3], rtol=1e-4, atol=1e-4)
 
 
 def test_a_bar_is_not_a_ring(model):

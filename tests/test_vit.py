@@ -6,8 +6,18 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from sfd.encoders import load_encoder, open_semantic, planned_encoder, vit
+from sfd.encoders import (
+    load_encoder,
+    load_published,
+    load_semantic,
+    named,
+    open_semantic,
+    planned_encoder,
+    save_semantic,
+    vit,
+)
 from sfd.utils.errors import SFDError
 from small_published import KL, VITS, change_config, offline, save_vit  # noqa: F401
 
@@ -40,6 +50,24 @@ def expected(network, tiles: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         tokens = network(pixels).last_hidden_state[:, -(GRID**2) :]
     return tokens.transpose(1, 2).unflatten(2, (GRID, GRID))
+
+
+def test_a_large_one_is_saved_by_name_and_loaded_at_need(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(named, "LARGE", 1000)
+    source = shutil.copytree(models["dinov2"][1], tmp_path / "hub")
+    encoder = load_published("vit", str(source), CHOICES)
+    save_semantic(encoder, tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["config.json"]
+    assert planned_encoder("", None, str(tmp_path / "saved"), {}) == encoder.config
+    loaded = load_semantic(tmp_path / "saved")
+    save_semantic(loaded, tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "saved" / "config.json").read_text()
+    assert loaded.identity == encoder.identity
+    assert torch.equal(loaded.encode(images()), encoder.encode(images()))
+    weights = load_file(source / WEIGHTS)
+    save_file({name: value + 1 for name, value in weights.items()}, source / WEIGHTS, {"format": "pt"})
+    with pytest.raises(SFDError, match=encoder.identity):
+        load_semantic(tmp_path / "saved").to("cpu")
 
 
 @pytest.mark.parametrize("name", VITS)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 
 import pytest
 import torch
 
 from helpers.dit import CLOCKS, EQUAL, configuration, inputs, random_dit
+from sfd.generation.directory import model_config, model_folder
 from sfd.generation.model import load_model
 from sfd.latents import CompositeLatent
 from sfd.models.dit import LightningDiT
 from sfd.models.warm_start import inherited, warm_start
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
+from sfd.run.validate import planned_architecture
 from sfd.utils.errors import SFDError
 from tiny import write_recipe
 
@@ -72,18 +74,40 @@ def test_statistics_come_from_the_source_and_tokenizers_must_agree():
 
 
 def test_a_run_fine_tunes_the_model_of_another_run(finished, tmp_path):
+    """The recipe of the first run and other images: tokenizers, streams and statistics are the model's."""
     before = finished.folder
     overrides = [f"train.init={before.root}", "data.seed=7", "evaluation.classifier=null", "train.learning_rate=1.0e-9"]
-    for part in ("texture", "semantic"):
-        name = finished.recipe.texture.name if part == "texture" else finished.recipe.semantic.name
-        overrides.append(f"{part}={json.dumps({'name': name, 'folder': str(before.root / part)})}")
-    overrides += ["compressor.train=null", f"compressor.folder={before.compressor}"]
     run = Pipeline(load_recipe(write_recipe(tmp_path), overrides), tmp_path / "out", torch.device("cpu"))
     run.make_model()
     old, new = load_model(before.model, torch.device("cpu")), load_model(run.folder.model, torch.device("cpu"))
-    assert new.composite == old.composite  # the statistics are the model's, not those of the new images
+    assert new.composite == old.composite
     ours, theirs = new.transformer.state_dict(), old.transformer.state_dict()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+    assert (new.semantic.identity, new.compressor.identity) == (old.semantic.identity, old.compressor.identity)
+
+
+def test_a_recipe_takes_what_it_does_not_say_from_the_model(tmp_path):
+    text = "{name: tuned, data: {source: photos}, train: {init: shapes, steps: 5, batch_size: 8, learning_rate: 1e-3}}"
+    recipe = load_recipe(write_recipe(tmp_path, text), ["schedule.delta=0.2", "streams.semantic.weight=1"])
+    model = model_config("shapes")
+    network = planned_architecture(recipe)
+    assert (network.depth, network.width, network.heads, network.clocks) == (5, 128, 4, model.clocks)
+    assert [(s.channels, s.grid, s.weight) for s in network.composite.streams] == [(16, 4, 1), (8, 4, 1)]
+    assert recipe.schedule == {"name": "offset", "delta": 0.2, "leaders": ["semantic"]}
+    tokenizers = {"texture": recipe.texture, "semantic": recipe.semantic, "compressor": recipe.compressor}
+    assert {part: settings.folder for part, settings in tokenizers.items()} == {
+        part: str(model_folder("shapes") / part) for part in tokenizers
+    }
+
+
+def test_a_model_that_cannot_encode_asks_for_its_encoders(finished, tmp_path):
+    folder = shutil.copytree(finished.folder.model, tmp_path / "model")
+    shutil.rmtree(folder / "semantic")
+    overrides = [f"train.init={folder}"]
+    with pytest.raises(SFDError, match=r"semantic\.folder.*compressor\.folder"):
+        load_recipe(write_recipe(tmp_path), overrides)
+    named = [f"semantic={{name: convnet, config: {{}}, train: null, folder: '{finished.folder.semantic}'}}"]
+    assert load_recipe(write_recipe(tmp_path), overrides + named).compressor.folder == str(folder / "compressor")
 
 
 def test_only_the_transformer_takes_initial_weights(tmp_path):

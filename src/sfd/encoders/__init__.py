@@ -8,10 +8,13 @@ from sfd.encoders._base import (
     TextureEncoder,
     encoder_module,
     load_encoder,
+    load_published,
     open_semantic,
     open_texture,
     planned_encoder,
 )
+from sfd.encoders.named import load_semantic, save_semantic
 
 __all__ = ["SEMANTIC", "TEXTURE", "EncoderConfig", "SemanticEncoder", "TextureEncoder"]
-__all__ += ["encoder_module", "load_encoder", "open_semantic", "open_texture", "planned_encoder"]
+__all__ += ["encoder_module", "load_encoder", "load_published", "load_semantic", "open_semantic", "open_texture"]
+__all__ += ["planned_encoder", "save_semantic"]

@@ -7,6 +7,7 @@ An encoder `NAME` is the module `sfd/encoders/NAME.py`. It has a `Config` and a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
@@ -19,11 +20,13 @@ from sfd.models.component import Component
 from sfd.models.convnet import check_divisible as check_divisible
 from sfd.utils import files, registry
 from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 TEXTURE, SEMANTIC = "texture encoder", "semantic encoder"
+NAMED = "pretrained"  # the field of a `config.json` that names a published model in place of weights
 
 
 class EncoderConfig(Protocol):
@@ -98,9 +101,34 @@ def open_semantic(source: str | Path) -> SemanticEncoder:
 
 def _open(source: str, kind: str, published: str) -> Component:
     config = Path(source) / component.CONFIG_FILE
-    if config.is_file() and "kind" in files.read_json(config, kind):
-        return load_encoder(Path(source), kind)
-    return cast(Component, encoder_module(published).pretrained(source, {}))
+    about = files.read_json(config, kind) if config.is_file() else {}
+    if NAMED in about:
+        return load_named(Path(source), about)
+    return load_encoder(Path(source), kind) if "kind" in about else load_published(published, source, {})
+
+
+def load_published(name: str, source: str, given: Mapping[str, Any]) -> Component:
+    """Load a published encoder, in eval mode, without gradients, on the CPU.
+
+    Args:
+        name: the encoder's module.
+        source: a folder in the hub's format, or a hub name.
+        given: fields of its `Config` that are chosen, or that it is expected to have.
+    """
+    encoder: Component = encoder_module(name).pretrained(source, given)
+    encoder.source = source
+    return encoder
+
+
+def load_named(folder: Path, about: Mapping[str, Any]) -> Component:
+    """Load the published encoder that the `config.json` in `folder`, read as `about`, names; see `load_published`."""
+    encoder = load_published(about["name"], about[NAMED], about["config"])
+    if encoder.identity != about["identity"]:
+        raise SFDError(
+            f"{folder} needs {about[NAMED]} of identity {about['identity']}, but the one here has {encoder.identity}; "
+            "put back the version that was used in training"
+        )
+    return encoder
 
 
 def planned_encoder(name: str, source: str | None, folder: str | None, given: dict[str, Any]) -> EncoderConfig:

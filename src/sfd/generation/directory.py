@@ -1,8 +1,10 @@
-"""A model directory: all that sampling needs, and nothing that the user would have to say again.
+"""A model directory: all that sampling, encoding new images and fine-tuning need; nothing has to be said again.
 
 model.json            architecture, streams with statistics and tokenizer identities, schedule, classes, sampling
 model.safetensors     the transformer's (averaged) weights
 texture/              the encoder whose decoder turns the texture stream into pixels
+semantic/             the encoder of the semantic stream, to encode new images; a large published one by name only
+compressor/           of its features to the semantic stream
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
 from sfd.utils.shipped import find_model
 
-RECORD, WEIGHTS, TEXTURE_FOLDER = "model.json", "model.safetensors", "texture"
+RECORD, WEIGHTS = "model.json", "model.safetensors"
+TEXTURE_FOLDER, SEMANTIC_FOLDER, COMPRESSOR_FOLDER = "texture", "semantic", "compressor"
 FORMAT = 1
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from sfd.data.classes import find_class
 from sfd.data.images import to_pixels
-from sfd.encoders import TextureEncoder, open_texture
+from sfd.encoders import SemanticEncoder, TextureEncoder
 from sfd.generation.card import model_card
 from sfd.generation.config import SamplingConfig
-from sfd.generation.directory import FORMAT, RECORD, TEXTURE_FOLDER, WEIGHTS, fetch_model, read_record
+from sfd.generation.directory import FORMAT, RECORD, WEIGHTS, fetch_model, read_record
+from sfd.generation.tokenizers import Tokenizers, load_tokenizers
 from sfd.guidance import VelocityField, guide
 from sfd.latents import TEXTURE, CompositeLatent
-from sfd.models.component import Component, assemble, fingerprint, read_weights
+from sfd.models.component import assemble, fingerprint, read_weights
+from sfd.models.compressor import Compressor
 from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference, Precision, require_compiler
 from sfd.sampling import Progress, initial_noise, integrate
@@ -61,6 +63,8 @@ class Model(HubFolder):
     history: dict[str, Any] = field(default_factory=dict)  # what it was trained on; for people, never read back
     stamp: str = ""  # the identity, once the weights are final
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # defaults, those of its recipe
+    semantic: SemanticEncoder | None = None  # with the compressor it makes the semantic stream; None: not kept
+    compressor: Compressor | None = None
     _inference: dict[tuple[Precision, bool], Inference] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -251,6 +255,18 @@ class Model(HubFolder):
             pixels = [to_pixels(self.texture.decode(z).float()) for z in latents.split(DECODED_AT_ONCE)]
         return torch.cat(pixels).cpu().numpy()
 
+    def encode(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
+        """Encode images as in training: uint8 (B, S, S, 3), or RGB images of S×S pixels.
+
+        Returns:
+            (B, N) packed, normalised latents on the model's device; `decode` reverses the texture stream.
+        """
+        return self._tokenizers.encode(images, self.composite, self.device)
+
+    @property
+    def _tokenizers(self) -> Tokenizers:
+        return Tokenizers(self.texture, self.semantic, self.compressor)
+
     def inference(self, precision: Precision = "float32", compiled: bool = False) -> Inference:
         """Prepare the transformer for sampling; once, whatever is done with its weights afterwards."""
         key = (precision, compiled)
@@ -282,12 +298,12 @@ class Model(HubFolder):
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a model directory atomically; weights as `dtype` (float16 halves the size)."""
-        _check_tokenizer(self.composite, self.texture, str(folder))
+        self._tokenizers.check(self.composite, str(folder))
         with files.atomic_write(Path(folder)) as partial:
             partial.mkdir()
             weights = {name: t.to(dtype) for name, t in self.transformer.state_dict().items()}
             files.write_tensors(partial / WEIGHTS, weights)
-            cast(Component, self.texture).save(partial / TEXTURE_FOLDER, dtype)
+            self._tokenizers.save(partial, dtype)
             record = {
                 "format": FORMAT,
                 "identity": self.identity,
@@ -327,20 +343,10 @@ def load_model(folder: Path, device: torch.device) -> Model:
     tensors = read_weights(folder / WEIGHTS, record.sha256)
     transformer = assemble(lambda: LightningDiT(record.transformer), tensors, str(folder / WEIGHTS))
     schedule = build_schedule(record.schedule, record.transformer.composite.names)
-    texture = open_texture(folder / TEXTURE_FOLDER)
-    _check_tokenizer(record.transformer.composite, texture, str(folder))
-    model = Model(transformer, schedule, texture, record.classes, record.history, record.identity, record.sample)
-    return model.to(device)
-
-
-def _check_tokenizer(composite: CompositeLatent, texture: TextureEncoder, where: str) -> None:
-    """Refuse to decode latents with another encoder than the one that made them: the result would be noise."""
-    expected = composite[TEXTURE].tokenizer
-    if expected and expected != texture.identity:
-        raise SFDError(
-            f"{where}: the texture latents were made by tokenizer {expected}, but the texture encoder here is "
-            f"{texture.identity}; use the encoder that the latents were prepared with"
-        )
+    texture, semantic, compressor = tokenizers = load_tokenizers(folder)
+    tokenizers.check(record.transformer.composite, str(folder))
+    about = record.classes, record.history, record.identity, record.sample
+    return Model(transformer, schedule, texture, *about, semantic, compressor).to(device)
 
 
 def _check_guiding(model: Model, guiding: Model) -> None:

@@ -56,6 +56,7 @@ class Component(nn.Module, HubFolder):
     name: ClassVar[str]  # which one it is: the module that defines it
     config: Settings
     stamp = ""  # the identity, once the weights are final
+    source = ""  # the published model that it was loaded from: a folder or a hub name
 
     @property
     def identity(self) -> str:
@@ -112,7 +113,7 @@ def load(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]
         kinds: the kinds of component that are accepted.
         find: gives the module of a component's name; the module has a `Config` and `build(config)`.
     """
-    about, config, build = _described(folder, kinds, find)
+    about, config, build = _described(folder, kinds, find, "sha256")
     tensors = read_weights(folder / WEIGHTS_FILE, about["sha256"])
     component: Component = assemble(lambda: build(config), tensors, str(folder))
     component.stamp = about["identity"]
@@ -125,12 +126,12 @@ def read_config(folder: Path, kinds: tuple[str, ...], find: Callable[[str], Modu
 
 
 def _described(
-    folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]
+    folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType], *needed: str
 ) -> tuple[dict[str, Any], Settings, Callable[[Settings], Component]]:
     """Read `config.json`: all of it, the configuration in it, and what builds the component."""
     path, wanted = folder / CONFIG_FILE, " or ".join(kinds)
     about = files.read_json(path, wanted)
-    missing = [key for key in ("kind", "name", "identity", "sha256", "config") if key not in about]
+    missing = [key for key in ("kind", "name", "identity", "config", *needed) if key not in about]
     if missing:
         raise SFDError(f"{path} describes no {wanted}: it lacks {', '.join(missing)}; restore the file")
     if about["kind"] not in kinds:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from sfd.data.images import to_tensor
-from sfd.encoders import encoder_module, open_semantic, open_texture
+from sfd.encoders import encoder_module, load_published, open_semantic, open_texture
 from sfd.models.component import CONFIG_FILE, WEIGHTS_FILE
 from sfd.models.compressor import Compressor, load_compressor
 from sfd.models.pca import PCAConfig, fit_pca
@@ -63,7 +63,7 @@ class EncoderStage(Stage):
         """The encoder, published, from a folder, or trained by this run: `TextureEncoder` or `SemanticEncoder`."""
         settings, opened = self.settings, open_texture if self.kind == "texture" else open_semantic
         if settings.pretrained is not None:
-            encoder = encoder_module(settings.name).pretrained(settings.pretrained, settings.config)
+            encoder: Any = load_published(settings.name, settings.pretrained, settings.config)
         elif settings.folder is not None:
             encoder = opened(Path(settings.folder))
         else:

@@ -7,6 +7,7 @@ anything is computed, and saved with the run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from sfd.generation.config import SamplingConfig
 from sfd.models.dit import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
+from sfd.run.inherit import model_defaults, take_tokenizers
 from sfd.run.values import apply_override, follow_changes, merge, read_yaml, write_out_names
 from sfd.schedule import build_schedule
 from sfd.training.config import TrainSettings
@@ -29,6 +31,7 @@ from sfd.training.tasks.diffusion import LossSettings
 from sfd.utils import files, registry
 from sfd.utils.config import Free, PathText, Settings, parse
 from sfd.utils.errors import SFDError, unknown
+from sfd.utils.paths import expand_home
 from sfd.utils.shipped import find_recipe
 
 MAX_EXTENDS = 8
@@ -266,14 +269,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         path: the YAML file, or a shipped recipe's name.
         overrides: `dotted.field=value`, the value as YAML.
     """
-    values = merge(_defaults(), _read(find_recipe(path), MAX_EXTENDS))
-    for override in overrides:
-        apply_override(values, override, Recipe)
+    own = _read(find_recipe(path), MAX_EXTENDS)
+    values = _overridden(merge(_defaults(), own), overrides)
+    train = values.get("train")
+    if isinstance(train, dict) and train.get("init") is not None:
+        init = expand_home(str(train["init"]))
+        values = _overridden(merge(_defaults() | model_defaults(init, own), own), overrides)
+        take_tokenizers(values, init)
     if isinstance(values.get("streams"), dict):
         # An inherited stream is taken out by `semantic: null`.
         values["streams"] = {name: stream for name, stream in values["streams"].items() if stream is not None}
     follow_changes(values, path.name)
     return parse(Recipe, values, path.name)
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    values = copy.deepcopy(values)
+    for override in overrides:
+        apply_override(values, override, Recipe)
+    return values
 
 
 def _defaults() -> dict[str, Any]:

@@ -62,7 +62,9 @@ class TransformerStage(Stage):
         if recipe.train.init is not None:
             source = load_model(model_folder(Path(recipe.train.init)), torch.device("cpu"))
             fresh = warm_start(network, source.transformer, latents.manifest.classes, source.classes)
-            say(f"starts from {recipe.train.init}; fresh: {', '.join(fresh) or 'nothing'}")
+            total = len(network.state_dict())
+            taken = total - sum(not name.startswith("class ") for name in fresh)
+            say(f"starts from {recipe.train.init}: {taken} of {total} tensors; fresh: {', '.join(fresh) or 'nothing'}")
         task = DiffusionTask(
             network,
             latents,
@@ -93,6 +95,8 @@ class TransformerStage(Stage):
         }
         model = Model(network, schedule, self.texture.encoder, manifest.classes, history)
         model.sampling = recipe.sampling(manifest.classes)
+        if recipe.encodes_semantics and "semantic" in recipe.streams:
+            model.semantic, model.compressor = self.latents.semantic.encoder, self.latents.compressor.compressor
         model.save(self.run.folder.model)
 
     def _show_latents(self, latents: LatentSet) -> None:
