@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from benchmarks.measure import Row, Setting, config
-from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops
+from sfd.models.dit import DiTConfig, flops, parameter_count
 from sfd.run.estimate import PASSES_PER_STEP, kept_bytes
 from sfd.utils.errors import SFDError, unknown
 
@@ -66,7 +66,7 @@ def network(name: str, checkpointing: bool = False) -> DiTConfig:
 
 def training_flops(name: str) -> int:
     """Operations of one image's training step."""
-    return PASSES_PER_STEP * (flops(network(name)) + projector_flops(network(name)))
+    return PASSES_PER_STEP * flops(network(name), training=True)
 
 
 def state(name: str, strategy: str, gpus: int) -> float:

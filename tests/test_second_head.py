@@ -12,7 +12,6 @@ from helpers.random_model import COMPOSITE, random_model
 from sfd.data.shapes import ShapesSource
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
-from sfd.models.dit import second_head_flops
 from sfd.models.inference import cannot_compile
 from sfd.models.warm_start import warm_start
 from sfd.run.recipe import load_recipe
@@ -102,17 +101,6 @@ def test_a_model_without_one_gets_it_by_a_warm_start(model):
     fresh = warm_start(model.transformer, plain.transformer, model.classes, plain.classes)
     assert {name.partition(".")[0] for name in fresh} == {"guide_norm", "guide_modulation", "guide_heads"}
     torch.testing.assert_close(latents(model), latents(plain))
-
-
-def test_its_operations_are_counted(model):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def counted(**how) -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.transformer(initial_noise([0], COMPOSITE), TIMES[None], torch.tensor([0]), **how)
-        return counter.get_total_flops()
-
-    assert counted(guide=True) - counted() == second_head_flops(model.transformer.config)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from sfd.models.layers import (
     patchify,
     rope_table,
     sincos_pos_embed,
-    swiglu_width,
     unpatchify,
 )
 from sfd.utils import rng
@@ -195,18 +194,7 @@ class LightningDiT(nn.Module):
         projection, weak = None, None
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing and torch.is_grad_enabled():
-                # A compiler does not take the default, where it is given by name.
-                selective = self.config.checkpointing == "selective"
-                context: dict[str, Any] = {"context_fn": _selective_context} if selective else {}
-                tokens = checkpoint(
-                    block,
-                    tokens,
-                    condition,
-                    self.rope,
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # nothing is drawn
-                    **context,
-                )
+                tokens = self._recomputed(block, tokens, condition)
             else:
                 tokens = block(tokens, condition, self.rope)
             if project and self.projector is not None and number == self.config.repa_block:
@@ -216,6 +204,14 @@ class LightningDiT(nn.Module):
                 weak = self._as_velocity(weak, x, times)
         output = self._heads(tokens, condition, self.final_norm, self.final_modulation, self.heads)
         return DiTOutput(self._as_velocity(output, x, times), projection, weak)
+
+    def _recomputed(self, block: nn.Module, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Apply a block, whose activations are computed again in the backward pass."""
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
+        if self.config.checkpointing == "selective":
+            how["context_fn"] = _selective_context
+        result: Tensor = checkpoint(block, tokens, condition, self.rope, **how)
+        return result
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, N) → tokens (B, T, width): the sum of the streams' patch embeddings and the position's."""
@@ -267,34 +263,23 @@ def parameter_count(config: DiTConfig) -> int:
         return sum(p.numel() for p in LightningDiT(config).parameters())
 
 
-def flops(config: DiTConfig) -> int:
+def flops(config: DiTConfig, *, training: bool = False) -> int:
     """Floating-point operations of all matrix products in one forward pass of one image, 2 for each multiply-add.
 
-    The REPA projector, which only training uses, and a second head are left out (`projector_flops`,
-    `second_head_flops`); a training step costs three times the forward pass.
+    Args:
+        config: of the network.
+        training: with the REPA projector and the second head. A training step costs three times its forward pass.
     """
-    width, tokens, clocks = config.width, config.composite.token_grid**2, max(1, len(config.clocks))
-    block = (4 * width + 3 * swiglu_width(width)) * width + 2 * tokens * width
-    patches = 2 * width * sum(_patch_width(s) for s in config.composite.streams)
-    time = TIME_FREQUENCIES * width + width**2 // clocks
-    modulation = (6 * config.depth + 2) * width**2
-    return 2 * (tokens * (config.depth * block + patches) + time + modulation)
-
-
-def projector_flops(config: DiTConfig) -> int:
-    """Floating-point operations of the REPA projector on one image, counted like `flops`; 0 without one."""
-    if config.repa_channels is None:
-        return 0
-    products = (config.width + config.repa_width + config.repa_channels) * config.repa_width
-    return 2 * config.composite.token_grid**2 * products
-
-
-def second_head_flops(config: DiTConfig) -> int:
-    """Floating-point operations of the second head on one image, counted like `flops`; 0 without one."""
-    if config.guide_block is None:
-        return 0
-    patches = sum(_patch_width(s) for s in config.composite.streams)
-    return 2 * (config.composite.token_grid**2 * patches + 2 * config.width) * config.width
+    width, tokens = config.width, config.composite.token_grid**2
+    patches = sum(map(_patch_width, config.composite.streams))
+    block = (4 * width + 3 * (8 * width // 3)) * width + 2 * tokens * width
+    time = TIME_FREQUENCIES * width + width**2 // max(1, len(config.clocks))
+    products = tokens * (config.depth * block + 2 * width * patches) + time + (6 * config.depth + 2) * width**2
+    if training and config.repa_channels is not None:
+        products += tokens * (width + config.repa_width + config.repa_channels) * config.repa_width
+    if training and config.guide_block is not None:
+        products += (tokens * patches + 2 * width) * width
+    return 2 * products
 
 
 def _selective_context() -> Any:

@@ -109,18 +109,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.bmm(logits.softmax(dim=-1).to(v.dtype), v).unflatten(0, batch)
 
 
-def swiglu_width(width: int) -> int:
-    """⌊2/3 · 4 · width⌋, which gives SwiGLU the parameters of a plain MLP of ratio 4."""
-    return 8 * width // 3
-
-
 class SwiGLU(nn.Module):
-    """w3(SiLU(a) · b) with (a, b) = w12(x) (Shazeer 2020)."""
+    """w3(SiLU(a) · b) with (a, b) = w12(x) (Shazeer 2020); ⌊2/3 · 4 · width⌋ wide, as many weights as a plain MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.w12 = Linear(width, 2 * swiglu_width(width))
-        self.w3 = Linear(swiglu_width(width), width)
+        hidden = 8 * width // 3
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width) → (…, width)."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from sfd.encoders._hub import local
-from sfd.models.dit import DiTConfig, flops, parameter_count, projector_flops, second_head_flops
+from sfd.models.dit import DiTConfig, flops, parameter_count
 from sfd.run.recipe import Recipe, dump_recipe
 from sfd.run.validate import check, latent_bytes
 from sfd.utils.units import duration
@@ -56,7 +56,7 @@ def estimate(recipe: Recipe) -> Estimate:
     config, train = check(recipe, dry=True), recipe.train
     parameters = parameter_count(config)
     images = train.steps * train.batch_size
-    operations = PASSES_PER_STEP * (flops(config) + projector_flops(config) + second_head_flops(config))
+    operations = PASSES_PER_STEP * flops(config, training=True)
     # In float32 weights, gradients, two moments and EMA; autocast keeps a copy of the weights in bf16.
     bytes_per_parameter = 16 + 4 * (train.ema is not None) + 2 * (train.precision == "bf16")
     return Estimate(
