@@ -213,7 +213,7 @@ def test_samples_of_several_sizes_are_refused_or_cropped_as_for_training(tmp_pat
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"labels": [0, 1], "classes": ["disk", "ring"]}, "2 labels for 3"),
+        ({"labels": [0, 1], "classes": ["disk", "ring"]}, "2 labels among 2 classes for 3"),
         ({"seeds": [1, 2, 3, 4]}, "3 of its 4"),
         ({}, r"000001\.png"),
     ],

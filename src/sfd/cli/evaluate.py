@@ -70,9 +70,8 @@ def evaluate_samples(
         return
     found = evaluate(seen, labels, against, name=samples.name, sampling=loaded.sampling)
     if run is None:
-        found = found.model_copy(
-            update={"balanced": loaded.balanced, "not_comparable": tuple(_not_comparable(loaded, against))}
-        )
+        doubts = {"balanced": loaded.balanced, "not_comparable": _not_comparable(loaded, against)}
+        found = found.model_copy(update=doubts)
     if out is not None:
         found.write(out)
     click.echo(describe(found))
@@ -118,7 +117,7 @@ def describe(metrics: Metrics) -> str:
     return "\n".join([*lines, *(f"not comparable with published numbers: {text}" for text in metrics.not_comparable)])
 
 
-def _not_comparable(samples: Samples, reference: Reference) -> list[str]:
+def _not_comparable(samples: Samples, reference: Reference) -> tuple[str, ...]:
     """List the reasons why metrics of a published extractor are not comparable with published ones."""
     found, protocol, count = [], reference.protocol, len(samples.images)
     if count != PUBLISHED_COUNT:
@@ -134,4 +133,4 @@ def _not_comparable(samples: Samples, reference: Reference) -> list[str]:
             found.append(f"the reference is {protocol.reference_count:,} images, not the moments of a training set")
         if reference.extractor.identity != f"{inception.NAME}-{inception.CHECKSUM[:16]}":
             found.append("the weights are not the published Inception")
-    return found
+    return tuple(found)

@@ -104,12 +104,5 @@ def _read(path: Path, count: int) -> Extraction | None:
 
 
 def _concatenate(batches: list[Extraction]) -> Extraction:
-    def joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
-        present = [array for array in arrays if array is not None]
-        return np.concatenate(present) if present else None
-
-    return Extraction(
-        np.concatenate([batch.features for batch in batches]),
-        joined([batch.probabilities for batch in batches]),
-        joined([batch.spatial for batch in batches]),
-    )
+    columns = ([array for array in column if array is not None] for column in zip(*batches, strict=True))
+    return Extraction(*(np.concatenate(column) if column else None for column in columns))

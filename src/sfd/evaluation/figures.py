@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sfd.data.grid import image_grid
 from sfd.generation.trajectory import ScheduleCurves, Trajectory
 
 # One colour for each stream everywhere.
@@ -106,33 +107,28 @@ def trajectory(followed: Trajectory, curves: ScheduleCurves) -> Figure:
     """Draw one sample on its way from noise to an image: phases, semantic latents, decoded images, times."""
     count = len(followed.base)
     figure = Figure(figsize=(count * 0.82 + 0.9, 3.1), layout="constrained", dpi=160)
-    grid = figure.add_gridspec(3, count, height_ratios=(0.22, 1, 1))
-    header = figure.add_subplot(grid[0, :])
+    header, above, below = figure.subplots(3, 1, sharex=True, height_ratios=(0.22, 1, 1))
     header.set_axis_off()
-    header.set_xlim(-0.5, count - 0.5)
     header.set_ylim(0, 1)
     for start, end, text in phases(curves):
         left = -0.5 if start == 0 else float(np.interp(start, followed.base, np.arange(count)))
         right = count - 0.5 if end == 1 else float(np.interp(end, followed.base, np.arange(count)))
         header.plot([left + 0.06, right - 0.06], [0.1, 0.1], color=INK, linewidth=1)
         header.text((left + right) / 2, 0.35, text, ha="center", color=INK, fontsize=8)
-    names = ["u", *curves.names]
-    for row, label, pictures in (
-        (1, "semantic\nlatent", semantic_colours(followed.semantic)),
-        (2, "decoded\ntexture", followed.decoded),
+    for axis, label, pictures in (
+        (above, "semantic\nlatent", semantic_colours(followed.semantic)),
+        (below, "decoded\ntexture", followed.decoded),
     ):
-        for column, image in enumerate(pictures):
-            axis = figure.add_subplot(grid[row, column])
-            axis.imshow(image, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if column == 0:
-                axis.set_ylabel(label, color=INK, fontsize=8)
-            if row == 2:
-                values = [followed.base[column], *followed.times[column]]
-                lines = [f"{name[0]} {value:.2f}" for name, value in zip(names, values, strict=True)]
-                axis.set_xlabel("\n".join(lines), color=INK, fontsize=7)
+        axis.imshow(image_grid(pictures, count), extent=(-0.5, count - 0.5, -0.5, 0.5), interpolation="nearest")
+        axis.set_ylabel(label, color=INK, fontsize=8)
+        axis.tick_params(length=0, labelbottom=axis is below, colors=INK, labelsize=7)
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    names = ["u", *(name[0] for name in curves.names)]
+    values = np.column_stack([followed.base, followed.times])
+    below.set_xticks(
+        range(count), ["\n".join(f"{n} {v:.2f}" for n, v in zip(names, row, strict=True)) for row in values]
+    )
     initials = ", ".join(f"{name[0]}: {name} time" for name in curves.names)
     figure.supxlabel(f"u: base time, {initials}; 0 is noise, 1 is data", color=INK, fontsize=7)
     return figure

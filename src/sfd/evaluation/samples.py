@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -117,32 +117,24 @@ def load_samples(path: Path, image_size: int | None = None) -> Samples:
 def pack(samples: Samples, out: Path) -> None:
     """Write samples as an `.npz` in ADM's format, in one pass over them: `arr_0`, `arr_1` and `samples.json`.
 
-    The archive is not compressed, so that any part of it can be read at once.
+    The archive is not compressed, so that any part of it can be read at once. It holds no dates: equal samples make
+    equal archives.
     """
-    images = samples.images
-    with (
-        files.atomic_write(out) as partial,
-        zipfile.ZipFile(partial, "w") as archive,
-        bar("packing", len(images)) as shown,
-    ):
-        with _member(archive, IMAGES, (len(images), images.image_size, images.image_size, 3), "|u1") as stream:
-            for start in range(0, len(images), BATCH):
-                batch = images.load(range(start, min(start + BATCH, len(images))))
-                stream.write(np.ascontiguousarray(batch).data)
-                shown.advance(len(batch))
-        record = {name: value for name, value in samples.record.items() if name != "labels"}  # they are in `arr_1`
+    images, record = samples.images, {name: value for name, value in samples.record.items() if name != "labels"}
+    shape = (len(images), images.image_size, images.image_size, 3)
+    with files.atomic_write(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open(zipfile.ZipInfo(f"{IMAGES}.npy"), "w", force_zip64=True) as stream:
+            npy.write_array_header_1_0(stream, {"shape": shape, "fortran_order": False, "descr": "|u1"})
+            with bar("packing", len(images)) as shown:
+                for start in range(0, len(images), BATCH):
+                    batch = images.load(range(start, min(start + BATCH, len(images))))
+                    stream.write(np.ascontiguousarray(batch).data)
+                    shown.advance(len(batch))
         if samples.labels is not None:
-            with _member(archive, LABELS, (len(images),), "<i8") as stream:
-                stream.write(np.asarray(samples.labels, "<i8").tobytes())
+            with archive.open(zipfile.ZipInfo(f"{LABELS}.npy"), "w") as stream:
+                npy.write_array(stream, np.asarray(samples.labels, "<i8"), allow_pickle=False)
             record["classes"] = list(samples.classes)
         archive.writestr(zipfile.ZipInfo(RECORD), files.to_json(record))
-
-
-def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], descr: str) -> IO[bytes]:
-    # A ZipInfo carries no date, so that equal samples make equal archives.
-    stream = archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
-    npy.write_array_header_1_0(stream, {"shape": shape, "fortran_order": False, "descr": descr})
-    return stream
 
 
 def _packed(npz: Npz) -> Samples:
@@ -165,22 +157,18 @@ def _recorded(folder: Path, record: dict[str, Any]) -> Samples:
         raise SFDError(
             f"{folder} has {len(images)} of its {expected} images; the same `sfd sample` command makes the others"
         )
-    if classes and len(labels) != len(images):
+    if not classes:
+        return Samples(images, None, (), record)
+    if len(labels) != len(images) or not all(0 <= label < len(classes) for label in labels):
         raise SFDError(
-            f"{folder / RECORD} lists {len(labels)} labels for {len(images)} images; sample again into an empty folder"
+            f"{folder / RECORD} lists {len(labels)} labels among {len(classes)} classes for {len(images)} images, but "
+            "each image needs the label of a class; sample again into an empty folder"
         )
-    if classes and not all(0 <= label < len(classes) for label in labels):
-        raise SFDError(
-            f"{folder / RECORD} has labels outside of its {len(classes)} classes; sample again into an empty folder"
-        )
-    return Samples(images, tuple(labels) if classes else None, classes, record)
+    return Samples(images, tuple(labels), classes, record)
 
 
 def _ranges(numbers: list[int]) -> str:
     """Write the distinct numbers as ranges: "0-49", "1, 5-7"."""
-    ordered, parts = sorted(set(numbers)), []
-    starts = [i for i, n in enumerate(ordered) if i == 0 or n != ordered[i - 1] + 1]
-    for start, end in zip(starts, [*starts[1:], len(ordered)], strict=True):
-        first, last = ordered[start], ordered[end - 1]
-        parts.append(str(first) if first == last else f"{first}-{last}")
-    return ", ".join(parts)
+    ordered = np.unique(numbers)
+    runs = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -18,6 +18,7 @@ from sfd.models.dit import DiTConfig
 from sfd.utils import files
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
+from sfd.utils.hub import fetch
 from sfd.utils.shipped import find_model
 
 RECORD, WEIGHTS = "model.json", "model.safetensors"
@@ -72,10 +73,7 @@ def fetch_model(name: str | Path) -> Path:
     except SFDError as absent:
         if Path(name).exists() or not HUB_NAME.fullmatch(str(name)):
             raise
-        from huggingface_hub import snapshot_download
-
         try:
-            return model_folder(snapshot_download(str(name)))
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SFDError(f"{absent} (the Hugging Face hub has no such model either: {reason})") from None
+            return model_folder(fetch(str(name)))
+        except SFDError as error:
+            raise SFDError(f"{absent}; {error}") from None

@@ -122,11 +122,11 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
             raise SFDError(f"{folder} holds images or folders, but no {RECORD} from sampling; give an empty folder")
         files.write_json(path, record, shared=True)
         return
-    before = _flat(files.read_json(path, "folder of samples"))
-    for name, now in _flat(files.jsonable(record)).items():
-        then = before.get(name)
-        if then != now and name not in ("batch_size", "compile"):
-            values = f"other {name}" if isinstance(now, list) else f"{name} = {then!r}, but this command has {now!r}"
+    before, now = (_flat(each) for each in (files.read_json(path, "folder of samples"), files.jsonable(record)))
+    for name, value in now.items():
+        if before.get(name) != value and name not in ("batch_size", "compile"):
+            values = f"{name} = {before.get(name)!r}, but this command has {value!r}"
+            values = f"other {name}" if isinstance(value, list) else values
             raise SFDError(f"{folder} holds samples made with {values}; give another --out folder, or remove that one")
 
 

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from sfd.evaluation.evaluate import Metrics
@@ -94,8 +95,9 @@ def _gallery(samples: SamplesStage) -> Gallery:
     if len(shown) < len(classes):
         caption += f"; {len(shown)} of {len(classes)} classes"
     names = [classes[row[0] // each] if classes else "" for row in shown]
-    images = [read_images(samples.folder, row) for row in shown]
-    return Gallery(samples.variant.capitalize(), caption, list(zip(names, images, strict=True)))
+    images = read_images(samples.folder, [number for row in shown for number in row])
+    rows = np.split(images, np.cumsum([len(row) for row in shown])[:-1])
+    return Gallery(samples.variant.capitalize(), caption, list(zip(names, rows, strict=True)))
 
 
 def _logs(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
