@@ -5,38 +5,37 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import cast
 
-import torch
 from torch import Tensor
 
 from sfd.models import component
-from sfd.utils.errors import unknown
+from sfd.models.component import Component
+from sfd.utils.errors import SFDError, unknown
 
 KIND = "compressor"
 COMPRESSORS = ("semvae", "pca")  # modules of sfd.models
 
 
-class Compressor(Protocol):
+class Compressor(Component):
     """Compresses features (B, C, h, w) channel-wise to latents (B, c, h, w). Encoding is deterministic."""
 
+    kind = KIND
     channels: int  # c
-
-    @property
-    def identity(self) -> str:
-        """A short hash of configuration and weights."""
 
     def encode(self, features: Tensor) -> Tensor:
         """Map features (B, C, h, w) to latents (B, c, h, w), keeping no gradient."""
+        raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
         """Map latents (B, c, h, w) back to features (B, C, h, w), keeping no gradient."""
+        raise NotImplementedError
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `config.json` and `model.safetensors`."""
 
-    def to(self, device: Any) -> Any:
-        """Move to a device."""
+def check_channels(features: Tensor, expected: int) -> None:
+    """Refuse features of another encoder."""
+    if features.shape[1] != expected:
+        raise SFDError(f"this takes features of {expected} channels, got {features.shape[1]}; use its encoder")
 
 
 def load_compressor(folder: Path) -> Compressor:

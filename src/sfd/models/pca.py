@@ -8,8 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sfd.models.component import Component
-from sfd.models.compressor import KIND
+from sfd.models.compressor import Compressor, check_channels
 from sfd.utils.config import Settings
 from sfd.utils.errors import SFDError
 
@@ -29,10 +28,9 @@ class PCAConfig(Settings):
         return self
 
 
-class PCA(Component):
+class PCA(Compressor):
     """Features (B, C, h, w) to their c leading principal components (B, c, h, w), strongest first, and back."""
 
-    kind = KIND
     name = "pca"
     config: PCAConfig
     mean: Tensor  # (C,)
@@ -60,11 +58,7 @@ class PCA(Component):
     @torch.no_grad()
     def encode(self, features: Tensor) -> Tensor:
         """Project onto the components."""
-        given, expected = features.shape[1], len(self.mean)
-        if given != expected:
-            raise SFDError(
-                f"this PCA takes features of {expected} channels, got {given}; use the encoder it was made for"
-            )
+        check_channels(features, len(self.mean))
         return torch.einsum("kc,bchw->bkhw", self.components / self._scale(), features - self.mean[:, None, None])
 
     @torch.no_grad()
@@ -93,8 +87,7 @@ def fit_pca(batches: Iterable[Tensor], config: PCAConfig) -> PCA:
     channels, count, shift = config.input_channels, 0, torch.empty(0)
     total, products = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, channels, dtype=torch.float64)
     for features in batches:
-        if features.shape[1] != channels:
-            raise SFDError(f"PCA of {channels} channels was given features of {features.shape[1]}; they must be equal")
+        check_channels(features, channels)
         samples = features.movedim(1, -1).flatten(0, -2).cpu().double()  # in this order: not every device knows float64
         if not count:
             # Sums of squares lose digits where the mean is large; about any point near it they do not.

@@ -13,11 +13,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd.models.component import Component
-from sfd.models.compressor import KIND
+from sfd.models.compressor import Compressor, check_channels
 from sfd.models.gaussian import DiagonalGaussian
 from sfd.utils.config import Settings
-from sfd.utils.errors import SFDError
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -49,10 +47,9 @@ class SemVAEObjective(Settings):
     )
 
 
-class SemVAE(Component):
+class SemVAE(Compressor):
     """Features (B, C, h, w) to the moments of latents (B, c, h, w) and back, on any grid."""
 
-    kind = KIND
     name = "semvae"
     config: SemVAEConfig
 
@@ -65,11 +62,7 @@ class SemVAE(Component):
 
     def moments(self, features: Tensor) -> DiagonalGaussian:
         """Give the posterior of the latents: mean and log-variance, each (B, c, h, w)."""
-        given, expected = features.shape[1], self.config.input_channels
-        if given != expected:
-            raise SFDError(
-                f"this SemVAE takes features of {expected} channels, got {given}; use the encoder it was made for"
-            )
+        check_channels(features, self.config.input_channels)
         mean, logvar = _by_position(self.encoder, features).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(*LOGVAR_RANGE))
 

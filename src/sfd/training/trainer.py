@@ -339,7 +339,6 @@ def _check_same_run(folder: Path, settings: TrainSettings, record: dict[str, Any
     if settings.decay == "cosine" and step > settings.decay_from and steps != settings.steps:
         raise SFDError(
             f"{folder} is at step {step} of {steps}, and its learning rate has been falling since step "
-            f"{settings.decay_from}; with {settings.steps} steps it would have fallen differently. Train to step "
-            f"{steps}; to train further, give another --out folder and start from these weights (train.init, of the "
-            "transformer)"
+            f"{settings.decay_from}, towards another end than with {settings.steps} steps; train to step {steps}, or "
+            "give another --out folder and start from these weights (train.init, of the transformer)"
         )

@@ -84,31 +84,30 @@ class DiffusionTask:
         Where stationary streams are left out, also which streams move: (B, K). With `density` "stream", also the weight
         of each stream's loss: (B, K).
         """
+        settings, composite = self.settings, self.composite
         indices = self.order.indices(step, samples, self.batch_size)
         uniforms, normals = self._draw(step, samples)
-        flips = (uniforms[:, 0] < 0.5) & self.settings.flip
-        raw = {name: self.latents.read(name, indices, flips) for name in self.composite.names}
+        flips = (uniforms[:, 0] < 0.5) & settings.flip
+        raw = {name: self.latents.read(name, indices, flips) for name in composite.names}
         labels = self.latents.labels[torch.from_numpy(indices)]
-        dropped = torch.from_numpy(uniforms[:, 1] < self.settings.label_dropout)
-        u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), self.settings.base_time)
+        dropped = torch.from_numpy(uniforms[:, 1] < settings.label_dropout)
+        u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), settings.base_time)
         time, rate = self.schedule.at(u)
-        of_stream = self.settings.density == "stream"
-        weights = flow.density_ratio(time, u[:, None], self.settings.base_time) * rate if of_stream else None
-        if self.settings.arrived < 1:
-            drawn = 1 - (1 - self.settings.arrived) * torch.from_numpy(uniforms[:, 2:]).to(time)
-            time = torch.where((time == 1) & (rate == 0), drawn, time)
         batch = {
-            "x1": self.composite.pack(self.composite.normalize(raw)),
+            "x1": composite.pack(composite.normalize(raw)),
             "x0": torch.from_numpy(normals[:, 1:].copy()),
             "times": time,
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
             "indices": torch.from_numpy(indices),
         }
-        if weights is not None:
-            batch["weights"] = weights
-        if weights is not None or not self.settings.stationary_streams:
+        if settings.density == "stream":
+            batch["weights"] = flow.density_ratio(time, u[:, None], settings.base_time) * rate
+        if settings.density == "stream" or not settings.stationary_streams:
             batch["moving"] = rate > 0
-        if self.settings.repa:
+        if settings.arrived < 1:
+            drawn = 1 - (1 - settings.arrived) * torch.from_numpy(uniforms[:, 2:]).to(time)
+            batch["times"] = torch.where((time == 1) & (rate == 0), drawn, time)
+        if settings.repa:
             # As stored, in half precision: the loss turns them into float32, on the device.
             batch["features"] = self.latents.read(FEATURES, indices, flips, dtype=None)
         return batch
@@ -132,9 +131,8 @@ class DiffusionTask:
         x = flow.interpolate(x1, x0, self.composite.per_entry(times))
         target = flow.velocity_target(x1, x0)
         settings = self.settings
-        output: DiTOutput = model(
-            x, times, batch["labels"], project=bool(settings.repa), guide=settings.guide is not None
-        )
+        project, guide = bool(settings.repa), settings.guide is not None
+        output: DiTOutput = model(x, times, batch["labels"], project=project, guide=guide)
         predicted, weak = output.velocity, output.weak
         if "moving" in batch:  # entries that are 0 in both count neither in the squares nor in the cosine
             moving = self.composite.per_entry(batch["moving"])
@@ -147,7 +145,7 @@ class DiffusionTask:
             losses["loss"] = losses["loss"] + settings.guide * losses["guide"]
         if output.projection is not None:
             losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
-            losses["loss"] = losses["loss"] + self.settings.repa * losses["repa"]
+            losses["loss"] = losses["loss"] + settings.repa * losses["repa"]
         return losses | self._by_stream(predicted, target, times)
 
     def _velocity_losses(self, predicted: Tensor, target: Tensor, of_streams: Tensor | None) -> dict[str, Tensor]:
