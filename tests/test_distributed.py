@@ -160,7 +160,11 @@ def begun(finished, out):
 
 @pytest.mark.parametrize(
     ("damage", "override", "message"),
-    [(False, "loss.cosine=0.5", "loss.cosine was 1.0 before"), (True, "seed=0", "no intact checkpoint")],
+    [
+        (False, "loss.cosine=0.5", "loss.cosine was 1.0 before"),
+        (False, "loss.cosine=x", "loss.cosine"),
+        (True, "seed=0", "no intact checkpoint"),
+    ],
 )
 def test_what_rank_0_refuses_ends_all(finished, tmp_path, damage, override, message):
     out = begun(finished, tmp_path / "out")
@@ -171,3 +175,4 @@ def test_what_rank_0_refuses_ends_all(finished, tmp_path, damage, override, mess
     messages = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], messages
     assert message in messages[0] and "Traceback" not in "".join(messages)
+    assert "error:" not in messages[1]  # it is said once

@@ -88,12 +88,13 @@ def evaluate(
     if truth is not None and seen.probabilities is not None:
         right = seen.probabilities.argmax(axis=1) == truth
         by_class = {c: float(right[truth == i].mean()) for i, c in enumerate(classes) if (truth == i).any()}
+    values: dict[str, Any] = {metric: estimates[metric].value if metric in estimates else None for metric in METRICS}
     return Metrics(
         name=name,
         real=real,
         n_samples=len(seen.features),
         balanced=balanced(truth, len(classes)),
-        **{metric: estimates[metric].value if metric in estimates else None for metric in METRICS},
+        **values,
         accuracy_by_class=by_class,
         intervals={metric: (estimate.low, estimate.high) for metric, estimate in estimates.items()},
         caveats={metric: why for metric in estimates if (why := _caveats(metric, seen, reference))},

@@ -7,7 +7,7 @@ extractor. A chunk depends on nothing else.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -104,5 +104,8 @@ def _read(path: Path, count: int) -> Extraction | None:
 
 
 def _concatenate(batches: list[Extraction]) -> Extraction:
-    columns = ([array for array in column if array is not None] for column in zip(*batches, strict=True))
-    return Extraction(*(np.concatenate(column) if column else None for column in columns))
+    def joined(arrays: list[np.ndarray | None]) -> Any:
+        present = [array for array in arrays if array is not None]
+        return np.concatenate(present) if present else None
+
+    return Extraction(*(joined(list(column)) for column in zip(*batches, strict=True)))

@@ -139,4 +139,4 @@ def read_moments(npz: Npz, mean: str, covariance: str, size: int) -> Gaussian | 
                 f"but is {array.dtype} of shape {array.shape}; use statistics of this extractor"
             )
         moments.append(array.astype(np.float64))
-    return Gaussian(*moments, count=0)
+    return Gaussian(moments[0], moments[1], count=0)
