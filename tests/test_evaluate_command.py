@@ -132,3 +132,8 @@ def test_the_sampling_settings_are_reported(folder, weights):
 def test_contradicting_options_are_refused(folder, monkeypatch, options, words):
     monkeypatch.chdir(folder)
     refused(sfd("evaluate", "made", *options), words)
+
+
+def test_a_folder_of_several_folders_of_samples_is_answered_with_one_of_them(finished):
+    run = finished.folder.root
+    refused(sfd("evaluate", run / "samples", "--run", run), "give one, such as", "samples/guided")

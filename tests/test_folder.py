@@ -45,7 +45,7 @@ def test_written_shapes_are_read_back_exactly(tmp_path: Path) -> None:
     assert source.classes == tuple(sorted(shapes.classes))
     assert np.array_equal(source.load(range(60)), shapes.load(order))
     assert [source.classes[k] for k in source.labels] == [shapes.classes[k] for k in shapes.labels[order]]
-    with pytest.raises(SFDError, match="exists already"):
+    with pytest.raises(SFDError, match="not overwritten"):
         write_folder(shapes, tmp_path / "out")
 
 

@@ -151,7 +151,7 @@ def test_identity_depends_on_the_content_alone(folder):
 @pytest.mark.parametrize("shard_size", [3, 100])
 def test_written_latents_are_read_back(latents, tmp_path, shard_size):
     write_published(latents, tmp_path / "out", shard_size)
-    with pytest.raises(SFDError, match="exists already"):
+    with pytest.raises(SFDError, match="not overwritten"):
         write_published(latents, tmp_path / "out", shard_size)
     again = open_published(tmp_path / "out")
     for name in ("texture", "semantic", FEATURES):

@@ -262,7 +262,10 @@ def test_warm_up_and_decay_must_fit_into_training(tmp_path, overrides, message):
         load_recipe(write_recipe(tmp_path), overrides)
 
 
-@pytest.mark.parametrize("command", ["trajectory", "pack", "export", "evaluate"])
+FOLDERS = ["export", "convert", "export-latents", "shapes"]  # commands that write a folder
+
+
+@pytest.mark.parametrize("command", ["trajectory", "pack", "evaluate", *FOLDERS])
 def test_a_command_overwrites_only_its_own_output(finished, tmp_path, command):
     samples, run = finished.folder.samples / "guided", finished.folder.root
     out, start = {
@@ -270,8 +273,14 @@ def test_a_command_overwrites_only_its_own_output(finished, tmp_path, command):
         "pack": (tmp_path / "out.npz", lambda out: ("pack", samples, out)),
         "export": (tmp_path / "out", lambda out: ("export", run, out)),
         "evaluate": (tmp_path / "out.json", lambda out: ("evaluate", samples, "--run", run, "--out", out)),
+        "convert": (
+            tmp_path / "out",
+            lambda out: ("convert", run / "compressor/model.safetensors", out, "--heads", "4"),
+        ),
+        "export-latents": (tmp_path / "out", lambda out: ("export-latents", run, out)),
+        "shapes": (tmp_path / "out", lambda out: ("shapes", out, "--count", 10)),
     }[command]
-    if command == "export":
+    if command in FOLDERS:
         shutil.copytree(finished.folder.model, out)
     elif command == "trajectory":
         Image.new("RGB", (8, 8)).save(out)
@@ -281,14 +290,13 @@ def test_a_command_overwrites_only_its_own_output(finished, tmp_path, command):
     refused(sfd(*start(out)), "exists", "not overwritten")
     assert {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()} == before
     shutil.rmtree(out) if out.is_dir() else out.unlink()
+    if command in FOLDERS:
+        out.mkdir()  # an empty one may be used
     assert sfd(*start(out)).exit_code == 0
-    assert sfd(*start(out)).exit_code == (2 if command == "export" else 0)
+    assert sfd(*start(out)).exit_code == (2 if command in FOLDERS else 0)
 
 
-@pytest.mark.parametrize("stage", ["texture", "transformer", "evaluator"])
-def test_a_stage_that_others_were_made_from_is_not_trained_further(finished, tiny, stage):
-    fields = {"texture": "texture.train.steps", "transformer": "train.steps"}
-    field = fields.get(stage, "evaluation.classifier.training.steps")
-    recipe = changed(tiny, field, 99)
-    with pytest.raises(SFDError, match=rf"{'training' if stage == 'transformer' else stage} was trained for .*metrics"):
-        pipeline.Pipeline(recipe, finished.folder.root, CPU).check_recipe()
+@pytest.mark.parametrize(("stage", "field"), [("texture", "texture.train.steps"), ("training", "train.steps")])
+def test_a_stage_that_others_were_made_from_is_not_trained_further(finished, tiny, stage, field):
+    with pytest.raises(SFDError, match=f"{stage} was trained for .*metrics"):
+        pipeline.Pipeline(changed(tiny, field, 99), finished.folder.root, CPU).check_recipe()

@@ -34,8 +34,7 @@ class Options:
 
 def convert(source: Path, out: Path, options: Options) -> None:
     """Convert `source` into the folder `out`; see `sfd convert --help`."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SFDError(f"{out} exists; choose another, or remove it")
+    files.check_replaceable(out)
     checkpoint = read_checkpoint(source, options.state)
     kind = next((kind for name, kind in _SIGNS.items() if name in checkpoint.tensors), None)
     if kind is None:

@@ -21,7 +21,7 @@ CARD, PICTURE = "README.md", "samples.png"
 
 def export_model(source: Path, out: Path, form: str, dtype: str, licence: str | None) -> None:
     """Write a model directory, a run's model or a pipeline to `out`; see `sfd export --help`."""
-    files.check_replaceable(out, None, "an exported model")
+    files.check_replaceable(out)
     model = _load(source)
     with files.atomic_write(out) as partial:
         if form == "diffusers":

@@ -16,7 +16,7 @@ from sfd.data.cache import BUDGET, map_ranges, nbytes
 from sfd.data.images import NO_IMAGE, ImageSource, Indices, decode, read_image, stable_hash
 from sfd.data.listing import UNREADABLE, ImageFiles, meant_as_image, nfc, shown
 from sfd.utils.errors import SFDError
-from sfd.utils.files import as_user_error, file_lock, write_text
+from sfd.utils.files import as_user_error, check_replaceable, file_lock, write_text
 
 _NAMED = 5  # names in a message
 
@@ -144,8 +144,8 @@ class FolderSource:
         some = _some([f"{shown(name)}: {reason}" for name, reason in self.skipped])
         if self.skipped and strict:
             raise SFDError(
-                f"{self.path}: {len(self.skipped)} of {total} files cannot be used ({some}); "
-                "mend or remove them, or leave strict off to skip them"
+                f"{self.path}: {len(self.skipped)} of {total} files cannot be used ({some}); mend or remove them, or "
+                + ("scale all images to one size (sfd evaluate --image-size)" if self._exact else "leave strict off")
             )
         if not self.names:
             why = f" ({some})" if some else ""
@@ -208,8 +208,7 @@ def skipped_report(source: ImageSource) -> str:
 def write_folder(source: ImageSource, path: Path | str) -> None:
     """Write a data set as PNGs that FolderSource reads back exactly: one sub-folder per class, none without classes."""
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise SFDError(f"{path} exists already; give a new folder, or empty that one")
+    check_replaceable(path)
     folders = [path / name for name in source.classes] or [path]
 
     def write(rows: range) -> None:

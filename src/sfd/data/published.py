@@ -255,8 +255,7 @@ def write_published(latents: LatentSet, out: Path, shard_size: int = 10_000) -> 
     for name in latents.manifest.streams:
         if name not in KEYS:
             raise SFDError(f"published latents hold the streams texture and semantic, but here is {name!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SFDError(f"{out} exists already; give a new folder")
+    files.check_replaceable(out)
     names = [*latents.manifest.streams, *([FEATURES] if latents.manifest.features else [])]
     starts = range(0, len(latents), shard_size)
     digits = max(3, len(str(len(starts) - 1)))  # so that names sort as numbers do

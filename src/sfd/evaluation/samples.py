@@ -109,6 +109,9 @@ def load_samples(path: Path, image_size: int | None = None) -> Samples:
         return _packed(Npz(path))
     if (path / RECORD).is_file():
         return _recorded(path, files.read_json(path / RECORD, "folder of samples"))
+    inside = sorted(record.parent for record in path.glob(f"*/{RECORD}"))
+    if inside:
+        raise SFDError(f"{path} holds several folders of samples; give one, such as {inside[0]}")
     source = FolderSource(path, image_size)
     labels = tuple(source.labels.tolist()) if source.classes else None
     return Samples(source, labels, source.classes)

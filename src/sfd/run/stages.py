@@ -133,8 +133,9 @@ class Stage(ABC):
     def check_extension(self, others: Sequence[Stage]) -> None:
         """Refuse to train a finished stage further where other stages were made from its result."""
         record = self._read()
-        if record is None or not record["finished"] or record["steps"] == self._steps:
+        if self.train is None or record is None or not record["finished"] or record["steps"] == self._steps:
             return
+        check_resume(self.folder, self.train, self.run.device)  # says so where no more steps are possible at all
         after = [str(stage.folder) for stage in others if stage._follows(self) and (stage.folder / RECORD).exists()]
         if after:
             raise SFDError(

@@ -46,6 +46,7 @@ def unknown(kind: str, given: str, choices: Iterable[str]) -> SFDError:
     "there is no solver 'eulr'; did you mean 'euler'? (known: euler, heun)"
     """
     names = sorted(choices)
-    near = difflib.get_close_matches(given, names, n=1)
+    near = difflib.get_close_matches(given, names, n=1) or [name for name in names if given and given in name]
+    separator = "; " if any("," in name for name in names) else ", "  # classes of ImageNet have commas in their names
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return SFDError(f"there is no {kind} {given!r}{hint} (known: {', '.join(names) or 'none'})")
+    return SFDError(f"there is no {kind} {given!r}{hint} (known: {separator.join(names) or 'none'})")

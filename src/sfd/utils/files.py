@@ -112,6 +112,10 @@ def as_user_error(error: OSError, path: Path) -> SFDError:
         return _disk_full(path)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return SFDError(f"{path} cannot be accessed ({error.strerror}); choose another or change its permissions")
+    if error.errno == errno.ENOENT:
+        return SFDError(f"there is no file or folder {path}; give another")
+    if error.errno == errno.ENOTDIR:
+        return SFDError(f"{path} cannot be: a part of that path is a file, not a folder; give another")
     return SFDError(f"{path}: {error.strerror or error}")
 
 
@@ -120,15 +124,15 @@ def _disk_full(path: Path) -> SFDError:
     return SFDError(f"no space left on the disk that holds {folder}; free some and run the same command again")
 
 
-def check_replaceable(path: Path, own: Callable[[Path], bool] | None, what: str) -> None:
-    """Refuse to overwrite what the user did not get from the same command.
+def check_replaceable(path: Path, own: Callable[[Path], bool] | None = None, what: str = "") -> None:
+    """Refuse to overwrite what the user did not get from the same command. An empty folder may be replaced.
 
     Args:
         path: what would be written.
         own: tells whether an existing file is earlier output of the same command; None: nothing is replaced.
-        what: names that output ("a strip of images").
+        what: names that output ("a trajectory").
     """
-    if not os.path.lexists(path):
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     try:
         replaceable = own is not None and own(path)
