@@ -2,12 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.arms import BASES, arms
 from benchmarks.study.page import Results, Value, reached, verdict
+from benchmarks.study.probe import Probe
 from benchmarks.study.work import SCALES
+from sfd.data.folder import FolderSource
+from sfd.evaluation.extractors._base import Extraction
 from sfd.run.recipe import load_recipe
 
 TOY = [
@@ -77,3 +82,30 @@ def test_images_until_a_distance_is_reached():
     assert reached(curve, 16) == pytest.approx(250)
     assert reached(curve, 50) == 100
     assert reached(curve, 5) is None
+
+
+class Colours:
+    """An extractor of mean colours."""
+
+    name = identity = "colours"
+
+    def extract(self, images):
+        return Extraction(features=images.mean(axis=(1, 2)).astype(np.float32), probabilities=None)
+
+
+def test_a_probe_learns_classes_from_features(tmp_path):
+    def source(seed):
+        labels = np.arange(60) % 3
+        images = np.random.default_rng(seed).integers(100, size=(60, 8, 8, 3), dtype=np.uint8)
+        images[np.arange(60), ..., labels] += 100
+        folder = tmp_path / str(seed)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            (folder / "rgb"[label]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / "rgb"[label] / f"{number}.png")
+        return FolderSource(folder, 8)
+
+    training, unseen = source(0), source(1)
+    probe = Probe(Colours(), training, unseen, tmp_path / "features")
+    assert (probe.accuracy, probe.trained_on, probe.classes) == (1.0, 60, ("b", "g", "r"))
+    seen = probe.extract(unseen.load(range(10)))
+    assert (seen.probabilities.argmax(axis=1) == np.asarray(unseen.labels)[:10]).all()

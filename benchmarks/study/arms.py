@@ -17,7 +17,7 @@ class Base(NamedTuple):
 
     recipe: Path
     changes: tuple[str, ...]
-    extractor: str | None  # whose features distances are in; None: those of the run's evaluation classifier
+    extractor: str | None  # whose features samples are judged in; None: those of the run's evaluation classifier
     embedded: str  # a semantic encoder that the run trains
     other_compressor: str
 

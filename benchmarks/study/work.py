@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from benchmarks.study.arms import Arm, Base
+from benchmarks.study.probe import Probe
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
 from sfd.evaluation.extractors._base import pretrained
-from sfd.evaluation.reference import Reference
+from sfd.evaluation.reference import Reference, reference_of
 from sfd.generation.model import Model
 from sfd.models.dit import LightningDiT
 from sfd.run.pipeline import Pipeline
@@ -24,6 +25,7 @@ from sfd.run.recipe import Recipe, load_recipe
 from sfd.run.stages import Stage
 from sfd.run.transformer import transformer_config
 from sfd.schedule import build_schedule
+from sfd.training.tasks.classifier import divide
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
 
@@ -85,29 +87,21 @@ class Study:
         seeds = range(PER_SEED * seed, PER_SEED * seed + len(labels))
         images = np.concatenate([batch.images for batch in model.sample_batches(labels, seeds, settings)])
         sampling = settings.model_dump(mode="json")
-        judge, *others = self.references
-        seen = evaluate(images, labels, judge, name=path.name, sampling=sampling)
-        for reference in others:  # distances in the extractor's features, accuracy by the classifier
-            found = evaluate(images, None, reference, name=path.name, sampling=sampling)
-            kept = ("class_accuracy", "accuracy_by_class")
-            intervals = found.intervals | {k: v for k, v in seen.intervals.items() if k in kept}
-            seen = found.model_copy(update={k: getattr(seen, k) for k in kept} | {"intervals": intervals})
-        seen.write(path)
+        evaluate(images, labels, self.reference, name=path.name, sampling=sampling).write(path)
 
     @cached_property
-    def references(self) -> tuple[Reference, ...]:
-        """Held-out images as the evaluation classifier sees them, and as the extractor does, if there is one."""
+    def reference(self) -> Reference:
+        """Held-out images as the judge sees them: the run's classifier, or a linear one of an extractor's features."""
         recipe = self.recipe(Arm("base", (), ""))
         fixed = recipe.fixed()
-        judge = Pipeline(recipe, self._part("judge", [fixed["data"], fixed["evaluation"]["classifier"]]), self.device)
-        judge.evaluator.make()
-        references = [judge.evaluator.reference()]
-        if self.base.extractor is not None:
-            network = pretrained(self.base.extractor, None, self.device)
-            found = Reference.of(judge.evaluator.reference_images(), network, cache=self.folder / "parts" / "features")
-            assert found is not None
-            references.append(found)
-        return tuple(references)
+        run = Pipeline(recipe, self._part("judge", [fixed["data"], fixed["evaluation"]["classifier"]]), self.device)
+        if self.base.extractor is None:
+            run.evaluator.make()
+            return run.evaluator.reference()
+        network, settings = pretrained(self.base.extractor, None, self.device), recipe.evaluation.classifier
+        assert settings is not None
+        training, real = divide(run.images.held_out, settings)
+        return reference_of(real, Probe(network, training, real, run.folder.root / "features"), "held-out real images")
 
     def _parts(self, arm: Arm) -> Pipeline:
         """Encoders and latents for an arm; those of equal recipes are one."""
