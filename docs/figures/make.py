@@ -1,6 +1,7 @@
 """Draws the figures of docs/*.md, from the project's own code and from docs/results/benchmarks.json.
 
-    python docs/figures/make.py [overview schedules times knots offset speed solvers solvers_trained training_curves]
+    python docs/figures/make.py [overview schedules times knots offset speed solvers solvers_trained training_curves
+                                 editing]
 
 All of them take about half a minute. The phases of a sample are drawn by `sfd trajectory models/shapes`.
 """
@@ -19,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sfd import flow
+from sfd.editing import change_plan, keep_plan
 from sfd.evaluation.figures import COLOURS, semantic_colours
 from sfd.generation.model import load_model
 from sfd.generation.trajectory import follow_sample
@@ -278,6 +280,21 @@ def solvers() -> Figure:
     return figure
 
 
+def editing() -> Figure:
+    """Samples, new textures on their plans, new plans for their textures' noise."""
+    model, seeds = load_model(HERE.parents[1] / "models" / "shapes", torch.device("cpu")), list(range(6))
+    classes = ["star", "heart", "ring", "crescent", "cross", "arrow"]
+    sources = model.sample(classes, seeds=seeds, guidance=2, output="latent")
+    others = [[100 * row + seed for seed in seeds] for row in (1, 2, 3)]
+    rows = [sources, *(keep_plan(model, sources, fresh, plan_seeds=seeds) for fresh in others[:2])]
+    rows.append(change_plan(model, seeds, others[2], classes=classes, guidance=2))
+    figure = Figure(figsize=(7, 4.7), layout="constrained")
+    for axis, image in zip(figure.subplots(len(rows), len(seeds)).flat, model.decode(torch.cat(rows)), strict=True):
+        axis.imshow(image)
+        axis.axis("off")
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "overview": overview,
     "schedules": schedules,
@@ -288,6 +305,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "solvers": solvers,
     "solvers_trained": solvers_trained,
     "training_curves": training_curves,
+    "editing": editing,
 }
 
 

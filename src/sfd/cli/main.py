@@ -267,6 +267,37 @@ def trajectory(**arguments: Any) -> None:
 
 
 @main.command()
+@click.argument("model", type=FOLDER)
+@click.argument("way", type=click.Choice(["keep-plan", "change-plan", "swap-plans", "paint", "sdedit", "interpolate"]))
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
+@click.option("--out", type=FOLDER, default=Path("edits.png"), show_default=True, help="the PNG to write")
+@click.option("--classes", default="all", show_default=True, help="of the sources, comma-separated")
+@click.option("--seeds", default="0", show_default=True, help="of the sources; each class gets each seed")
+@click.option("--count", type=click.IntRange(min=2), default=6, show_default=True, help="results for each source")
+@click.option("--to", help="class of the results  [default: none, the plan decides]")
+@click.option("--start", default="0.4", show_default=True, help="sdedit: base time, or semantic=1,texture=0.4")
+@click.option("--brush", default="0,0,0.5,1", show_default=True, help="paint: LEFT,TOP,RIGHT,BOTTOM, from 0 to 1")
+@click.option("--steps", type=int, help="solver steps")
+@click.option("--solver", help="euler, heun, multistep, dopri5")
+@click.option("--guidance", type=float, help="scale for all streams; 1: none")
+@device_option
+def edit(**arguments: Any) -> None:
+    """Sample from a MODEL and redraw the samples by streams: what is where (the plan) and how it looks (texture).
+
+    \b
+    keep-plan     new texture on the same plan
+    change-plan   new plans for the same texture's noise
+    swap-plans    two samples get each other's plan
+    paint         redrawn where a brush went
+    sdedit        noised up to a time, or each stream up to its own, and denoised
+    interpolate   from one plan to another
+    """
+    from sfd.cli.edit import edit_images
+
+    edit_images(**arguments)
+
+
+@main.command()
 @click.argument("samples", type=FOLDER)
 @click.option("--run", type=FOLDER, help="compare with the held-out images of this run, by its own classifier")
 @click.option("--reference", type=FOLDER, help="or with real images: folder, zip, or .npz of images or statistics")

@@ -1,0 +1,128 @@
+"""`sfd edit`: redraw samples by streams, and show sources and results as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from sfd.cli.sample import asked_labels, parse_seeds, sample_settings
+from sfd.data.grid import image_grid
+from sfd.editing import change_plan, interpolate_plans, keep_plan, paint, sdedit, swap_plans
+from sfd.generation.directory import model_folder
+from sfd.generation.model import Model, load_model
+from sfd.latents import TEXTURE
+from sfd.utils import files
+from sfd.utils.device import choose_device
+from sfd.utils.errors import SFDError
+
+WAYS = ("keep-plan", "change-plan", "swap-plans", "paint", "sdedit", "interpolate")
+SOFTWARE = "sfd edit"  # in the metadata of the PNG
+FRESH = 1_000_000  # seed of the first result; those of sources are smaller by custom
+SHOWN = 96  # pixels that a small image is scaled up to
+
+
+def edit_images(
+    model: Path,
+    way: str,
+    overrides: Sequence[str],
+    classes: str,
+    seeds: str,
+    count: int,
+    to: str | None,
+    start: str,
+    brush: str,
+    out: Path,
+    device: str,
+    **options: Any,
+) -> None:
+    """Edit each source `count` times; see `sfd edit --help`."""
+    files.check_replaceable(out, _is_own, "a picture of edits")
+    loaded = load_model(model_folder(model), choose_device(device))
+    settings = sample_settings(loaded, overrides, **options).model_dump(mode="json")
+    sources, of = _sources(loaded, classes, parse_seeds(seeds), settings)
+    label = None if to is None else asked_labels(loaded, to)[0]
+    how = settings | {"classes": label}
+    if way in ("swap-plans", "interpolate"):
+        if len(sources) != 2:
+            raise SFDError(f"{way} takes two sources, not {len(sources)}; name two classes, or one and two seeds")
+        if way == "interpolate":
+            made = interpolate_plans(loaded, sources, of[0], count=count, plan_seeds=of, **how)
+        else:
+            made = swap_plans(loaded, sources, of, **how)
+        rows = [np.concatenate([loaded.decode(sources), loaded.decode(made)])]
+    else:
+        rows = [
+            np.concatenate([loaded.decode(source[None]), loaded.decode(edited)])
+            for source, edited in zip(sources, _edits(loaded, way, sources, of, count, start, brush, how), strict=True)
+        ]
+    everything = np.concatenate(rows)
+    picture = image_grid(everything, columns=len(rows[0]), scale=max(1, SHOWN // everything.shape[1]))
+    about = PngInfo()
+    about.add_text("Software", SOFTWARE)
+    with files.atomic_write(out) as partial:
+        picture.save(partial, "PNG", pnginfo=about)
+    click.echo(f"{out}: {len(rows)} rows, in each the source first" if len(rows) > 1 else f"{out}: sources first")
+
+
+def _edits(
+    model: Model, way: str, sources: Tensor, of: list[int], count: int, start: str, brush: str, how: dict[str, Any]
+) -> list[Tensor]:
+    """`count` edits (count, N) of each source."""
+    found = []
+    for number, (source, seed) in enumerate(zip(sources, of, strict=True)):
+        fresh = [FRESH + number * count + k for k in range(count)]
+        repeated, own = source.expand(count, -1), [seed] * count
+        if way == "keep-plan":
+            found.append(keep_plan(model, repeated, fresh, plan_seeds=own, **how))
+        elif way == "change-plan":
+            found.append(change_plan(model, own, fresh, **how))
+        elif way == "paint":
+            found.append(paint(model, repeated, _brush(model, brush), fresh, **how))
+        else:
+            found.append(sdedit(model, repeated, _start(start), fresh, **how))
+    return found
+
+
+def _sources(model: Model, classes: str, seeds: list[int], settings: dict[str, Any]) -> tuple[Tensor, list[int]]:
+    """Latents (B, N) of each class with each seed, and the seeds."""
+    labels = asked_labels(model, classes)
+    pairs = [(label, seed) for label in labels for seed in seeds]
+    chosen, of = [label for label, _ in pairs], [seed for _, seed in pairs]
+    return model.sample(chosen if model.classes else None, seeds=of, output="latent", **settings), of
+
+
+def _start(text: str) -> float | dict[str, float]:
+    """Read a base time, or STREAM=TIME, comma-separated."""
+    try:
+        if "=" not in text:
+            return float(text)
+        return {name.strip(): float(time) for name, _, time in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise SFDError(f"--start {text!r} is no base time such as 0.4, nor such as semantic=1,texture=0.4") from None
+
+
+def _brush(model: Model, text: str) -> Tensor:
+    """Read LEFT,TOP,RIGHT,BOTTOM in shares of the image's side: a mask (S, S)."""
+    side = model.composite[TEXTURE].grid * model.texture.downsample
+    try:
+        left, top, right, bottom = (round(float(part) * side) for part in text.split(","))
+    except ValueError:
+        raise SFDError(f"--brush {text!r} must be LEFT,TOP,RIGHT,BOTTOM from 0 to 1, such as 0,0,0.5,1") from None
+    if not (0 <= left < right <= side and 0 <= top < bottom <= side):
+        raise SFDError(f"--brush {text!r} marks no part of the image; give LEFT < RIGHT and TOP < BOTTOM from 0 to 1")
+    mask = torch.zeros(side, side)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+def _is_own(path: Path) -> bool:
+    with Image.open(path) as image:
+        return bool(image.info.get("Software") == SOFTWARE)
