@@ -101,7 +101,7 @@ def test_features_of_other_channels_are_refused():
     pca = fit(features(), 2)
     with pytest.raises(SFDError, match="takes features of 6 channels, got 5"):
         pca.encode(torch.zeros(1, 5, 2, 2))
-    with pytest.raises(SFDError, match="PCA of 5 channels was given features of 6"):
+    with pytest.raises(SFDError, match="takes features of 5 channels, got 6"):
         fit_pca([features()], PCAConfig(input_channels=5, latent_channels=2))
     with pytest.raises(ValueError, match="7 components cannot be had of 6 channels"):
         PCAConfig(input_channels=6, latent_channels=7)

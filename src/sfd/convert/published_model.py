@@ -110,13 +110,13 @@ def _classes(config: DiTConfig, given: str | None) -> tuple[str, ...]:
             names = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise SFDError(f"--classes {given} should be a number or a file with one name per line ({error})") from None
-    if len(names) == count + 1:
-        raise SFDError(
-            f"the checkpoint has {count + 1} class embeddings, one for each of {len(names)} classes and none for no "
-            "class; networks that were trained without label dropout are not supported"
-        )
     if len(names) != count:
-        raise SFDError(f"--classes gives {len(names)} classes, but the checkpoint has {count} and the null class")
+        plain = (
+            "; networks that were trained without label dropout are not supported" if len(names) == count + 1 else ""
+        )
+        raise SFDError(
+            f"--classes gives {len(names)} classes, but the checkpoint has {count} and the null class{plain}"
+        )
     if len(set(names)) != len(names):
         raise SFDError(f"--classes {given}: two classes have the same name; give each its own")
     return tuple(names)
@@ -130,9 +130,7 @@ def _with_statistics(composite: CompositeLatent, sources: tuple[str, ...], textu
             found |= _statistics(source, composite)
         missing = [name for name in composite.names if name not in found]
         if missing:
-            raise SFDError(
-                f"--statistics {' '.join(sources)} has none of the stream {', '.join(missing)}; give them too"
-            )
+            raise SFDError(f"--statistics {' '.join(sources)} has none of {', '.join(missing)}; give them too")
     streams = []
     for stream in composite.streams:
         tokenizer = {"tokenizer": texture.identity} if stream.name == TEXTURE else {}
@@ -156,18 +154,14 @@ def _statistics(source: str, composite: CompositeLatent) -> dict[str, dict[str, 
                 )
         values = {name: record.model_dump(include={"mean", "std", "tokenizer"}) for name, record in records.items()}
         return {name: {key: v for key, v in value.items() if v} for name, value in values.items()}
-    stated = statistics_files(path) if path.is_dir() else {_stream_of(path): path}
+    if path.is_dir():
+        stated = statistics_files(path)
+    else:
+        stated = {name: path for name, key in KEYS.items() if path.name.startswith(f"{key}_stats")}
     pairs = {s: read_statistics(p, composite[s].channels) for s, p in stated.items() if s in composite.names}
     if not pairs:
-        raise SFDError(f"--statistics {source} holds neither latents nor latents_stats.pt; give their file or folder")
+        raise SFDError(
+            f"--statistics {source} holds neither latents nor latents_stats.pt (texture), latents_sv_stats.pt "
+            "(semantic); give their file or folder"
+        )
     return {name: {"mean": tuple(m.tolist()), "std": tuple(d.tolist())} for name, (m, d) in pairs.items()}
-
-
-def _stream_of(path: Path) -> str:
-    for name, key in KEYS.items():
-        if path.name.startswith(f"{key}_stats"):
-            return name
-    raise SFDError(
-        f"--statistics {path}: the file's name says which stream it is of; call it latents_stats.pt (texture) or "
-        "latents_sv_stats.pt (semantic)"
-    )

@@ -142,6 +142,7 @@ class FolderSource:
         """Report what is left out, or refuse it."""
         total = len(self.names) + len(self.skipped)
         some = _some([f"{shown(name)}: {reason}" for name, reason in self.skipped])
+        empty = _some([repr(shown(name)) for name in self._empty])
         if self.skipped and strict:
             raise SFDError(
                 f"{self.path}: {len(self.skipped)} of {total} files cannot be used ({some}); mend or remove them, or "
@@ -150,7 +151,6 @@ class FolderSource:
         if not self.names:
             why = f" ({some})" if some else ""
             raise SFDError(f"{self.path} holds no readable image{why}; give a folder or zip of images")
-        empty = _some([repr(shown(name)) for name in self._empty])
         if self._empty and strict:
             raise SFDError(f"{self.path}: no readable image in {empty}; add images, remove them, or leave strict off")
         if self.skipped:
