@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "sfd"
-METHOD = {"schedule", "flow", "latents", "guidance", "solvers", "sampling"}
+METHOD = {"schedule", "flow", "latents", "guidance", "solvers", "sampling", "flow_map"}
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 LISTED = re.search(r"^## Imports go one way\n.*?^```text\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 ORDER = [line.split()[0] for line in LISTED[1].splitlines()] if LISTED else []

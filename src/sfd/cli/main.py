@@ -224,6 +224,24 @@ def sample(**arguments: Any) -> None:
 
 @main.command()
 @click.argument("model", type=FOLDER)
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
+@click.option("--out", required=True, type=FOLDER, help="the run's folder; its model/ is the result")
+@click.option("--guiding-model", type=FOLDER, help="of a teacher with AutoGuidance")
+@click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP)
+@device_option
+def distill(**arguments: Any) -> None:
+    """Distil a MODEL into one that samples in 8, 4, 2 or 1 steps without guidance.
+
+    The teacher's sampling settings are the model's own: teacher.guidance=2, teacher.steps=24, … change them, as
+    train.steps=3000 or trajectories=50000 change the student's training. The same command resumes an interrupted one.
+    """
+    from sfd.cli.distill import distill_model
+
+    distill_model(**arguments)
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @click.option("--format", "form", type=click.Choice(["sfd", "diffusers"]), default="sfd", show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from sfd.flow_map import coarsen
 from sfd.guidance import GuidedVelocity, guide
 from sfd.latents import CompositeLatent
 from sfd.models.inference import Precision
@@ -15,14 +17,16 @@ from sfd.sampling import DEFAULT_STEPS, MAX_SHIFT, MIN_SHIFT, find_solver, smoot
 from sfd.schedule import Schedule
 from sfd.solvers import SOLVERS
 from sfd.utils.config import Free, Settings
+from sfd.utils.errors import SFDError
 
+FLOW_MAP = "flow_map"  # stands for a solver in the settings of distilled models
 GUIDED_BY = {"null_class": "the null class", "guiding_model": "a guiding model", "inside": "the second head"}
 
 
 class SamplingConfig(Settings):
     """How images are sampled."""
 
-    solver: str = Field("multistep", description="euler, heun, multistep, sde, dopri5")
+    solver: str = Field("multistep", description="euler, heun, multistep, sde, dopri5; of a distilled model flow_map")
     steps: int = Field(DEFAULT_STEPS, gt=0, description="over the whole interval; adaptive solvers choose their own")
     options: dict[str, Any] = Field({}, description="of the solver, such as rtol")
     shift: float = Field(1.0, ge=MIN_SHIFT, le=MAX_SHIFT, description="time shift; below 1: more steps near noise")
@@ -57,7 +61,7 @@ class SamplingConfig(Settings):
     @property
     def adaptive(self) -> bool:
         """Whether the solver chooses its own steps."""
-        return SOLVERS[self.solver].adaptive
+        return self.solver != FLOW_MAP and SOLVERS[self.solver].adaptive
 
     def unguided(self) -> SamplingConfig:
         """The same settings with the conditional model alone."""
@@ -68,6 +72,17 @@ class SamplingConfig(Settings):
         steps = "adaptive steps" if self.adaptive else f"{self.steps} steps"
         source = f" by {GUIDED_BY[self.guidance_from]}" if self.guides and self.guidance_from != "null_class" else ""
         return f"{self.solver}, {steps}, guidance {self.guidance}{source}"
+
+    def check_flow_map(self, grid: Sequence[float]) -> None:
+        """Refuse settings of a solver with a distilled model, whose finest steps are `grid`."""
+        plain = SamplingConfig(solver=FLOW_MAP, steps=self.steps)
+        for name in ("solver", "options", "shift", "guidance", "guidance_from"):
+            if getattr(self, name) != getattr(plain, name):
+                raise SFDError(
+                    f"{name} is {getattr(self, name)!r}, but guidance and steps of a distilled model are part of its "
+                    f"weights; leave {name} at {getattr(plain, name)!r}, or sample from its teacher"
+                )
+        coarsen(grid, self.steps)
 
     def check(self, schedule: Schedule, latent: CompositeLatent, *, has_guiding: bool) -> None:
         """Refuse settings that do not fit the streams or the schedule, before there is anything to integrate.
@@ -80,6 +95,8 @@ class SamplingConfig(Settings):
         def zero(x: Tensor, t: Tensor) -> Tensor:
             return torch.zeros_like(x)
 
+        if self.solver == FLOW_MAP:
+            raise SFDError("solver flow_map is that of a distilled model; distil this one first (sfd distill)")
         solver, _ = find_solver(self.solver, self.options)
         velocity = guide(zero, zero if has_guiding else None, self.guidance, latent, self.interval)
         jumps = velocity.discontinuities if isinstance(velocity, GuidedVelocity) else ()

@@ -15,6 +15,7 @@ from torch import Tensor
 from sfd.data.classes import find_class
 from sfd.data.images import to_pixels
 from sfd.encoders import SemanticEncoder, TextureEncoder
+from sfd.flow_map import coarsen, follow
 from sfd.generation.card import model_card
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import FORMAT, RECORD, WEIGHTS, fetch_model, read_record
@@ -25,7 +26,7 @@ from sfd.models.component import assemble, fingerprint, read_weights
 from sfd.models.compressor import Compressor
 from sfd.models.dit import LightningDiT
 from sfd.models.inference import Inference, Precision, require_compiler
-from sfd.sampling import Progress, initial_noise, integrate
+from sfd.sampling import Progress, Result, initial_noise, integrate
 from sfd.schedule import Schedule, build_schedule
 from sfd.utils import files
 from sfd.utils.config import first_difference, parse
@@ -198,22 +199,45 @@ class Model(HubFolder):
             raise SFDError(f"{len(labels)} labels were given for {len(seeds)} seeds; give one label per seed")
         for first in range(0, len(seeds), config.batch_size):
             batch = slice(first, first + config.batch_size)
-            result = integrate(
-                self.velocity_field(torch.tensor(labels[batch], device=self.device), config, guiding),
-                initial_noise(seeds[batch], self.composite).to(self.device),
-                self.schedule,
-                self.composite,
-                solver=config.solver,
-                steps=config.steps,
-                options=config.options,
-                shift=config.shift,
-                seeds=seeds[batch],
-                callback=callback,
+            noise = initial_noise(seeds[batch], self.composite).to(self.device)
+            result = self.carry(
+                noise, torch.tensor(labels[batch], device=self.device), config, guiding, seeds[batch], callback
             )
             yield SampleBatch(first, self.decode(result.x, config.precision), result.x.cpu(), result.nfe)
 
+    def carry(
+        self,
+        noise: Tensor,
+        labels: Tensor,
+        config: SamplingConfig,
+        guiding: Model | None = None,
+        seeds: Sequence[int] | None = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> Result:
+        """Carry noise (B, N) to latents of labels (B,), both on the model's device; see `sample_batches`."""
+        if grid := self.transformer.config.flow_map:
+            mean = self.inference(config.precision, config.compile).mean_velocity(labels)
+            return follow(mean, noise, self.schedule, self.composite, coarsen(grid, config.steps), callback)
+        return integrate(
+            self.velocity_field(labels, config, guiding),
+            noise,
+            self.schedule,
+            self.composite,
+            solver=config.solver,
+            steps=config.steps,
+            options=config.options,
+            shift=config.shift,
+            seeds=seeds,
+            callback=callback,
+        )
+
     def check_sampling(self, config: SamplingConfig, guiding: Model | None = None) -> None:
         """Refuse settings or a guiding model that do not fit, before anything is computed."""
+        if self.transformer.config.flow_map:
+            config.check_flow_map(self.transformer.config.flow_map)
+            if config.compile:
+                require_compiler(self.device)
+            return
         able = self._able(config, guiding)
         if guiding is not None:
             if config.guidance_from != "guiding_model":

@@ -54,6 +54,8 @@ def follow_sample(
     if len(model.composite.streams) < 2:
         raise SFDError("this model has a single stream, so there are no phases to show; use a model with two")
     config = config.model_copy(update={"solver": "heun", "steps": STEPS, "options": {}, "shift": 1.0})
+    if finest := model.transformer.config.flow_map:
+        config, guiding = model.config(steps=len(finest) - 1), None
     classes = (label or 0) if model.classes else None
     states = model.trajectory(classes, seed, guiding=guiding, **config.model_dump(mode="json"))
     wanted = np.linspace(0, 1, FRAMES + 1)[1:]

@@ -73,6 +73,10 @@ class DiTConfig(Settings):
     guide_block: int | None = Field(
         None, ge=1, description="1-based block after which a second head predicts a weak velocity; None: no second head"
     )
+    flow_map: tuple[float, ...] = Field(
+        (),
+        description="base times of the finest steps whose mean velocity it predicts (sfd.flow_map); (): velocities",
+    )
     checkpointing: bool | Literal["selective"] = Field(
         False,
         description="recompute each block in the backward pass to save memory; selective: not products and attention",
@@ -133,6 +137,9 @@ class LightningDiT(nn.Module):
         self.clock_streams = [composite.index(name) for name in config.clocks] or [0]
         clocks = len(self.clock_streams)
         self.time_embedders = nn.ModuleList(TimeEmbedder(width // clocks) for _ in range(clocks))
+        self.end_embedders = nn.ModuleList(
+            TimeEmbedder(width // clocks) for _ in range(clocks if config.flow_map else 0)
+        )
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.final_norm = ModulatedNorm(width)
@@ -170,6 +177,8 @@ class LightningDiT(nn.Module):
             zeros += [self.guide_modulation, *self.guide_heads]
         for zero in zeros:
             nn.init.zeros_(zero.get_parameter("weight"))
+        for embedder in self.end_embedders:  # a student begins as its teacher, whatever the end of the step
+            nn.init.zeros_(embedder.get_parameter("mlp.2.weight"))
 
     @property
     def null_class(self) -> int:
@@ -177,7 +186,14 @@ class LightningDiT(nn.Module):
         return self.config.num_classes
 
     def forward(
-        self, x: Tensor, times: Tensor, labels: Tensor, *, project: bool = False, guide: bool = False
+        self,
+        x: Tensor,
+        times: Tensor,
+        labels: Tensor,
+        *,
+        ends: Tensor | None = None,
+        project: bool = False,
+        guide: bool = False,
     ) -> DiTOutput:
         """Predict the velocity.
 
@@ -185,12 +201,13 @@ class LightningDiT(nn.Module):
             x: (B, N), packed noisy latents.
             times: (B, K), each stream's own time, in the composite's order; all equal with one time embedding.
             labels: (B,), int64, in [0, num_classes]; num_classes is the null class.
+            ends: (B, K), of a flow map: each stream's time at the end of the step; the velocity is the mean until then.
             project: also give the REPA projection.
             guide: also give the second head's velocity.
         """
-        self._check(x, times, project, guide)
+        self._check(x, times, ends, project, guide)
         tokens = self.embed(x)
-        condition = self.condition(times, labels)
+        condition = self.condition(times, labels, ends)
         projection, weak = None, None
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing and torch.is_grad_enabled():
@@ -221,10 +238,14 @@ class LightningDiT(nn.Module):
             tokens = tokens + embedding(patchify(latents[stream.name], stream.patch_size))
         return tokens
 
-    def condition(self, times: Tensor, labels: Tensor) -> Tensor:
+    def condition(self, times: Tensor, labels: Tensor, ends: Tensor | None = None) -> Tensor:
         """SiLU of the sum of time and class embedding, (B, width), the input of every modulation."""
         clocks = [embedder(times[:, k]) for embedder, k in zip(self.time_embedders, self.clock_streams, strict=True)]
-        return nn.functional.silu(torch.cat(clocks, dim=1) + self.class_embedding(labels))
+        embedded = torch.cat(clocks, dim=1) + self.class_embedding(labels)
+        if ends is not None:
+            pairs = zip(self.end_embedders, self.clock_streams, strict=True)
+            embedded = embedded + torch.cat([embedder(ends[:, k]) for embedder, k in pairs], dim=1)
+        return nn.functional.silu(embedded)
 
     def _as_velocity(self, output: Tensor, x: Tensor, times: Tensor) -> Tensor:
         if self.config.prediction == "velocity":
@@ -242,13 +263,19 @@ class LightningDiT(nn.Module):
         }
         return self.config.composite.pack(latents).float()
 
-    def _check(self, x: Tensor, times: Tensor, project: bool, guide: bool) -> None:
+    def _check(self, x: Tensor, times: Tensor, ends: Tensor | None, project: bool, guide: bool) -> None:
         composite = self.config.composite
         if x.shape[1:] != (composite.size,):
             raise SFDError(f"expected packed latents (batch, {composite.size}), got {tuple(x.shape)}")
         if times.shape != (len(x), len(composite.streams)):
             raise SFDError(
                 f"expected times {(len(x), len(composite.streams))}, one per stream, got {tuple(times.shape)}"
+            )
+        if (ends is not None) != bool(self.config.flow_map):
+            raise SFDError(
+                "this model was distilled: it predicts mean velocities, of steps whose end must be given"
+                if self.config.flow_map
+                else "this network predicts velocities, not those of steps with an end; distil it first (sfd distill)"
             )
         if project and self.projector is None:
             raise SFDError("this network has no REPA projector; set repa_block and repa_channels in its configuration")

@@ -75,6 +75,16 @@ class Inference:
 
         return inside
 
+    def mean_velocity(self, labels: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """m̂(x, t, end) of a flow map for labels (B,): x (B, N) and the times (K,) of the step's start and end."""
+
+        def mean_velocity(x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+            t, end = (to_device(each.to(x.dtype), x.device).expand(len(x), -1) for each in (t, end))
+            with torch.no_grad():
+                return self._forward(x, t, labels, ends=end).velocity
+
+        return mean_velocity
+
 
 def in_bf16(network: LightningDiT) -> LightningDiT:
     """Copy a network for evaluation, the weights of its blocks' matrix products in bf16."""
