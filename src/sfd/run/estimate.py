@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from sfd.encoders import encoder_module
 from sfd.encoders._hub import local
 from sfd.models.dit import DiTConfig, flops, parameter_count
 from sfd.run.recipe import Recipe, dump_recipe
@@ -105,7 +106,11 @@ def missing(recipe: Recipe) -> list[str]:
     folders = [source, recipe.latents.published, recipe.compressor.folder, recipe.evaluation.guiding_model]
     folders += [encoder.folder for encoder in encoders]
     absent = [folder for folder in folders if folder is not None and not Path(folder).exists()]
-    return absent + [e.pretrained for e in encoders if e.pretrained is not None and local(e.pretrained) is None]
+    for encoder in encoders:
+        find = getattr(encoder_module(encoder.name), "local", local)  # where its weights are no model of the hub
+        if encoder.pretrained is not None and find(encoder.pretrained) is None:
+            absent.append(encoder.pretrained)
+    return absent
 
 
 def table(recipes: Mapping[str, Recipe], tflops: float) -> str:
