@@ -22,13 +22,12 @@ from random import Random
 
 import torch
 
-from faults import damage, disks, gradients, kills, together, workers
-from faults.runs import Lost, Place, make_reference
-from faults.scenarios import Scenario
+from faults import damage, disks, gradients, kills, workers
+from faults.runs import Lost, Place, Scenario, make_reference
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
-ALL = [s for module in (kills, damage, disks, gradients, workers, together) for s in module.SCENARIOS]
+ALL = [s for module in (kills, damage, disks, gradients, workers) for s in module.SCENARIOS]
 AT_ONCE = 2
 
 
@@ -65,9 +64,8 @@ def main() -> int:
             for done in as_completed(pool.submit(_attempt, *job, folder, reference) for job in jobs):
                 attempts.append(done.result())
                 state = "survived" if attempts[-1].survived else "LOST" if attempts[-1].lost else "FAILED"
-                print(
-                    f"{state}: {attempts[-1].fault} ({attempts[-1].seconds:.1f} s) {attempts[-1].message}", flush=True
-                )
+                last = attempts[-1]
+                print(f"{state}: {last.fault} ({last.seconds:.1f} s) {last.message}", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     table = _table(chosen, attempts) + _about(time.monotonic() - start, len(attempts))

@@ -56,13 +56,7 @@ class Command:
     """A running `sfd` command."""
 
     def __init__(self, arguments: Sequence[object], output: Path, conditions: Sequence[Condition] = ()) -> None:
-        """Start it.
-
-        Args:
-            arguments: what stands after `sfd`.
-            output: the file that takes what it prints.
-            conditions: called in the new process first.
-        """
+        """Start `sfd ARGUMENTS`, print to a file, and call the conditions in the new process first."""
         self._output, self._start = output, time.monotonic()
         self._ended: Ended | None = None
         sys.stdout.flush()
@@ -75,9 +69,8 @@ class Command:
         if self._ended is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                code = os.waitstatus_to_exitcode(status)
                 text = self._output.read_text(encoding="utf-8", errors="replace")
-                self._ended = Ended(code, text)
+                self._ended = Ended(os.waitstatus_to_exitcode(status), text)
         return self._ended is None
 
     def until(self, condition: Callable[[], object], pause: float = 0.001) -> bool:

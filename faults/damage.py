@@ -1,4 +1,4 @@
-"""Files that are cut short, have one bit turned over, or are gone: noticed, and made again or named."""
+"""Files that are truncated, changed by one bit, or missing: detected, and made again or named."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from random import Random
 
 from faults.commands import Failure
-from faults.runs import Place
-from faults.scenarios import Scenario
+from faults.runs import Place, Scenario
 from sfd.utils import files
 
 KINDS = ("cut short", "missing", "one bit flipped")
@@ -28,9 +27,10 @@ class Artefact:
     interrupted: bool = False  # the stage had nearly ended before
     hashed: bool = False  # has a SHA-256 that is compared, so that a single bit is noticed
 
-    def kind(self, number: int) -> str:
-        """The kind of damage of a try."""
-        return KINDS[number % (3 if self.hashed else 2)]
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of damage that are noticed."""
+        return KINDS[: 3 if self.hashed else 2]
 
 
 WEIGHTS = "model.safetensors"
@@ -67,7 +67,8 @@ def damaged(artefact: Artefact) -> Callable[[Place], str]:
         if artefact.interrupted:
             _nearly_done(artefact.stage, place)
         path = sorted(out.glob(artefact.path))[-1]
-        harm(path, artefact.kind(place.number), place.random)
+        kind = artefact.kinds[place.number % len(artefact.kinds)]
+        harm(path, kind, place.random)
         work = place.run(artefact.stage)
         ended = place.do(work).ended(0, 2)
         message = next((line for line in ended.output.splitlines() if "passed over" in line), "")
@@ -77,12 +78,13 @@ def damaged(artefact: Artefact) -> Callable[[Place], str]:
             named = [str(part.relative_to(place.folder)) for part in (path, path.parent)]
             if not any(word in message for word in (*named, *(f"`sfd {stage}`" for stage in artefact.again))):
                 raise Failure(f"{path} was damaged, but the message does not name it: {message}")
-            _remove(out, artefact.cure)
+            for cured in out.glob(artefact.cure):
+                shutil.rmtree(cured) if cured.is_dir() else cured.unlink()
             for stage in (*artefact.again, artefact.stage):
                 place.do(place.run(stage)).succeeded()
         for stage in (*artefact.again, artefact.stage):
             place.check(stage)
-        return f"{artefact.kind(place.number)}: {message or 'made again'}"
+        return f"{kind}: {message or 'made again'}"
 
     return attempt
 
@@ -95,11 +97,6 @@ def _nearly_done(stage: str, place: Place) -> None:
         (place.out / "latents" / "manifest.json").unlink()
     record = place.out / (f"{name}/guided/stage.json" if stage == "report" else f"{name}/stage.json")
     files.write_json(record, files.read_json(record, "stage") | {"finished": None})
-
-
-def _remove(out: Path, pattern: str) -> None:
-    for path in out.glob(pattern):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def no_checkpoint_left(place: Place) -> str:
@@ -131,10 +128,7 @@ def images(place: Place) -> str:
 
 
 SCENARIOS = [
-    *(
-        Scenario(f"a damaged {a.name}: {', '.join(KINDS[: 3 if a.hashed else 2])}", damaged(a), 6, quick=a.hashed)
-        for a in ARTEFACTS
-    ),
+    *(Scenario(f"a damaged {a.name}: {', '.join(a.kinds)}", damaged(a), 6, quick=a.hashed) for a in ARTEFACTS),
     Scenario("all checkpoints damaged", no_checkpoint_left),
     Scenario("a sample missing or cut short", images, 4),
 ]

@@ -1,4 +1,4 @@
-"""Processes that are killed or asked to stop, and resumed with the same command."""
+"""Commands that are killed or interrupted and then resumed, and two commands in one folder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ import time
 from collections.abc import Callable
 
 from faults.commands import Command
-from faults.runs import Place
-from faults.scenarios import Scenario
+from faults.runs import Place, Scenario, check_same
 
-# Seconds that a stage's work takes about, from its first sign of life; when a signal comes is drawn from them.
-WORK = {"train-texture": 1.0, "train-semvae": 1.0, "prepare": 0.8, "train": 1.5, "report": 2.0, "run": 5.0}
-# What is there once a stage works.
-FIRST = {
-    "train-texture": "texture",
-    "train-semvae": "compressor",
-    "prepare": "latents",
-    "train": "training",
-    "report": "samples",
-    "run": "texture",
+# The first output of each stage, and about the seconds from then on, from which the moment of a signal is drawn.
+WORK = {
+    **{"train-texture": ("texture", 1.0), "train-semvae": ("compressor", 1.0), "prepare": ("latents", 0.8)},
+    **{"train": ("training", 1.5), "report": ("samples", 2.0), "run": ("texture", 5.0)},
 }
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -36,12 +29,13 @@ def killed(stage: str) -> Callable[[Place], str]:
     """Kill a stage at a random moment."""
 
     def attempt(place: Place) -> str:
-        work, seconds = place.run(stage), place.random.uniform(0, WORK[stage])
+        work, (first, seconds) = place.run(stage), WORK[stage]
+        seconds = place.random.uniform(0, seconds)
         while True:  # a command that ended before it could be killed does not count
             if stage != "run":
                 place.before(stage)
             command = place.start(work)
-            hit(command, signal.SIGKILL, (place.out / FIRST[stage]).exists, seconds)
+            hit(command, signal.SIGKILL, (place.out / first).exists, seconds)
             if command.wait().ended(-signal.SIGKILL, 0).code:
                 break
             shutil.rmtree(place.out)
@@ -86,14 +80,8 @@ def killed_sampling(place: Place) -> str:
     command.wait().ended(-signal.SIGKILL, 0)
     place.do([*work, place.out]).succeeded()
     place.do([*work, place.folder / "whole" / "out"]).succeeded()
-    _same_samples(place)
-    return ""
-
-
-def _same_samples(place: Place) -> None:
-    from faults.runs import check_same
-
     check_same(place.out, place.folder / "whole" / "out")
+    return ""
 
 
 def asked_to_stop(number: int) -> Callable[[Place], str]:
@@ -121,6 +109,22 @@ def time_over(place: Place) -> str:
     return ended.message
 
 
+def twice(stage: str) -> Callable[[Place], str]:
+    """Start the same command twice at the same time: one does the work, the other is refused."""
+
+    def attempt(place: Place) -> str:
+        place.before(stage)
+        commands = [place.start(place.run(stage)) for _ in range(2)]
+        ends = sorted((command.wait() for command in commands), key=lambda ended: ended.code)
+        ends[0].succeeded()
+        if ends[1].code:
+            ends[1].refused("in use by another run")
+        place.check(stage)
+        return ends[1].message
+
+    return attempt
+
+
 SCENARIOS = [
     Scenario("SIGKILL while the transformer trains", killed("train"), 14, quick=True),
     Scenario("SIGKILL while a checkpoint is written", killed_while_saving, 12, quick=True),
@@ -133,4 +137,5 @@ SCENARIOS = [
     Scenario("SIGINT (Ctrl-C) in training", asked_to_stop(signal.SIGINT), 4, quick=True),
     Scenario("SIGTERM in training", asked_to_stop(signal.SIGTERM), 4),
     Scenario("the time of `--max-hours` is over", time_over, 4),
+    *(Scenario(f"two `sfd {s}` in one folder at once", twice(s), 2) for s in ("train", "prepare", "report")),
 ]

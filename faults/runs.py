@@ -1,11 +1,11 @@
-"""A tiny run, done once without any fault, and what its pieces must be equal to after one."""
+"""A tiny run without faults, what must equal it after a fault, and what a row of the table is made from."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -27,13 +27,11 @@ train: {{steps: 20, preview_every: 10, checkpoint_every: 3}}
 sample: {{batch_size: 4}}
 evaluation: {{samples_per_class: 3}}
 """
-TIMING = {
-    *("images_per_second", "checkpoint_pause", "waiting"),
-    *("finished", "seconds", "peak_memory_bytes", "peak_device_memory_bytes", "checksum"),
-}
-# What says when something happened, or how long it took, and so differs from run to run.
+TIMING = {"images_per_second", "checkpoint_pause", "waiting", "finished", "seconds"}
+TIMING |= {"peak_memory_bytes", "peak_device_memory_bytes"}
+# These contain times.
 PASSED_OVER = ("report.html", "recipe.yaml", "previews")
-# What each stage makes in a run's folder, in the order of the stages.
+# The output of each stage, in the order of the stages.
 MADE = {
     "train-texture": ("texture",),
     "train-semantic": ("semantic",),
@@ -46,12 +44,12 @@ MADE = {
 
 
 class Lost(Failure):
-    """What a run ended with is not what it ends with when nothing happens to it."""
+    """The result differs from that of an uninterrupted run."""
 
 
 @dataclass
 class Place:
-    """Where one try happens: a folder of its own, and the run that nothing happened to."""
+    """The folder of one try, and the reference run."""
 
     folder: Path
     reference: Path
@@ -61,7 +59,7 @@ class Place:
 
     @property
     def out(self) -> Path:
-        """The folder of the run that suffers."""
+        """The folder of the faulty run."""
         return self.folder / "out"
 
     @property
@@ -70,7 +68,7 @@ class Place:
         return self.reference.parent / "faults.yaml"
 
     def before(self, command: str) -> Path:
-        """Copy the run as it is before a command: without what that and, but for the evaluator, later ones make."""
+        """Copy the reference run without the output of this command and of later ones (except the evaluator)."""
         later = list(MADE)[list(MADE).index(command) :]
         gone = {name for stage in later if stage != "train-evaluator" for name in MADE[stage]}
         shutil.copytree(self.reference, self.out, ignore=lambda at, names: gone if Path(at) == self.reference else ())
@@ -89,7 +87,7 @@ class Place:
         return self.start(arguments, *conditions).wait()
 
     def check(self, command: str) -> None:
-        """Insist that what a command makes is what it makes when nothing happens."""
+        """Insist that the output of a command equals the reference."""
         for name in MADE[command]:
             check_same(self.out / name, self.reference / name)
 
@@ -99,11 +97,7 @@ class Place:
 
 
 def check_same(found: Path, expected: Path) -> None:
-    """Insist that two folders hold the same, byte for byte, but for times.
-
-    Raises:
-        Lost: names what differs.
-    """
+    """Insist that two folders are byte-equal except for times; otherwise raise `Lost`."""
     a, b = contents(found), contents(expected)
     different = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     if different:
@@ -112,7 +106,7 @@ def check_same(found: Path, expected: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Give the bytes of all files below a folder, by name; of logs and records, what is not a time."""
+    """The bytes of all files below a folder by name; of logs and records, all but times."""
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
     found = {path.relative_to(folder.parent).as_posix(): path for path in files if path.is_file()}
     kept = {name: path for name, path in found.items() if not any(part in name for part in PASSED_OVER)}
@@ -130,12 +124,23 @@ def _timeless(record: dict[str, object]) -> dict[str, object]:
 
 
 def make_reference(folder: Path) -> Path:
-    """Do the tiny run without any fault: in this process, so that those forked from it need not import anything."""
+    """Make the reference run in this process, so that forked processes need not import anything."""
     folder.mkdir(parents=True)
     (folder / "faults.yaml").write_text(RECIPE)
     torch.set_num_threads(1)
     out = folder / "run"
     main(["run", str(folder / "faults.yaml"), "--out", str(out), "--device", "cpu"], standalone_mode=False)
     if threading.active_count() > 1:
-        raise RuntimeError("threads are left over, with which this process must not be forked")
+        raise RuntimeError("threads are left over; this process must not be forked")
     return out
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A fault, and what must hold afterwards."""
+
+    fault: str
+    attempt: Callable[[Place], str]  # returns what the user was told; raises `Failure` or `Lost`
+    tries: int = 1
+    quick: bool = False  # one try belongs to `make test`
+    root: bool = False  # needs root

@@ -1,4 +1,4 @@
-"""Training as two processes, of which one dies or hangs."""
+"""Training by two ranks, of which one dies or hangs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,14 @@ from pathlib import Path
 import psutil
 
 from faults.commands import Failure
-from faults.runs import Place
-from faults.scenarios import Scenario
+from faults.runs import Place, Scenario
 from sfd.utils import files
 
-# What a process waits for another in a collective operation before it takes it for lost; an hour in a real run.
+# Timeout of a collective; an hour in a real run.
 HANG_SECONDS = 15
 SECONDS = 240
-LAUNCHER = (
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    "--max-restarts",
-    "3",
-)
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
+LAUNCHER += ["--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
 
 
 def loses(number: int) -> Callable[[Place], str]:
@@ -37,13 +28,13 @@ def loses(number: int) -> Callable[[Place], str]:
 
     def attempt(place: Place) -> str:
         out = place.before("train")
-        customized = place.folder / "sitecustomize.py"
-        customized.write_text(_SHORTER.format(seconds=HANG_SECONDS))
-        output = place.folder / "launched.txt"
-        command = [*LAUNCHER, "-m", "sfd", *map(str, place.run("train", "train.steps=40"))]
+        script, output = place.folder / "train.py", place.folder / "launched.txt"
+        script.write_text(_SCRIPT.format(seconds=HANG_SECONDS))
+        command = [*LAUNCHER, script, *map(str, place.run("train", "train.steps=40"))]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         start = time.monotonic()
         with output.open("wb") as handle:
-            process = subprocess.Popen(command, stdout=handle, stderr=handle, env=_environment(place.folder))
+            process = subprocess.Popen(command, stdout=handle, stderr=handle, env=environment)
         try:
             _wait(lambda: list(out.glob("training/checkpoints/step-00000000[69]*")), process, start, output)
             chosen = str(place.number % 2)
@@ -65,26 +56,13 @@ def loses(number: int) -> Callable[[Place], str]:
     return attempt
 
 
-_SHORTER = """
-import importlib.util, sys
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != "sfd.utils.distributed":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            load(module)
-            module.COLLECTIVE_TIMEOUT = module.timedelta(seconds={seconds})
-        spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, Finder())
+_SCRIPT = """
+from datetime import timedelta
+from sfd.utils import distributed
+distributed.COLLECTIVE_TIMEOUT = timedelta(seconds={seconds})
+from sfd.cli.main import main
+main(prog_name="sfd")
 """
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1"}
 
 
 def _rank(process: psutil.Process) -> str | None:
