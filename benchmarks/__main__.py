@@ -26,20 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import (
-    attention,
-    commands,
-    loader,
-    memory,
-    offset_sweep,
-    overhead,
-    quality,
-    report,
-    sampling,
-    scaling,
-    solvers,
-    training,
-)
+from benchmarks import commands, loader, memory, overhead, quality, report, sampling, scaling, solvers, training
 from benchmarks.measure import ROOT, Row, Setting, machine
 from sfd.models.dit import SIZES
 from sfd.utils.device import choose_device
@@ -64,7 +51,6 @@ SECTIONS = {
     "overhead": Section(overhead.overhead),
     "memory": Section(memory.memory, quick=False),
     "checkpointing": Section(memory.checkpointing, quick=False),
-    "attention": Section(attention.attention),
     "loader": Section(loader.loader),
     "checkpoints": Section(commands.checkpoints),
     "start_up": Section(commands.start_up),
@@ -76,7 +62,7 @@ SECTIONS = {
     "solvers_quality": Section(quality.solvers, quick=False, figure="solvers_trained"),
     "curves": Section(quality.curves, quick=False, figure="training_curves"),
     "precision": Section(quality.precision, quick=False),
-    "offset_sweep": Section(offset_sweep.offset_sweep, named=True, figure="offset"),
+    "offset_sweep": Section(quality.offset_sweep, named=True, figure="offset"),
     **{f"scaling_{name}": Section(partial(scaling.rows, name)) for name in scaling.TABLES},
 }
 

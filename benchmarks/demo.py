@@ -57,27 +57,13 @@ def _random_latents(folder: Path) -> LatentSet:
         if not path.exists():
             _write_shard(path, number)
     streams = {
-        s.name: {
-            "channels": s.channels,
-            "grid": s.grid,
-            "mean": (0.0,) * s.channels,
-            "std": (1.0,) * s.channels,
-            "tokenizer": "random",
-        }
+        s.name: {"channels": s.channels, "grid": s.grid, "tokenizer": "random"}
+        | {"mean": (0.0,) * s.channels, "std": (1.0,) * s.channels}
         for s in COMPOSITE.streams
     }
-    record = {
-        "format": 1,
-        "data": "random",
-        "count": SHARDS * IMAGES,
-        "classes": tuple(map(str, range(1000))),
-        "dtype": "float32",
-        "streams": streams,
-        "features": {"channels": CHANNELS},
-        "shards": tuple(
-            {"file": path.name, "count": IMAGES, "bytes": path.stat().st_size, "sha256": None} for path in paths
-        ),
-    }
+    shards = tuple({"file": p.name, "count": IMAGES, "bytes": p.stat().st_size, "sha256": None} for p in paths)
+    record = {"format": 1, "data": "random", "dtype": "float32", "count": SHARDS * IMAGES, "shards": shards}
+    record |= {"classes": tuple(map(str, range(1000))), "streams": streams, "features": {"channels": CHANNELS}}
     return LatentSet(folder, Manifest.model_validate(record))
 
 

@@ -1,13 +1,11 @@
 """Time outside of the network: what a loop takes beyond losses, gradients and AdamW, or a sampler beyond velocities.
 
-The plain path is what one writes first: images looked up one by one and stacked, noise and times drawn when the step
-needs them, without worker threads, an EMA updated weight by weight, each loss read back at each step; sampling by
-dopri5 as published, with times as tensors. Networks, losses and optimizer are the same on both sides, float32 and not
-compiled.
+The plain path reads images one by one, draws noise and times in the step, uses no worker threads, updates the EMA
+weight by weight and reads each loss at each step; it samples by dopri5 as published, with times as tensors. Networks,
+losses and optimizer are the same on both sides, float32 and not compiled.
 
-On a CPU the time outside of sampling is a whole sampling less the time of each evaluation in it. A GPU works while
-Python runs ahead, so an evaluation in the middle has no time of its own: there it is a whole sampling less as many bare
-evaluations, queued one after the other.
+On a CPU the time outside of the network is that of a sampling less that of each evaluation in it; on a GPU, which works
+asynchronously, less that of as many bare evaluations.
 """
 
 from __future__ import annotations
@@ -108,29 +106,6 @@ class Plain(Bare):
         self.log.append({name: value.item() for name, value in losses.items() if value.ndim == 0})
 
 
-class Project:
-    """The same steps through the project's own loop."""
-
-    def __init__(self, task: DiffusionTask, settings: TrainSettings, folder: Path, device: torch.device) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        self.run, self.device = trainer.Trainer(task, settings, folder, device), device
-        self.run.log.start(0, [])
-        self.run.data.start(0)
-
-    def __call__(self, steps: int) -> float:
-        """Take steps; give seconds per step."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.run.train_step()
-            self.run.log_step()
-        wait(self.device)
-        return (time.perf_counter() - start) / steps
-
-    def close(self) -> None:
-        """Stop its threads."""
-        self.run.data.close()
-
-
 def training_overhead(latents: LatentSet, rounds: int, folder: Path, device: torch.device) -> list[Row]:
     """Milliseconds of a training step outside of network and optimizer, plain and the project's.
 
@@ -142,12 +117,23 @@ def training_overhead(latents: LatentSet, rounds: int, folder: Path, device: tor
     schedule = build_schedule(recipe.schedule, config.composite.names)
     task = DiffusionTask(LightningDiT(config), latents, schedule, LossSettings(), seed=0, batch_size=BATCH)
     settings = TrainSettings(steps=10**6, batch_size=BATCH, learning_rate=1e-5, ema=0.9999)
-    ours = Project(task, settings, folder, device)
-    ways: list[Callable[[int], float]] = [Bare(task, settings, device), Plain(task, settings, device), ours]
-    for way in ways:
-        way(2)
-    seconds = np.array([[way(STEPS) for way in ways] for _ in range(rounds)])  # (rounds, ways)
-    ours.close()
+    shutil.rmtree(folder, ignore_errors=True)
+    ours = trainer.Trainer(task, settings, folder, device)
+
+    def project(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            ours.train_step()
+            ours.log_step()
+        wait(device)
+        return (time.perf_counter() - start) / steps
+
+    ways: list[Callable[[int], float]] = [Bare(task, settings, device), Plain(task, settings, device), project]
+    ours.log.start(0, [])
+    with ours.running():
+        for way in ways:
+            way(2)
+        seconds = np.array([[way(STEPS) for way in ways] for _ in range(rounds)])  # (rounds, ways)
     steps, outside = np.median(seconds, axis=0), np.median(seconds - seconds[:, :1], axis=0)
     what = f"training {SIZE}, batch {BATCH}"
     return [_row(what, name, steps[k], outside[k], outside[1]) for k, name in ((1, "plain"), (2, "project"))]

@@ -1,8 +1,8 @@
-"""What speed and solvers cost in quality: loss curves, trained models and samples, each against plain float32.
+"""Quality: loss curves, trained models and samples of each precision and solver, and the offset Δ.
 
-Beside each difference stands what another seed changes, which is the size of noise. Trained parts are kept in
-`--out`: the same command resumes. Folder names depend on device, recipe and version of PyTorch, but not of this
-program; a changed one needs another --out.
+Another seed shows the size of noise. Trained parts are kept in `--out`: the same command resumes. Folder names depend
+on device, recipe and version of PyTorch, but not on this program: if it changes, use another --out. `offset_sweep`
+trains one transformer per offset Δ on the same latents.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from torch import Tensor
 
 from benchmarks.demo import RECIPE
 from benchmarks.measure import MODEL, Row, Setting, machine
-from benchmarks.offset_sweep import evaluated, parts, trained
 from benchmarks.solvers import BASELINE, dopri5, fixed, solve, texture_errors
 from sfd.data.encode import LatentSettings, LatentWriter
 from sfd.data.shapes import ShapesSource
 from sfd.data.shards import LatentSet
-from sfd.evaluation.evaluate import evaluate
+from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
 from sfd.evaluation.extractors.classifier import ClassifierExtractor, load_classifier
 from sfd.evaluation.reference import Reference, reference_of
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model, load_model
+from sfd.models.dit import LightningDiT
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, dump_recipe, load_recipe
+from sfd.run.transformer import transformer_config
+from sfd.schedule import build_schedule
 from sfd.training.tasks.classifier import ClassifierSettings, divide, train_classifier
 from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
+from sfd.training.trainer import fit
 from sfd.utils.files import write_json
 
 EVERY, SMOOTHED = 10, 50  # steps per line of the log, and of the mean that is compared
@@ -123,11 +126,8 @@ def compared(losses: list[float], plain: list[float]) -> Row:
 
 def reference(setting: Setting) -> Reference:
     """The classifier that evaluates samples of models/shapes, trained on first use, and the real images it sees."""
-    folder, images, how = (
-        setting.out / f"evaluator-{setting.device.type}",
-        ShapesSource(REAL, REAL_SEED),
-        ClassifierSettings(),
-    )
+    folder = setting.out / f"evaluator-{setting.device.type}"
+    images, how = ShapesSource(REAL, REAL_SEED), ClassifierSettings()
     if (folder / "extractor").exists():
         extractor = load_classifier(folder / "extractor", setting.device)
     else:
@@ -184,3 +184,59 @@ def precision(setting: Setting) -> list[Row]:
         row |= {"mean_pixel_difference": float(difference.mean()), "largest_pixel_difference": int(difference.max())}
         rows.append(row)
     return rows
+
+
+# The offset
+
+RUNS = ((0.0, 0), (0.3, 0), (0.3, 1), (1.0, 0))  # Δ and seed
+RECIPE_CHANGES = ("train.steps=600", "train.batch_size=128", "train.decay_from=360", "evaluation.samples_per_class=100")
+
+
+def offset_sweep(setting: Setting, recipe: Path = RECIPE, runs: tuple[tuple[float, int], ...] = RUNS) -> list[Row]:
+    """Train and evaluate; FIELD=VALUE changes the recipe.
+
+    Encoders, latents and evaluator are trained once. A seed sets the initial weights and every draw of the
+    transformer's training, the same for all Δ. Samples are unguided. Each result is written as it comes: the same
+    command resumes.
+    """
+    changes = [*(RECIPE_CHANGES if recipe == RECIPE else ()), *setting.overrides, "train.preview_every=0"]
+    folder = setting.out / "offset-sweep"
+    pipeline, against = parts(load_recipe(recipe, changes), folder / "parts", setting.device)
+    rows = []
+    for delta, seed in runs:
+        name = f"delta-{delta:g}-seed-{seed}"
+        path = folder / "results" / f"{name}.json"
+        if not path.exists():
+            evaluated(pipeline, trained(pipeline, delta, seed, folder / name), against, name).write(path)
+        seen = read_metrics(path)
+        row = {"delta": delta, "seed": seed, "n_samples": seen.n_samples, "class_accuracy": seen.class_accuracy}
+        row |= {"frechet_distance": seen.frechet_distance, "precision": seen.precision, "recall": seen.recall}
+        rows.append(row)
+    return rows
+
+
+def parts(recipe: Recipe, folder: Path, device: torch.device) -> tuple[Pipeline, Reference]:
+    """A run with all of its parts but the transformer, and what its samples are compared with."""
+    pipeline = Pipeline(recipe, folder, device)
+    for stage in (pipeline.texture, pipeline.semantic, pipeline.compressor, pipeline.latents, pipeline.evaluator):
+        stage.make()
+    return pipeline, pipeline.evaluator.reference()
+
+
+def trained(pipeline: Pipeline, delta: float, seed: int, folder: Path) -> Model:
+    """Train a transformer with this offset on the prepared latents."""
+    recipe, latents = pipeline.recipe, LatentSet(pipeline.folder.latents)
+    config = transformer_config(recipe, latents)
+    schedule = build_schedule({"name": "offset", "delta": delta}, config.composite.names)
+    network, size = LightningDiT(config, seed=seed), recipe.train.batch_size
+    task = DiffusionTask(network, latents, schedule, recipe.loss, seed=seed, batch_size=size)
+    network = fit(task, recipe.train, folder, device=pipeline.device)
+    return Model(network, schedule, pipeline.texture.encoder, latents.manifest.classes)
+
+
+def evaluated(pipeline: Pipeline, model: Model, against: Reference, name: str) -> Metrics:
+    """Sample without guidance, the same seeds and classes for every model, and evaluate."""
+    settings = pipeline.recipe.sample.unguided()
+    labels = [c for c in range(len(model.classes)) for _ in range(pipeline.recipe.evaluation.samples_per_class)]
+    images = np.concatenate([b.images for b in model.sample_batches(labels, range(len(labels)), settings)])
+    return evaluate(images, labels, against, name=name, sampling=settings.model_dump(mode="json"))

@@ -69,21 +69,16 @@ def training_flops(name: str) -> int:
     return PASSES_PER_STEP * flops(network(name), training=True)
 
 
-def state(name: str, strategy: str, gpus: int) -> float:
-    """Bytes on one GPU: float32 weights, gradients, two moments and EMA; and bf16 weights while they are used."""
-    count = parameter_count(network(name))
-    if strategy == "DDP" or gpus == 1:
-        return (20 + 2) * count  # autocast keeps its bf16 copies from the forward to the backward pass
-    return 20 * count / gpus + 2 * 2 * count / network(name).depth  # two blocks are gathered at a time
+def state(name: str) -> int:
+    """Bytes on one GPU: float32 weights, gradients, two moments and EMA; and autocast's bf16 copies of the weights."""
+    return (20 + 2) * parameter_count(network(name))
 
 
-def communication(name: str, a: Assumptions, strategy: str, gpus: int) -> float:
-    """Seconds of a step's collectives, within nodes and then between them."""
-    count, local = parameter_count(network(name)), min(gpus, a.node)
-    nodes, grads = gpus / local, a.grad_bytes * count
-    # An all-reduce is a reduce-scatter and an all-gather: (n − 1)/n of the bytes for each. FSDP gathers bf16 weights
-    # twice and scatters gradients.
-    whole = 2 * grads if strategy == "DDP" else 2 * 2 * count + grads
+def communication(name: str, a: Assumptions, gpus: int) -> float:
+    """Seconds of a step's all-reduce, within nodes and then between them."""
+    local = min(gpus, a.node)
+    nodes = gpus / local
+    whole = 2 * a.grad_bytes * parameter_count(network(name))  # a reduce-scatter and an all-gather
     inside = whole * (local - 1) / local / a.nvlink
     across = whole * (nodes - 1) / nodes / local / a.link
     return (inside + across) / a.link_share
@@ -107,13 +102,12 @@ class Step(NamedTuple):
         return max(self._fields, key=lambda name: getattr(self, name))
 
 
-def step(name: str, a: Assumptions, strategy: str, gpus: int, batch: int) -> Step:
+def step(name: str, a: Assumptions, gpus: int, batch: int) -> Step:
     """Predict a step. A sample is not divided, so beyond one per GPU the others idle."""
-    samples = -(-batch // gpus)
-    compute = samples * training_flops(name) / (a.rate * a.mfu)
+    compute = -(-batch // gpus) * training_flops(name) / (a.rate * a.mfu)
     # The optimizer reads weight, gradient, moments and EMA and writes all but the gradient: nine float32 numbers.
-    optimizer = 36 * parameter_count(network(name)) / (1 if strategy == "DDP" else gpus) / a.memory_rate
-    return Step(compute, communication(name, a, strategy, gpus), optimizer)
+    optimizer = 36 * parameter_count(network(name)) / a.memory_rate
+    return Step(compute, communication(name, a, gpus), optimizer)
 
 
 def sizes(a: Assumptions) -> list[Row]:
@@ -165,24 +159,21 @@ def memory(a: Assumptions) -> list[Row]:
     """Gigabytes on one GPU, and how many samples fit; a tenth of the memory stays free."""
     rows = []
     for name in SIZES:
-        for strategy, gpus in (("DDP", 1), ("DDP", 8), ("FSDP", 8), ("FSDP", 64)):
-            held = state(name, strategy, gpus)
-            row: Row = {"": name, "strategy": "one GPU" if gpus == 1 else f"{strategy}, {gpus} GPUs"}
-            row["state"] = f"{held / 1e9:.1f} GB"
-            for label, checkpointing in (("", False), (", checkpointed", True)):
-                each = kept_bytes(network(name, checkpointing), "bf16")
-                row[f"a sample{label}"] = f"{each / 1e6:.0f} MB"
-                row[f"samples that fit{label}"] = max(0, int((0.9 * a.memory - held) // each))
-            rows.append(row)
+        row: Row = {"": name, "state": f"{state(name) / 1e9:.1f} GB"}
+        for label, checkpointing in (("", False), (", checkpointed", True)):
+            each = kept_bytes(network(name, checkpointing), "bf16")
+            row[f"a sample{label}"] = f"{each / 1e6:.0f} MB"
+            row[f"samples that fit{label}"] = max(0, int((0.9 * a.memory - state(name)) // each))
+        rows.append(row)
     return rows
 
 
-def _scaling(a: Assumptions, name: str, strategy: str, weak: bool) -> list[Row]:
+def _scaling(a: Assumptions, weak: bool, name: str = "XL") -> list[Row]:
     rows = []
     alone = a.rate * a.mfu / training_flops(name)
-    for gpus in (1, 8, 16, 32, 64, 128, 256, 1024):
+    for gpus in (1, 8, 16, 32, 64, 256, 1024):
         batch = a.per_gpu * gpus if weak else a.batch
-        taken = step(name, a, strategy, gpus, batch)
+        taken = step(name, a, gpus, batch)
         speed = batch / taken.seconds
         row: Row = {"GPUs": f"{gpus:,}", "batch": f"{batch:,}", "samples per GPU": f"{batch / gpus:g}"}
         row |= {f"{part}, ms": f"{1e3 * seconds:.1f}" for part, seconds in taken._asdict().items()}
@@ -194,11 +185,8 @@ def _scaling(a: Assumptions, name: str, strategy: str, weak: bool) -> list[Row]:
 
 def crossover(a: Assumptions) -> list[Row]:
     """Samples per GPU at which computing takes as long as communicating, over many nodes."""
-    rows = []
-    for name in SIZES:
-        each = training_flops(name) / (a.rate * a.mfu)
-        rows.append({"": name} | {s: f"{communication(name, a, s, 1024) / each:.1f}" for s in ("DDP", "FSDP")})
-    return rows
+    each = {name: training_flops(name) / (a.rate * a.mfu) for name in SIZES}
+    return [{name: f"{communication(name, a, 1024) / each[name]:.1f}" for name in SIZES}]
 
 
 TABLES = {
@@ -206,9 +194,8 @@ TABLES = {
     "disk": disk,
     "reading": reading,
     "memory": memory,
-    "strong": lambda a: _scaling(a, "XL", "DDP", weak=False),
-    "strong_xxl": lambda a: _scaling(a, "XXL", "FSDP", weak=False),
-    "weak": lambda a: _scaling(a, "XL", "DDP", weak=True),
+    "strong": lambda a: _scaling(a, weak=False),
+    "weak": lambda a: _scaling(a, weak=True),
     "crossover": crossover,
 }
 

@@ -27,9 +27,8 @@ class TrainingStep:
 
     def cut(self, batch: int) -> None:
         """Use smaller batches from now on."""
-        self.x, self.target, self.times, self.labels = (
-            held[:batch] for held in (self.x, self.target, self.times, self.labels)
-        )
+        for name in ("x", "target", "times", "labels"):
+            setattr(self, name, getattr(self, name)[:batch])
 
     def __call__(self) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, self.bf16):

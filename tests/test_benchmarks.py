@@ -13,8 +13,8 @@ from benchmarks import __main__ as command
 from benchmarks import measure, overhead, report, scaling, solvers
 from benchmarks.__main__ import SECTIONS, chosen, sizes
 from benchmarks.measure import Setting
-from benchmarks.offset_sweep import offset_sweep
-from benchmarks.quality import compared
+
+from benchmarks.quality import compared, offset_sweep
 from benchmarks.training import TrainingStep
 from sfd.evaluation.metrics import frechet_distance, gaussian
 from sfd.sampling import initial_noise
@@ -130,8 +130,8 @@ def test_collectives_of_data_parallel_training():
     """A ring all-reduce moves 2·(n − 1)/n of 4 bytes per parameter; one GPU none."""
     given = scaling.Assumptions(link_share=1.0)
     expected = 2 * 7 / 8 * 4 * scaling.parameter_count(scaling.network("XL")) / given.nvlink
-    assert scaling.communication("XL", given, "DDP", 8) == pytest.approx(expected)
-    assert scaling.communication("XL", given, "DDP", 1) == 0
+    assert scaling.communication("XL", given, 8) == pytest.approx(expected)
+    assert scaling.communication("XL", given, 1) == 0
     assert scaling.assumptions(("mfu=0.2", "node=4")) == scaling.replace(scaling.Assumptions(), mfu=0.2, node=4)
 
 

@@ -1,22 +1,24 @@
-"""Several ranks train what one does; they stop, fail and resume together."""
+"""Several ranks give the result of one; they stop, fail and resume together."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 
 from helpers import worker
+from helpers.compare import contents
 from helpers.latents import make_latents
 from helpers.launch import TESTS, environment, pair, torchrun
 from helpers.training import read_log, timeless_log
 from sfd.data.shapes import ShapesSource
+from sfd.generation.folder import read_images
 from sfd.utils import files
 from tiny import write_recipe
 
@@ -34,7 +36,7 @@ def distance(a, b):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Runs of one rank and of two, and one that changes between them."""
+    """Training by one rank, by two, and by a number that changes on resuming."""
     folder = tmp_path_factory.mktemp("jobs")
     make_latents(ShapesSource(24, 0, 16), folder / "latents")
     results = {name: worker.train(folder, name, s).state_dict() for name, s in (("one", STEPS), ("few", FEW))}
@@ -59,21 +61,16 @@ def jobs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "reference"), [("micro-batches", "one"), ("two", "one"), ("changing", "few")])
-def test_however_a_batch_is_divided_training_and_log_are_the_same(jobs, name, reference):
+def test_training_does_not_depend_on_how_a_batch_is_divided(jobs, name, reference):
     assert distance(jobs[1][name], jobs[1][reference]) < 1e-5
     for a, b in zip(timeless_log(jobs[0] / name), timeless_log(jobs[0] / reference), strict=True):
         assert a == {key: pytest.approx(b[key], rel=1e-4, abs=1e-6) for key in b}
 
 
-def test_an_interruption_changes_no_bit_of_weights_and_log(jobs):
+def test_interrupted_training_by_two_ranks_gives_the_same_bytes(jobs):
     folder, results = jobs
     assert distance(results["interrupted"], results["uninterrupted"]) == 0
     assert timeless_log(folder / "interrupted") == timeless_log(folder / "uninterrupted")
-
-
-def without_training(finished, folder):
-    shutil.copytree(finished.folder.root, folder, ignore=shutil.ignore_patterns("training", "model", "samples"))
-    return folder
 
 
 def wait_for(condition, processes):
@@ -85,9 +82,23 @@ def wait_for(condition, processes):
 SCRIPTS = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(SCRIPTS)))
-def test_the_documented_scripts_are_valid(number):
-    subprocess.run(["bash", "-n"], input=SCRIPTS[number], text=True, check=True)
+@pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))
+def test_the_documented_scripts_are_valid(script):
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_two_ranks_run_all_stages(finished, copied, tmp_path):
+    out = copied("latents", "training", "model", "samples", "metrics", "report.html")
+    both = pair("run", write_recipe(tmp_path), "--out", out, "--device", "cpu")
+    messages = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], messages
+    assert "".join(messages).count("encoding latents") == 1, "rank 0 alone prints"
+    ours, theirs = (contents(root / "latents") for root in (out, finished.folder.root))
+    assert ours == theirs
+    for name in ("guided", "unguided"):
+        images, others = (read_images(root / "samples" / name, range(20)) for root in (out, finished.folder.root))
+        assert np.abs(images.astype(int) - others).max() <= 1
+        assert (out / "samples" / name / "grid.png").exists()
 
 
 WAITING = """
@@ -104,15 +115,15 @@ distributed.shutdown()
 """
 
 
-def test_ranks_wait_for_one_another_longer_than_a_collective_may_take(tmp_path):
+def test_a_barrier_may_take_longer_than_a_collective(tmp_path):
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
     ended = torchrun(script)
     assert ended.returncode == 0, ended.stderr
 
 
-def test_a_killed_rank_is_started_again_and_the_run_is_the_same(finished, tmp_path):
-    out = without_training(finished, tmp_path / "out")
+def test_after_a_rank_is_killed_the_launcher_restarts_and_the_result_is_the_same(finished, copied, tmp_path):
+    out = copied("training", "model", "samples")
     script = tmp_path / "train.sbatch"
     script.write_text(SCRIPTS[0])
     job = environment(RECIPE=str(write_recipe(tmp_path)), RUN=str(out), GPUS="2", HOURS="0.5")
@@ -128,8 +139,8 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_same(finished, tmp_pa
     assert distance(*weights) < 1e-4
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(finished, tmp_path):
-    out = without_training(finished, tmp_path / "out")
+def test_a_signal_to_one_rank_stops_all_ranks(copied, tmp_path):
+    out = copied("training", "model", "samples")
     command = ("train", write_recipe(tmp_path), "--out", out, "--device", "cpu", "train.steps=1000000")
     processes = pair(*command)
     wait_for(lambda: (out / "training" / "log.jsonl").exists() and read_log(out / "training"), processes)
@@ -140,8 +151,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(finished, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_of_one_rank_ends_the_other(finished, tmp_path, failing):
-    out = without_training(finished, tmp_path / "out")
+def test_the_death_of_one_rank_ends_the_other(copied, tmp_path, failing):
+    out = copied("training", "model", "samples")
     processes = pair("train", write_recipe(tmp_path), "--out", out, "--device", "cpu", "train.steps=1000000")
     wait_for(lambda: (out / "training" / "log.jsonl").exists() and read_log(out / "training"), processes)
     processes[failing].send_signal(signal.SIGKILL)
@@ -150,29 +161,14 @@ def test_an_error_of_one_rank_ends_the_other(finished, tmp_path, failing):
     processes[failing].communicate()
 
 
-def begun(finished, out):
-    """A run whose transformer was stopped before its first checkpoint."""
-    without_training(finished, out)
+@pytest.mark.parametrize(("override", "message"), [("seed=0", "no intact checkpoint"), ("loss.cosine=x", "loss.cosine")])
+def test_an_error_of_rank_0_ends_all_ranks_and_is_printed_once(finished, copied, tmp_path, override, message):
+    out = copied("training", "model", "samples")
+    (out / "training" / "checkpoints").mkdir(parents=True)
+    (out / "training" / "checkpoints" / "step-000000002.safetensors").write_bytes(b"damaged")
     record = files.read_json(finished.folder.training / "stage.json", "stage") | {"finished": None}
     files.write_json(out / "training" / "stage.json", record)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("damage", "override", "message"),
-    [
-        (False, "loss.cosine=0.5", "loss.cosine was 1.0 before"),
-        (False, "loss.cosine=x", "loss.cosine"),
-        (True, "seed=0", "no intact checkpoint"),
-    ],
-)
-def test_what_rank_0_refuses_ends_all(finished, tmp_path, damage, override, message):
-    out = begun(finished, tmp_path / "out")
-    if damage:
-        (out / "training" / "checkpoints").mkdir(parents=True)
-        (out / "training" / "checkpoints" / "step-000000002.safetensors").write_bytes(b"damaged")
     processes = pair("train", write_recipe(tmp_path), override, "--out", out, "--device", "cpu")
     messages = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], messages
-    assert message in messages[0] and "Traceback" not in "".join(messages)
-    assert "error:" not in messages[1]  # it is said once
+    assert message in messages[0] and "Traceback" not in "".join(messages) and "error:" not in messages[1]

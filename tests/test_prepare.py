@@ -9,7 +9,6 @@ from PIL import Image
 
 from helpers.cli import done, refused, sfd
 from helpers.compare import contents
-from helpers.launch import torchrun
 from sfd.data.images import to_tensor
 from sfd.data.published import open_published
 from sfd.data.shards import LatentSet
@@ -48,14 +47,6 @@ def alone(encoders, recipe):
     pipeline = Pipeline(load_recipe(recipe, SMALL), encoders(), CPU)
     pipeline.latents.make()
     return contents(pipeline.folder.latents)
-
-
-def test_two_ranks_of_a_launcher_write_the_same_bytes_as_one(encoders, recipe, alone):
-    out = encoders()
-    ended = torchrun("-m", "sfd", "prepare", recipe, *SMALL, "--out", out, "--device", "cpu")
-    assert ended.returncode == 0 and contents(out / "latents") == alone
-    assert ended.stderr.count("encoding latents") == 1  # rank 0 alone prints
-    Pipeline(load_recipe(recipe, SMALL), out, CPU).latents.require()
 
 
 def test_the_last_rank_of_an_array_job_finishes_the_stage_and_adds_up_the_time(encoders, recipe, alone, monkeypatch):
