@@ -45,10 +45,6 @@ def test_paths_and_devices_may_be_strings_or_objects(folder, device):
         assert sfd.load(path, device=device).identity == random_model(0).identity
 
 
-def test_shipped_models_are_found_by_name():
-    assert "star" in sfd.load("shapes", device="cpu").classes
-
-
 def test_an_unknown_model_is_one_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -67,6 +63,9 @@ def test_outputs_are_the_same_images(model):
     assert np.array_equal((tensor * 255).round().byte().permute(0, 2, 3, 1).numpy(), array)
     latents = model.sample(**given, output="latent")
     assert latents.shape == (2, COMPOSITE.size) and np.array_equal(model.decode(latents), array)
+    states = model.trajectory(**given)
+    assert len(states) == 4 and torch.equal(states[0].x, sfd.initial_noise(given["seeds"], COMPOSITE))
+    assert torch.equal(states[-1].x, latents)
     with pytest.raises(sfd.SFDError, match="did you mean 'array'"):
         model.sample(**given, output="aray")
 
@@ -89,13 +88,6 @@ def test_a_models_own_settings_are_the_defaults(model):
     assert not torch.equal(own, model.sample("star", 0, output="latent", guidance=1))
     with pytest.raises(sfd.SFDError, match="did you mean 'steps'"):
         model.sample(step=4)
-
-
-def test_a_trajectory_holds_all_states(model):
-    states = model.trajectory("star", seeds=[0, 1], steps=5)
-    assert len(states) == 6
-    assert torch.equal(states[0].x, sfd.initial_noise([0, 1], COMPOSITE)) and states[0].u == 0
-    assert torch.equal(states[-1].x, model.sample("star", seeds=[0, 1], steps=5, output="latent"))
 
 
 def test_the_velocity_is_the_networks(model):

@@ -31,14 +31,14 @@ def results(seen):
 
 
 @pytest.mark.parametrize(("name", "size"), [("features", 2048), ("spatial", 2023), ("probabilities", 1008)])
-def test_features_are_those_of_the_adm_evaluation(seen, name, size):
+def test_features_equal_those_of_the_adm_evaluation(seen, name, size):
     found, expected = np.load(seen / "seen.npz")[name], np.load(seen / "by-hand.npz")[name]
     assert found.shape == (6, size) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.std() > 0
 
 
-def test_distances_are_to_the_stored_moments_with_weights_that_were_fetched_before(seen, results):
+def test_distances_to_stored_moments_with_downloaded_weights(seen, results):
     assert results["fetched"][0] == 0, results["fetched"][1]
     metrics = json.loads((seen / "metrics.json").read_text())
     assert metrics["frechet_distance"] == pytest.approx(2048 * 0.1**2, rel=1e-4)
@@ -47,7 +47,7 @@ def test_distances_are_to_the_stored_moments_with_weights_that_were_fetched_befo
     assert metrics["inception_score"] == pytest.approx(1, abs=0.1)
 
 
-def test_numbers_carry_their_protocol(seen, results):
+def test_metrics_are_saved_with_their_protocol(seen, results):
     metrics, text = json.loads((seen / "metrics.json").read_text()), results["fetched"][1]
     checksum = files.checksum(seen / "weights.pth")
     protocol = metrics["protocol"]
@@ -61,21 +61,15 @@ def test_numbers_carry_their_protocol(seen, results):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("garbage", "cannot be read as tensors alone"),
-        ("evil", "cannot be read as tensors alone"),
-        ("other", "weights of another network"),
-        ("missing", "there is no file"),
-    ],
+    ("name", "words"), [("evil", "cannot be read as tensors alone"), ("other", "weights of another network")]
 )
-def test_files_that_are_not_its_weights_are_refused(seen, results, name, words):
+def test_other_weights_are_refused(seen, results, name, words):
     code, text = results[name]
     assert code == 2 and words in text and f"{name}.pth" in text
     assert not (seen / "unpickled").exists()
 
 
-def test_without_torch_fidelity_the_command_says_how_to_install_it(monkeypatch, tmp_path):
+def test_a_missing_torch_fidelity_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     arguments = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "a.npz", "--extractor", "inception"]

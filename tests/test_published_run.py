@@ -1,12 +1,8 @@
 """Recipes that use published encoders, from images to samples."""
 
-import shutil
-
 import pytest
 import torch
 
-from sfd.generation.config import SamplingConfig
-from sfd.generation.model import load_model
 from sfd.models.semvae import SemVAE, SemVAEConfig
 from sfd.run.estimate import describe
 from sfd.run.pipeline import Pipeline
@@ -61,22 +57,6 @@ def published(tmp_path_factory):
 def recipe(published, where, compressor=PCA, overrides=()):
     text = RECIPE.format(folder=published, compressor=compressor.replace("FOLDER", str(published)))
     return load_recipe(write_recipe(where, text), overrides)
-
-
-@pytest.mark.parametrize(("compressor", "channels"), [(PCA, 4), (SEMVAE, 5)], ids=["pca", "semvae"])
-def test_a_run_with_published_encoders(published, tmp_path, compressor, channels):
-    pipeline = Pipeline(recipe(published, tmp_path, compressor), tmp_path / "out", CPU)
-    planned = check(pipeline.recipe)
-    pipeline.make_model()
-    # The model directory alone is enough to sample.
-    model = load_model(shutil.move(tmp_path / "out" / "model", tmp_path / "model"), CPU)
-    assert model.composite["semantic"].channels == channels
-    shapes = [[(s.name, *s.shape) for s in plan.composite.streams] for plan in (planned, model)]
-    assert shapes[0] == shapes[1]
-    images = next(model.sample_batches([0], [0], SamplingConfig(steps=3))).images
-    assert images.shape == (1, 32, 32, 3)
-    assert model.composite["texture"].tokenizer == pipeline.texture.encoder.identity
-    assert not (tmp_path / "out" / "texture").exists() and not (tmp_path / "out" / "semantic").exists()
 
 
 def test_a_missing_published_encoder_is_found_before_training(published, tmp_path):

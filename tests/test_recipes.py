@@ -18,7 +18,7 @@ from sfd.models.semvae import SemVAE, SemVAEConfig
 from sfd.run.estimate import KEPT_BYTES, describe, estimate, table
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, load_recipe
-from sfd.run.validate import planned_compressor
+from sfd.run.validate import check, planned_compressor
 from sfd.utils import files
 from small_published import save_kl, save_vit
 
@@ -153,7 +153,10 @@ def test_a_recipe_trains_and_samples(small, tmp_path, name, streams):
     pipeline = Pipeline(shrunk(small, name), tmp_path, CPU)
     pipeline.make_model()
     model = pipeline.model
-    assert {s.name: (s.channels, s.grid) for s in model.composite.streams} == streams
+    for composite in (check(pipeline.recipe).composite, model.composite):  # as planned, and as trained
+        assert {s.name: (s.channels, s.grid) for s in composite.streams} == streams
+    assert model.composite["texture"].tokenizer == pipeline.texture.encoder.identity
+    assert not (tmp_path / "texture").exists() and not (tmp_path / "semantic").exists()
     made = next(model.sample_batches([0, 1], [0, 1], pipeline.recipe.sampling(model.classes)))
     assert made.images.shape == (2, 32, 32, 3) and torch.isfinite(made.latents).all()
 

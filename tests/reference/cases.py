@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def bad(sentence: str) -> BaseException:
-    """Make the failure of a case of which a file is missing, malformed or contradicts another."""
+    """The failure of a case with a missing, malformed or contradicting file."""
     return pytest.fail.Exception(sentence, pytrace=False)
 
 
@@ -78,7 +78,7 @@ class Case:
             self.rows.append(Row(self.name, quantity, float(error), 0.0 if exact else tolerance))
 
     def finish(self) -> None:
-        """Add a row for each value and file that nothing read, but for inputs; fail where a row does."""
+        """Add a row for each value and file that no test read; fail if a row failed."""
         compared = [row for row in self.rows if row.case == self.name]
         unread = [key for key, value in self.values.items() if key not in self._read and not isinstance(value, str)]
         unread += [file for file in files_of(self.folder, self.name) if file not in self._opened]
