@@ -15,7 +15,6 @@ from benchmarks.training import TrainingStep, ways
 from sfd.run.estimate import kept_bytes
 from sfd.sampling import initial_noise
 
-MORE = 8  # times the batch: sampling's larger one
 KINDS: dict[str, Checkpointing] = {"none": False, "selective": "selective", "all": True}
 
 
@@ -25,21 +24,19 @@ def memory(setting: Setting) -> list[Row]:
     for size, batch in setting.sizes:
         net = network(size).eval().requires_grad_(False).to(device)
         times = torch.full((2,), 0.5, device=device)
-        for count in (batch, MORE * batch):
-            noise = initial_noise(range(count), COMPOSITE).to(device)
-            for name, velocity in velocities(net, class_labels(count, device), setting).items():
-                call = partial(velocity, noise, times)
-                call()  # compiles
-                rows.append(_row("sampling", size, count, name) | {"working_bytes": working_memory(call, device)})
-            del velocity, call
+        noise = initial_noise(range(batch), COMPOSITE).to(device)
+        fields = velocities(net, class_labels(batch, device), setting)
+        for name in ways(setting):
+            call = partial(fields[name], noise, times)
+            call()  # compiles
+            rows.append(_row("sampling", size, batch, name) | {"working_bytes": working_memory(call, device)})
+        del fields, call
         net.to("cpu").requires_grad_(True)
         for name in ways(setting):
-            # Another batch size would be compiled anew, which takes minutes.
-            for count in (batch,) if name.endswith("compiled") else (max(batch // 4, 1), batch):
-                step = TrainingStep(net, count, device, name)
-                step()
-                rows.append(_row("training", size, count, name) | {"working_bytes": working_memory(step, device)})
-                del step  # on a GPU, two of the largest would be too many
+            step = TrainingStep(net, batch, device, name)
+            step()
+            rows.append(_row("training", size, batch, name) | {"working_bytes": working_memory(step, device)})
+            del step  # on a GPU, two of the largest would be too many
         torch._dynamo.reset()
     return rows
 

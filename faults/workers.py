@@ -17,7 +17,7 @@ from faults.runs import Place, Scenario
 from sfd.utils import files
 
 # Timeout of a collective; an hour in a real run.
-HANG_SECONDS = 60
+HANG_SECONDS = 15
 SECONDS = 240
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 LAUNCHER += ["--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]

@@ -13,7 +13,6 @@ from benchmarks import __main__ as command
 from benchmarks import measure, overhead, report, scaling, solvers
 from benchmarks.__main__ import SECTIONS, chosen, sizes
 from benchmarks.measure import Setting
-
 from benchmarks.quality import compared, offset_sweep
 from benchmarks.training import TrainingStep
 from sfd.evaluation.metrics import frechet_distance, gaussian
