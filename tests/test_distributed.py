@@ -161,7 +161,9 @@ def test_the_death_of_one_rank_ends_the_other(copied, tmp_path, failing):
     processes[failing].communicate()
 
 
-@pytest.mark.parametrize(("override", "message"), [("seed=0", "no intact checkpoint"), ("loss.cosine=x", "loss.cosine")])
+@pytest.mark.parametrize(
+    ("override", "message"), [("seed=0", "no intact checkpoint"), ("loss.cosine=x", "loss.cosine")]
+)
 def test_an_error_of_rank_0_ends_all_ranks_and_is_printed_once(finished, copied, tmp_path, override, message):
     out = copied("training", "model", "samples")
     (out / "training" / "checkpoints").mkdir(parents=True)

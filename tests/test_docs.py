@@ -48,7 +48,7 @@ def add_file(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     return True
 
 
-@pytest.mark.parametrize("page", filter(blocks, PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = [(registry, dict(registry)) for registry in (SCHEDULES, SOLVERS)]  # pages register their own
