@@ -159,6 +159,7 @@ def test_truncated_files_are_refused(kind: str) -> None:
         (b"\xff\xd8\xff", "no image"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC.*heif-convert"),
         (b"\xff\x0a\0\0", "JPEG XL.*djxl"),
+        (b"v/1\x01\x02\0\0\0", "OpenEXR.*oiiotool"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
         (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "32-bit"),
     ],

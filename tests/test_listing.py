@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from helpers.pictures import pack, put
 from sfd.data.classes import find_class, parse_classes
@@ -112,6 +113,8 @@ def test_an_empty_class_folder_is_left_out_unless_strict(
         ["training_set/cats/a.png", "test_set/cats/a.png"],
         ["train2017/a.png", "val2017/b.png", "annotations/a.json"],
         ["trainA/a.png", "trainB/a.png", "testA/b.png"],
+        ["ILSVRC2012_img_train/cat/a.png", "ILSVRC2012_img_val/cat/b.png"],
+        ["train/cat/a.png", "unlabeled/b.png"],
     ],
 )
 def test_splits_are_not_taken_for_classes(opened: Open, tmp_path: Path, names: list[str]) -> None:
@@ -120,7 +123,7 @@ def test_splits_are_not_taken_for_classes(opened: Open, tmp_path: Path, names: l
 
 
 def test_images_next_to_class_folders_are_refused(opened: Open, tmp_path: Path) -> None:
-    with pytest.raises(SFDError, match=r"images next to its 2 sub-folders \('c.PNG'"):
+    with pytest.raises(SFDError, match=r"images next to sub-folders \('c.PNG'"):
         opened(tree(tmp_path / "data", "cat/a.png", "dog/b.png", "c.PNG"))
 
 
@@ -147,6 +150,10 @@ class TestDatasetJson:
     def test_labels_are_read(self, opened: Open, tmp_path: Path, given: list, classes: tuple, labels: list) -> None:
         source = opened(self.make(tmp_path / "data", self.pairs(given)))
         assert (source.classes, source.labels.tolist()) == (classes, labels)
+
+    def test_names_may_begin_with_a_point(self, opened: Open, tmp_path: Path) -> None:
+        pairs = [[f"./{name}", label] for name, label in self.pairs([0, 1] * 3)]
+        assert opened(self.make(tmp_path / "data", pairs)).labels.tolist() == [0, 1] * 3
 
     @pytest.mark.parametrize("labels", [None, []])
     def test_without_labels_there_are_no_classes(self, opened: Open, tmp_path: Path, labels: object) -> None:
@@ -239,3 +246,30 @@ def test_folders_that_differ_in_unicode_form_are_one_class(tmp_path: Path) -> No
     tree(tmp_path / "data", "dog/b.png")
     source = FolderSource(tmp_path / "data", 8)
     assert (source.classes, len(source)) == (("café", "dog"), 3)
+
+
+@pytest.mark.parametrize("suffix", [".dng", ".CR2", ".nef"])
+def test_raw_files_of_cameras_are_skipped_though_pillow_reads_their_thumbnails(tmp_path: Path, suffix: str) -> None:
+    tree(tmp_path, "cat/a.png", "dog/b.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "small.tif")
+    (tmp_path / "cat" / "small.tif").rename(tmp_path / "cat" / f"photo{suffix}")
+    source = FolderSource(tmp_path, 8)
+    assert source.names == ["cat/a.png", "dog/b.png"] and "raw file" in dict(source.skipped)[f"cat/photo{suffix}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("photos.zip", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("photos.zip", b"<!DOCTYPE html>", "download it again"),
+        ("photos.zip", b"PK\x03\x04", "damaged zip archive"),
+        ("photos.tar.gz", b"\x1f\x8b", "unpack"),
+        ("photo.JPG", b"\xff\xd8\xff", "give the folder that holds it"),
+    ],
+)
+def test_a_file_that_is_no_archive_is_answered_with_what_it_is(
+    tmp_path: Path, name: str, content: bytes, advice: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SFDError, match=advice):
+        FolderSource(tmp_path / name, 8)

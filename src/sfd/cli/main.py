@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,6 +45,7 @@ def main() -> None:
 
     `sfd run RECIPE --out DIR` does everything; the other commands are its single stages, and tools for their results.
     """
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which cost no image
 
 
 def _renamed(context: click.Context, option: click.Parameter, value: object) -> None:

@@ -149,8 +149,10 @@ class FolderSource:
                 + ("scale all images to one size (sfd evaluate --image-size)" if self._exact else "leave strict off")
             )
         if not self.names:
-            why = f" ({some})" if some else ""
-            raise SFDError(f"{self.path} holds no readable image{why}; give a folder or zip of images")
+            why = some or ", ".join(self._kinds())
+            raise SFDError(
+                f"{self.path} holds no readable image{f' ({why})' if why else ''}; give a folder or zip of images"
+            )
         if self._empty and strict:
             raise SFDError(f"{self.path}: no readable image in {empty}; add images, remove them, or leave strict off")
         if self.skipped:
@@ -158,9 +160,12 @@ class FolderSource:
         if self._empty:
             logger.warning("%s: left out folders without a readable image: %s", self.path, empty)
         if self._side:
-            kinds = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in self._side)
-            some = _some([f"{count} {shown(kind)}" for kind, count in kinds.most_common()])
-            logger.warning("%s: ignored files that are no images: %s", self.path, some)
+            logger.warning("%s: ignored files that are no images: %s", self.path, _some(self._kinds()))
+
+    def _kinds(self) -> list[str]:
+        """Count the side files by suffix."""
+        kinds = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in self._side)
+        return [f"{count} {shown(kind)}" for kind, count in kinds.most_common()]
 
     @property
     def resident(self) -> bool:

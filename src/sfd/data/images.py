@@ -28,6 +28,11 @@ _UNKNOWN = (
     (r".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "HEIC", "heif-convert (of libheif)"),
     (r"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", "djxl (of libjxl)"),
     (r".{,1000}<svg", "SVG", "rsvg-convert (of librsvg)"),
+    (r"v/1\x01", "OpenEXR", "oiiotool (of OpenImageIO)"),
+)
+# Suffixes of cameras' raw files. Some are TIFFs, of which Pillow would read a thumbnail.
+RAW = frozenset(
+    (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".raf", ".rw2", ".orf", ".pef", ".srw", ".3fr", ".iiq")
 )
 NO_IMAGE = "no image in a known format"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -149,7 +154,7 @@ def suffixes() -> frozenset[str]:
     """The suffixes, in lower case, of files that are meant to be images, whether they can be read or not."""
     known = formats()
     readable = {suffix for suffix, name in Image.registered_extensions().items() if name in known}
-    return frozenset(readable | {".heic", ".heif", ".hif", ".jxl", ".svg"})
+    return frozenset(readable | RAW | {".heic", ".heif", ".hif", ".jxl", ".svg", ".exr"})
 
 
 def _read(data: bytes, reduced: int | None = None) -> Image.Image:

@@ -21,10 +21,12 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import Any
 
-from sfd.data.images import stable_hash, suffixes
+from sfd.data.images import RAW, stable_hash, suffixes
 from sfd.utils.errors import SFDError
+from sfd.utils.files import failed_download
 from sfd.utils.paths import user_path
 
 # Files and folders of systems, in lower case; so is everything whose name begins with a dot.
@@ -41,7 +43,8 @@ _SIDE = frozenset((
     ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".mp3",
 ))  # fmt: skip
 _SPLIT = re.compile(
-    r"(train|training|val|valid|validation|dev|test|testing|eval|holdout)([-_ .]?(set|data|images|split|\d+|[ab]))?"
+    r"(.*[-_ .])?(train|training|val|valid|validation|dev|test|testing|eval|holdout|unlabell?ed|fold)"
+    r"([-_ .]?(set|data|images|split|\d+|[ab]))?"
 )
 _LABELS = "dataset.json"
 UNREADABLE = "cannot be read"
@@ -89,6 +92,7 @@ class ImageFiles:
         number = {value: label for label, value in enumerate(order)}
         self.labels = [number[value] for value in class_of.values()]
         used = {self.root + name for name in [*self.names, *([] if listed is None else [_LABELS])]}
+        used.update(name for name, _ in self.skipped)
         self.side = sorted(set(self._tree.sizes) - used)
         _check_names(self.path, self.classes)
 
@@ -101,6 +105,8 @@ class ImageFiles:
 
     def read(self, name: str) -> bytes:
         """Read a file; the message of an SFDError is the reason alone."""
+        if _suffix(name) in RAW:
+            raise SFDError("a camera's raw file; develop it to JPEG or PNG, for example with darktable-cli")
         if self.size(name) > _MAX_BYTES:
             raise SFDError(f"the file is larger than {_MAX_BYTES:,} bytes")
         try:
@@ -119,11 +125,11 @@ class ImageFiles:
         loose = [name for name in names if "/" not in name]
         if loose and folders:
             raise SFDError(
-                f"{where} holds images next to its {len(folders)} sub-folders ({shown(loose[0])!r}, …); "
+                f"{where} holds images next to sub-folders ({shown(loose[0])!r}, …); "
                 "put every image into a class folder, or all of them side by side"
             )
-        splits = sorted(filter(_is_split, folders), key=lambda name: (not name.lower().startswith("train"), name))
-        if len(splits) > 1:
+        splits = _splits(folders)
+        if splits:
             mend = f"give data.source={where / splits[0]}"
             if isinstance(self._tree, _Archive):
                 mend = f"unpack it and give its folder {self.root}{splits[0]}"
@@ -133,7 +139,7 @@ class ImageFiles:
             folder, _, rest = name.partition("/")
             if "/" in rest:
                 inside[folder].add(rest.partition("/")[0])
-        if any(len(list(filter(_is_split, parts))) > 1 for parts in inside.values()):
+        if any(map(_splits, inside.values())):
             logging.getLogger(__name__).warning("%s: splits inside of the class folders are used together", where)
 
     def _listed_labels(self) -> dict[str, Any] | None:
@@ -150,7 +156,7 @@ class ImageFiles:
         pairs = content["labels"] or []
         if not isinstance(pairs, list) or not all(map(_is_labelled, pairs)):
             raise SFDError(f'{self.path / name}: "labels" must be null or pairs of file name and class number')
-        return {file.replace("\\", "/"): label for file, label in pairs}
+        return {normpath(file.replace("\\", "/")): label for file, label in pairs}
 
     def _classes_listed(self, names: Sequence[str], labels: dict[str, Any]) -> dict[str, Any]:
         if not labels:
@@ -189,8 +195,14 @@ def _is_system(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
-def _is_split(name: str) -> bool:
-    return _SPLIT.fullmatch(name.lower()) is not None
+def _splits(folders: Collection[str]) -> list[str]:
+    """Folders that are parts of one data set by their names (train and val, img_train and img_val), training first."""
+    parts = defaultdict(list)
+    for name in sorted(folders):
+        if match := _SPLIT.fullmatch(name.lower()):
+            parts[match[1]].append(name)
+    found = max(parts.values(), key=len, default=[])
+    return sorted(found, key=lambda name: "train" not in name.lower()) if len(found) > 1 else []
 
 
 def _is_labelled(pair: Any) -> bool:
@@ -205,7 +217,7 @@ def _classes_of_folders(names: Sequence[str], folders: Collection[str]) -> dict[
 
 
 def _check_names(path: Path, classes: Sequence[str]) -> None:
-    bad = [repr(shown(name)) for name in classes if shown(name) != name]
+    bad = [f"'{shown(name)}'" for name in classes if shown(name) != name]
     if bad:
         raise SFDError(
             f"{path}: names of class folders must be UTF-8 without control characters; rename {', '.join(bad[:5])}"
@@ -217,11 +229,25 @@ def _open_tree(path: Path) -> _Folder | _Archive:
         return _Folder(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return _Archive(path)
+    if path.is_file():
+        raise SFDError(f"{path} is {_why_no_archive(path)}")
     if path.exists():
         raise SFDError(f"{path} is neither a folder nor a zip archive; give one that holds images")
     raise SFDError(
         f"there is no file or folder {path}; give a folder or a zip archive of images (in a recipe: data.source)"
     )
+
+
+def _why_no_archive(path: Path) -> str:
+    with path.open("rb") as handle:
+        start = handle.read(512)
+    if start.startswith(b"PK"):
+        return "a damaged zip archive; fetch or pack it again"
+    if _suffix(path.name) in suffixes():
+        return f"a single image; give the folder that holds it, {path.parent}"
+    if _suffix(path.name) in _SIDE:
+        return failed_download(start) or "no zip archive; unpack or convert it, and give a folder of images"
+    return failed_download(start) or "neither a folder nor a zip archive; give one that holds images"
 
 
 class _Folder:
