@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,8 @@ class Group(click.Group):
         try:
             return super().main(*args, **extra)
         except SFDError as error:
+            if error.said_by_rank_0:
+                time.sleep(1)  # a launcher that sees this rank end may end rank 0 before it has said so
             _exit_with("" if error.said_by_rank_0 else f"error: {error}", 2)
         except OSError as error:
             if error.filename is None and error.errno is None:

@@ -61,7 +61,7 @@ class Pipeline:
 
     def make_model(self) -> None:
         """Make every stage up to the model and its evaluation classifier."""
-        self._check_given()
+        distributed.decide(self._check_given)
         for stage in self._training:
             stage.make()
 

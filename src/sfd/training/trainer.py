@@ -174,7 +174,8 @@ class Trainer:
             raise SFDError(
                 f"{self.task.name}: the gradient was not finite {streak} steps in a row, up to step {self.step}; "
                 f"resume from the last checkpoint with train.data_offset={settings.data_offset + 1_000_000} (other "
-                "batches), or start anew with a lower learning_rate or precision: float32"
+                "batches), or start anew with a lower learning_rate or precision: float32",
+                said_by_rank_0=not distributed.is_main_process(),
             )
 
     def preview(self) -> None:
