@@ -63,5 +63,5 @@ def test_training_lowers_the_loss(tmp_path):
 
 def test_an_encoder_of_another_width_is_refused():
     encoder = convnet.build(convnet.Config(widths=(8, 8, 16), channels=8))
-    with pytest.raises(SFDError, match="takes features of 12 channels, but the encoder gives 8"):
+    with pytest.raises(SFDError, match="takes features of 12 channels, got 8"):
         SemVAETask(make(), encoder, ShapesSource(4, seed=0), SemVAEObjective(), seed=0, batch_size=2)

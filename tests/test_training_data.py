@@ -14,7 +14,7 @@ from helpers.training import Regression, changed, same_weights, timeless_log
 from sfd.data.shapes import ShapesSource
 from sfd.training import data
 from sfd.training.config import TrainSettings
-from sfd.training.data import EpochOrder, ImageBatches, Prefetcher, num_workers
+from sfd.training.data import EpochOrder, ImageTask, Prefetcher, num_workers
 from sfd.training.trainer import fit
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, accumulate=2, learning_rate=1e-3)
@@ -30,7 +30,7 @@ def test_every_epoch_is_a_new_permutation():
 
 
 def test_a_sample_does_not_depend_on_how_its_batch_is_divided():
-    batches = ImageBatches(ShapesSource(10, seed=0), 3, 8)
+    batches = ImageTask(torch.nn.Identity(), ShapesSource(10, seed=0), None, seed=3, batch_size=8)
 
     def draw(samples):
         draws = {"u": batches.uniform("u", 2, samples, 3), "n": batches.normal("n", 2, samples, (2, 2))}

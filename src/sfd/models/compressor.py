@@ -32,10 +32,10 @@ class Compressor(Component):
         raise NotImplementedError
 
 
-def check_channels(features: Tensor, expected: int) -> None:
-    """Refuse features of another encoder."""
-    if features.shape[1] != expected:
-        raise SFDError(f"this takes features of {expected} channels, got {features.shape[1]}; use its encoder")
+def check_channels(given: int, expected: int) -> None:
+    """Refuse features of another encoder, which have another number of channels."""
+    if given != expected:
+        raise SFDError(f"this takes features of {expected} channels, got {given}; use its encoder")
 
 
 def load_compressor(folder: Path) -> Compressor:

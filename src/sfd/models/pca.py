@@ -58,7 +58,7 @@ class PCA(Compressor):
     @torch.no_grad()
     def encode(self, features: Tensor) -> Tensor:
         """Project onto the components."""
-        check_channels(features, len(self.mean))
+        check_channels(features.shape[1], len(self.mean))
         return torch.einsum("kc,bchw->bkhw", self.components / self._scale(), features - self.mean[:, None, None])
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ def fit_pca(batches: Iterable[Tensor], config: PCAConfig) -> PCA:
     channels, count, shift = config.input_channels, 0, torch.empty(0)
     total, products = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, channels, dtype=torch.float64)
     for features in batches:
-        check_channels(features, channels)
+        check_channels(features.shape[1], channels)
         samples = features.movedim(1, -1).flatten(0, -2).cpu().double()  # in this order: not every device knows float64
         if not count:
             # Sums of squares lose digits where the mean is large; about any point near it they do not.

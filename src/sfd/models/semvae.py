@@ -62,7 +62,7 @@ class SemVAE(Compressor):
 
     def moments(self, features: Tensor) -> DiagonalGaussian:
         """Give the posterior of the latents: mean and log-variance, each (B, c, h, w)."""
-        check_channels(features, self.config.input_channels)
+        check_channels(features.shape[1], self.config.input_channels)
         mean, logvar = _by_position(self.encoder, features).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(*LOGVAR_RANGE))
 

@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfd.data.images import ImageSource, to_tensor
 from sfd.training.config import TrainSettings
@@ -54,11 +55,20 @@ class EpochOrder:
         return rng.generator(self.seed, "order", epoch).permutation(self.length)
 
 
-class ImageBatches:
-    """Batches of images, flipped at random."""
+class ImageTask:
+    """A training task on batches of images, flipped at random.
 
-    def __init__(self, source: ImageSource, seed: int, batch_size: int) -> None:
-        self.source, self.seed, self.batch_size = source, seed, batch_size
+    Args:
+        model: the network to train.
+        source: images to train on; each is seen in both orientations.
+        objective: weights of the loss.
+        seed: of the order, the flips and all other draws.
+        batch_size: of the global batch.
+    """
+
+    def __init__(self, model: nn.Module, source: ImageSource, objective: Any, *, seed: int, batch_size: int) -> None:
+        self.model, self.source, self.objective = model, source, objective
+        self.seed, self.batch_size = seed, batch_size
         self.order = EpochOrder(seed, len(source))
 
     def batch(self, step: int, samples: range) -> Batch:
@@ -69,6 +79,10 @@ class ImageBatches:
         images = torch.where(flip[:, :, None, None], images.flip(3), images)
         labels = torch.from_numpy(self.source.labels[indices])
         return {"images": images, "labels": labels, "indices": torch.from_numpy(indices)}
+
+    def finish(self, model: nn.Module) -> Any:
+        """Take the component that was trained out of what `fit` returned."""
+        return model
 
     def uniform(self, purpose: str, step: int, samples: range, size: int) -> Tensor:
         """Draw (B, size) uniform numbers, each row from (seed, purpose, step, sample) alone."""

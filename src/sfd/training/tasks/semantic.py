@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sfd.data.images import ImageSource
 from sfd.encoders.convnet import ConvNetEncoder
-from sfd.training.data import ImageBatches
+from sfd.training.data import ImageTask
 from sfd.training.tasks.augment import DRAWS, recolour
 from sfd.utils import rng
 from sfd.utils.config import Settings
@@ -44,29 +44,21 @@ class SemanticLearner(nn.Module):
         return features, None if self.classifier is None else self.classifier(features.mean((2, 3)))
 
 
-class SemanticTask:
+class SemanticTask(ImageTask):
     """Train a semantic encoder on images and recoloured copies of them: equal features at equal places, and labels."""
 
     name = "semantic encoder"
     Objective = SemanticObjective
 
-    def __init__(
-        self,
-        encoder: ConvNetEncoder,
-        source: ImageSource,
-        objective: SemanticObjective,
-        *,
-        seed: int,
-        batch_size: int,
-    ) -> None:
-        with rng.seeded(seed, "classifier of the semantic encoder"):
-            self.model: nn.Module = SemanticLearner(encoder, len(source.classes))
-        self.objective = objective
-        self.data = ImageBatches(source, seed, batch_size)
+    def __init__(self, encoder: ConvNetEncoder, source: ImageSource, objective: SemanticObjective, **how: int) -> None:
+        """See `ImageTask`."""
+        with rng.seeded(how["seed"], "classifier of the semantic encoder"):
+            learner = SemanticLearner(encoder, len(source.classes))
+        super().__init__(learner, source, objective, **how)
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
         """Give images, labels and the numbers by which the second view is recoloured."""
-        return self.data.batch(step, samples) | {"draws": self.data.uniform("recolour", step, samples, DRAWS)}
+        return super().batch(step, samples) | {"draws": self.uniform("recolour", step, samples, DRAWS)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the objective; `accuracy` is also logged if there are labels."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from sfd.data.images import ImageSource, to_tensor
 from sfd.encoders.autoencoder_kl import TextureAutoencoder
-from sfd.training.data import ImageBatches
+from sfd.training.data import ImageTask
 from sfd.utils import rng
 from sfd.utils.config import Settings
 
@@ -28,34 +26,27 @@ class TextureObjective(Settings):
     kl: float = Field(1e-6, ge=0)
 
 
-class TextureTask:
+class TextureTask(ImageTask):
     """Train a texture autoencoder to reconstruct images."""
 
     name = "texture encoder"
     Objective = TextureObjective
 
     def __init__(
-        self,
-        encoder: TextureAutoencoder,
-        source: ImageSource,
-        objective: TextureObjective,
-        *,
-        seed: int,
-        batch_size: int,
+        self, encoder: TextureAutoencoder, source: ImageSource, objective: TextureObjective, **how: int
     ) -> None:
-        self.model: nn.Module = encoder
-        self.objective = objective
-        self.data = ImageBatches(source, seed, batch_size)
+        """See `ImageTask`."""
+        super().__init__(encoder, source, objective, **how)
         grid = source.image_size // encoder.downsample
         self.latent_shape = (encoder.channels, grid, grid)
         # The starting point is made again on every start; a checkpoint, if there is one, takes its place.
-        first = rng.generator(seed, "start").permutation(len(source))[:START_IMAGES]
+        first = rng.generator(self.seed, "start").permutation(len(source))[:START_IMAGES]
         encoder.start_from(to_tensor(source.load(first)))
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
         """Give images and the noise that their latents are drawn with."""
-        noise = self.data.normal("posterior", step, samples, self.latent_shape)
-        return self.data.batch(step, samples) | {"noise": noise}
+        noise = self.normal("posterior", step, samples, self.latent_shape)
+        return super().batch(step, samples) | {"noise": noise}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the objective; `psnr` (dB) is also logged."""
@@ -72,7 +63,3 @@ class TextureTask:
             "kl": kl,
             "psnr": -10 * torch.log10(mse.detach() / 4),
         }
-
-    def finish(self, model: nn.Module) -> TextureAutoencoder:
-        """Take the encoder out of what `fit` returned."""
-        return cast(TextureAutoencoder, model)
