@@ -50,6 +50,12 @@ def test_streams_are_matched_by_name():
     torch.testing.assert_close(here[::-1], there, rtol=1e-4, atol=1e-5)
 
 
+def test_heads_that_predict_something_else_are_initialised():
+    source = random_dit(configuration())
+    network = LightningDiT(configuration(prediction="data"), seed=5)
+    assert {name.split(".")[0] for name in warm_start(network, source, CLASSES, CLASSES)} == {"heads"}
+
+
 def test_weights_without_a_source_are_initialised_and_listed():
     source = random_dit(configuration(EQUAL[:1], depth=1))
     network = LightningDiT(configuration(repa_block=1, repa_width=8, repa_channels=7), seed=5)

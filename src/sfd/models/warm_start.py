@@ -87,6 +87,8 @@ def _source_name(name: str, config: DiTConfig, source: DiTConfig) -> str | None:
     }
     if kind not in streams:
         return name
+    if kind.endswith("heads") and config.prediction != source.prediction:
+        return None  # they give something else
     ours, theirs = streams[kind]
     stream = ours[int(index)]
     return f"{kind}.{theirs.index(stream)}.{rest}" if stream in theirs else None
