@@ -13,7 +13,7 @@ from sfd.encoders._base import (
     open_texture,
     planned_encoder,
 )
-from sfd.encoders.named import load_semantic, save_semantic
+from sfd.encoders._named import load_semantic, save_semantic
 
 __all__ = ["SEMANTIC", "TEXTURE", "EncoderConfig", "SemanticEncoder", "TextureEncoder"]
 __all__ += ["encoder_module", "load_encoder", "load_published", "load_semantic", "open_semantic", "open_texture"]
