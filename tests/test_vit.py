@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfd.encoders import (
+    _named,
     load_encoder,
     load_published,
     load_semantic,
-    named,
     open_semantic,
     planned_encoder,
     save_semantic,
@@ -53,7 +53,7 @@ def expected(network, tiles: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_large_one_is_saved_by_name_and_loaded_at_need(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(named, "LARGE", 1000)
+    monkeypatch.setattr(_named, "LARGE", 1000)
     source = shutil.copytree(models["dinov2"][1], tmp_path / "hub")
     encoder = load_published("vit", str(source), CHOICES)
     save_semantic(encoder, tmp_path / "saved")
