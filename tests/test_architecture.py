@@ -1,4 +1,4 @@
-"""Imports go one way through the list in docs/architecture.md, and the root holds the method alone."""
+"""Imports follow the list in docs/architecture.md, and the root contains only the method."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def imports(path: Path) -> set[str]:
 GRAPH = {name: imports(path) - {name} for name, path in MODULES.items()}
 
 
-def test_the_list_is_of_what_there_is():
+def test_the_list_names_every_package():
     there = {layer(name) for name in MODULES} - {"", "__main__"}
     assert set(ORDER) >= METHOD and there == set(ORDER)
 
 
-def test_imports_go_up_the_list():
+def test_imports_follow_the_list():
     place = {name: index for index, name in enumerate(ORDER)}
     down = {
         (name, imported)
@@ -59,14 +59,14 @@ def test_imports_go_up_the_list():
     assert not down
 
 
-def test_utils_and_flow_need_nothing_of_the_project():
+def test_utils_and_flow_import_nothing_of_the_project():
     needed = {name: {layer(target) for target in GRAPH[name]} for name in GRAPH if layer(name) in ("utils", "flow")}
     assert not {name: layers for name, layers in needed.items() if layers - {"utils"}}
 
 
-def test_no_files_import_one_another():
+def test_there_are_no_import_cycles():
     tuple(TopologicalSorter(GRAPH).static_order())
 
 
-def test_the_root_holds_the_method_alone():
+def test_the_root_contains_only_the_method():
     assert {path.stem for path in SOURCE.glob("*.py")} - METHOD == {"__init__", "__main__"}

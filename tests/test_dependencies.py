@@ -1,4 +1,4 @@
-"""What the core needs, and what it must never need."""
+"""Dependencies of the core, and packages that it must not need."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ print(*sys.modules)
 
 
 def parsed(texts, extras=()):
-    """Those requirements that apply here: names with the extras asked of them."""
+    """The requirements that apply here: names with extras."""
     for text in texts:
         needed = Requirement(text)
         if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in (*extras, "")):
@@ -33,7 +33,7 @@ def parsed(texts, extras=()):
 
 
 def everything(texts):
-    """All packages that installing these brings, themselves among them."""
+    """All packages that installing these installs."""
     found, queue = set(), list(parsed(texts))
     while queue:
         name, extras = queue.pop()
@@ -43,17 +43,17 @@ def everything(texts):
     return {name for name, _ in found}
 
 
-def test_installing_the_core_brings_neither_torchvision_nor_timm_nor_torch_fidelity():
+def test_the_core_depends_on_neither_torchvision_nor_timm_nor_torch_fidelity():
     brought = everything(PROJECT["dependencies"])
     assert {"torch", "diffusers", "sympy"} <= brought  # the last by way of the first
     assert not brought & FORBIDDEN
 
 
-def test_the_extra_brings_what_the_inception_extractor_needs():
+def test_the_extra_inception_requires_torch_fidelity():
     assert ("torch-fidelity", ()) in parsed(PROJECT["optional-dependencies"]["inception"])
 
 
-def test_no_module_of_the_core_imports_them():
+def test_no_module_of_the_core_imports_torchvision_timm_or_torch_fidelity():
     found = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=True).stdout
     assert "sfd.evaluation.extractors.inception" in found
     assert not {name.split(".")[0] for name in found.split()} & {"torchvision", "timm", "torch_fidelity"}

@@ -85,9 +85,3 @@ def test_a_signal_that_was_lost_in_a_destructor_is_sent_again(monkeypatch):
         slow = Slow()
         del slow
         time.sleep(10)
-
-
-def test_a_time_limit_ends_with_the_block():
-    with signals.limit(1e-4):
-        pass
-    time.sleep(0.5)

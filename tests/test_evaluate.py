@@ -56,11 +56,6 @@ def test_class_accuracy_is_the_share_recognised_as_their_class():
     assert result.balanced
 
 
-def test_unlabelled_samples_have_no_class_accuracy():
-    result = evaluate(IMAGES, None, REFERENCE, name="samples")
-    assert result.class_accuracy is None and result.accuracy_by_class == {} and not result.balanced
-
-
 def test_metrics_are_saved_with_their_protocol(tmp_path):
     result = evaluate(IMAGES, LABELS, REFERENCE, name="samples", sampling={"steps": 50})
     result.write(tmp_path / "metrics.json")
@@ -102,12 +97,6 @@ def test_few_samples_have_fewer_metrics_each_with_an_interval(count, given):
     assert set(result.intervals) == given
     assert all(low <= getattr(result, metric) <= high for metric, (low, high) in result.intervals.items())
     assert {name for name in METRICS if getattr(result, name) is not None} == set(result.caveats) == given
-
-
-def test_a_reference_of_one_image_gives_only_metrics_without_reference():
-    one = Reference(REFERENCE.extractor, REFERENCE.protocol, REFERENCE.features[:1], None, None)
-    result = evaluate(signed(IMAGES, LABELS), LABELS, one, name="samples")
-    assert set(result.intervals) == {"inception_score", "class_accuracy"}
 
 
 def doubtful(samples=2000, reference=2000, size=16, moments=False, **judge):

@@ -1,4 +1,4 @@
-"""Model directories: what is saved comes back, and what was changed since is noticed."""
+"""Model directories: saving, loading, identity and damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def change(folder, **fields):
     path.write_text(json.dumps({**files.read_json(path, "model"), **fields}))
 
 
-def test_a_saved_model_is_the_same_again(tmp_path):
+def test_a_model_is_saved_and_loaded(tmp_path):
     model = random_model(0)
     model.sampling = SamplingConfig(steps=7, guidance={"semantic": 2.0})
     model.save(tmp_path / "model")
@@ -53,11 +53,11 @@ def test_a_copy_at_half_precision_keeps_the_identity(folder, tmp_path):
     ],
     ids=["weights", "architecture", "schedule", "its settings"],
 )
-def test_identity_tells_models_apart(other):
+def test_identity_differs_between_models(other):
     assert random_model(**other).identity != random_model(0).identity
 
 
-def test_defaults_of_the_schedule_may_be_spelt_out():
+def test_explicit_defaults_of_the_schedule_keep_the_identity():
     spelt = random_model(0, name="offset", delta=0.3, leaders=["semantic"])
     assert spelt.identity == random_model(0).identity
 
@@ -70,7 +70,7 @@ def test_an_unknown_format_is_refused(folder, given):
 
 
 @pytest.mark.parametrize("part", [".", "texture"])
-def test_one_bit_of_weights_below_half_precision_is_noticed(folder, part):
+def test_a_changed_bit_of_the_weights_is_detected(folder, part):
     path = folder / part / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-4] ^= 1  # the lowest bit of the last float32

@@ -119,23 +119,11 @@ def test_shards_of_different_shapes_are_named(folder, tensors, words):
         open_published(folder)
 
 
-def test_a_constant_channel_is_refused(folder):
-    for name in NAMES:
-        change(folder / name, latents_sv=torch.ones(5, 4, 8, 8))
-    with pytest.raises(SFDError, match="channel 0 of latents_sv is constant"):
-        open_published(folder)
-
-
 def test_a_folder_without_shards_is_refused(tmp_path):
     with pytest.raises(SFDError, match="give the folder of the published"):
         open_published(tmp_path)
     with pytest.raises(SFDError, match="there is no folder"):
         open_published(tmp_path / "none")
-
-
-def test_labels_beyond_the_classes_are_refused():
-    with pytest.raises(SFDError, match="set data"):
-        open_published(SHARDS, classes=2)
 
 
 def test_identity_depends_on_the_content_alone(folder):

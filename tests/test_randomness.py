@@ -1,4 +1,4 @@
-"""Numbers are functions of their key: the one that runs, models and samples of the past were made with."""
+"""Random numbers are functions of their key and do not change between versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sfd.utils import rng
 
 
 @pytest.mark.parametrize("key", [(0,), (1, 0, 5), (2**32 - 1, 7), (2**32, 7), (3, 2**32 + 12, 4), (2**80 + 1,)])
-def test_generators_are_numpys_for_the_list_of_the_key(key):
+def test_generators_equal_numpys_seed_sequence_of_the_key(key):
     seed, *rest = key
     entropy = [seed, zlib.crc32(b"noise"), *rest]
     expected = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).random(5)
@@ -23,7 +23,7 @@ def test_negative_keys_are_refused():
         rng.generator(0, "noise", -1)
 
 
-def test_generators_of_samples_depend_on_key_and_number_alone():
+def test_generators_of_samples_depend_on_key_and_index_alone():
     def drawn(samples, *key):
         found = rng.generators(7, "purpose", *key, samples=samples)
         return [np.concatenate([g.random(3), [g.integers(2**31, dtype=np.int32)], g.standard_normal(5)]) for g in found]

@@ -112,12 +112,6 @@ def test_patterns_but_solid_have_two_colours(source: ShapesSource, pattern: int)
     assert (image.max() > 240) == (PATTERNS[pattern] != "solid")
 
 
-def test_a_larger_size_shows_the_same_scene(source: ShapesSource) -> None:
-    small = source.load(range(20)).astype(float)
-    large = ShapesSource(20, seed=3, image_size=64).load(range(20)).astype(float)
-    assert np.abs(large.reshape(20, 32, 2, 32, 2, 3).mean((2, 4)) - small).mean() < 3
-
-
 def test_a_too_small_size_is_refused() -> None:
     with pytest.raises(SFDError, match="shapes: "):
         ShapesSource(5, 0, image_size=4)

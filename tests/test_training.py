@@ -72,14 +72,6 @@ def test_a_signal_during_the_last_preview_stops_training(tmp_path):
     assert checkpoint.newest(tmp_path / "checkpoints").step == 12
 
 
-def test_training_in_a_thread_changes_no_signal_handler(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    worker = threading.Thread(target=fit, args=(Regression(), SETTINGS, tmp_path), kwargs={"device": CPU})
-    worker.start()
-    worker.join()
-    assert signal.getsignal(signal.SIGINT) is before and saved_steps(tmp_path)[-1] == 12
-
-
 def test_a_finished_training_is_not_repeated(uninterrupted):
     before = (uninterrupted[0] / "log.jsonl").read_text()
     fit(Meddling(0, pytest.fail), SETTINGS, uninterrupted[0], device=CPU)
@@ -242,14 +234,6 @@ def test_pinned_copies_are_synchronised_even_if_the_last_tensor_is_on_the_cpu(tm
 
 
 # The log
-
-
-def test_a_damaged_log_is_named(tmp_path):
-    fit(Regression(), SETTINGS, tmp_path, device=CPU)
-    path = tmp_path / "log.jsonl"
-    path.write_text("stop".join(path.read_text().rsplit("step", 1)))
-    with pytest.raises(SFDError, match=r"log\.jsonl is damaged \('step'\)"):
-        fit(Regression(), changed(steps=14), tmp_path, device=CPU)
 
 
 def test_unfinished_averages_of_the_log_survive_resuming(tmp_path):

@@ -127,13 +127,6 @@ def test_published_names_are_planned_offline(name, parameters):
         assert sum(p.numel() for p in vit.build(config).parameters()) == parameters
 
 
-def test_weights_in_several_files_are_read(models, tmp_path):
-    network, folder = models["dinov2"]
-    network.save_pretrained(tmp_path, max_shard_size="8KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert vit.pretrained(str(tmp_path), CHOICES).identity == vit.pretrained(str(folder), CHOICES).identity
-
-
 class TestBadSources:
     def refused(self, source, message, **given):
         with pytest.raises(SFDError, match=message):
