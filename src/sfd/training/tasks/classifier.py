@@ -17,7 +17,7 @@ from sfd.data.split import split
 from sfd.models.classifier import CHUNK, NETWORK, ROTATIONS, Classifier, ClassifierConfig
 from sfd.models.convnet import ConvNetConfig
 from sfd.training.config import TrainSettings
-from sfd.training.data import EpochOrder
+from sfd.training.data import ImageTask
 from sfd.training.trainer import fit
 from sfd.utils import rng
 from sfd.utils.config import Settings
@@ -38,24 +38,23 @@ class ClassifierSettings(Settings):
     seed: int = Field(0, ge=0)
 
 
-class ClassifierTask:
+class ClassifierTask(ImageTask):
     """Trains a classifier, on classes or on rotations."""
 
     name = "evaluation classifier"
 
     def __init__(self, source: ImageSource, settings: ClassifierSettings) -> None:
-        self.source, self.settings = source, settings
+        self.settings = settings
         config = ClassifierConfig(image_size=source.image_size, classes=tuple(source.classes), network=settings.network)
         with rng.seeded(settings.seed, "evaluation classifier"):
-            self.model: nn.Module = Classifier(config)
-        self._order = EpochOrder(settings.seed, len(source))
-        self._labels = np.asarray(source.labels)
+            classifier = Classifier(config)
+        super().__init__(classifier, source, None, seed=settings.seed, batch_size=settings.training.batch_size)
 
     def batch(self, step: int, samples: range) -> dict[str, Tensor]:
         """Load some samples of a step, augmented."""
-        indices = self._order.indices(step, samples, self.settings.training.batch_size)
-        images, labels = self.source.load(indices), self._labels[indices]
-        generators = [rng.generator(self.settings.seed, "augmentation", step, slot) for slot in samples]
+        indices = self.order.indices(step, samples, self.batch_size)
+        images, labels = self.source.load(indices), self.source.labels[indices]
+        generators = [rng.generator(self.seed, "augmentation", step, slot) for slot in samples]
         seen = augment(images, generators, self.settings.shift, self.settings.flip)
         if not self.source.classes:
             labels = np.array([g.integers(ROTATIONS) for g in generators])
