@@ -160,6 +160,15 @@ def test_an_image_does_not_depend_on_its_batch(model):
     assert close(together, keep_plan(model, LATENTS, SEEDS, where=masks, batch_size=2, **how))
 
 
+def test_another_schedule_may_show_texture_a_clearer_plan(model):
+    own, same, larger = (
+        keep_plan(model, LATENTS, SEEDS, schedule=spec, **STEPS)
+        for spec in (None, {"name": "offset", "delta": 0.3}, {"name": "offset", "delta": 0.6})
+    )
+    assert close(same, own) and not close(larger, own, 1e-2)
+    assert close(parts(larger)["semantic"], parts(LATENTS)["semantic"])
+
+
 def test_noise_is_mixed_by_stream():
     mixed = parts(mixed_noise(COMPOSITE, SEEDS, OTHERS))
     assert close(mixed["texture"], parts(initial_noise(SEEDS, COMPOSITE))["texture"])
