@@ -26,7 +26,19 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import commands, loader, memory, overhead, quality, report, sampling, scaling, solvers, training
+from benchmarks import (
+    commands,
+    editing,
+    loader,
+    memory,
+    overhead,
+    quality,
+    report,
+    sampling,
+    scaling,
+    solvers,
+    training,
+)
 from benchmarks.measure import ROOT, Row, Setting, machine
 from sfd.models.dit import SIZES
 from sfd.utils.device import choose_device
@@ -62,6 +74,7 @@ SECTIONS = {
     "solvers_quality": Section(quality.solvers, quick=False, figure="solvers_trained"),
     "curves": Section(quality.curves, quick=False, figure="training_curves"),
     "precision": Section(quality.precision, quick=False),
+    "editing": Section(editing.editing, quick=False),
     "offset_sweep": Section(quality.offset_sweep, named=True, figure="offset"),
     **{f"scaling_{name}": Section(partial(scaling.rows, name)) for name in scaling.TABLES},
 }
