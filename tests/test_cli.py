@@ -1,5 +1,6 @@
 """The command line: an error is one sentence with exit code 2, and nothing half-written is left behind."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,14 +131,17 @@ def test_a_report_with_slow_bf16_and_an_adaptive_solver_within_an_interval(copie
 
 
 def test_latents_of_another_tokenizer_are_refused(copied, recipe):
-    longer = ("texture.train.steps=4", "--out", copied("training"), "--device", "cpu")
+    longer = ("texture.train.steps=4", "--out", copied("training", "texture"), "--device", "cpu")
     done("train-texture", recipe, *longer)
     refused(sfd("train", recipe, *longer), "tokenizers.texture")
 
 
 def test_an_encoder_trained_for_longer_than_the_recipe_says_is_refused(copied, recipe):
-    out = ("--out", copied(), "--device", "cpu")
+    folder = copied("samples", "metrics")
+    out = ("--out", folder, "--device", "cpu")
     refused(sfd("report", recipe, "train.steps=9", *out), "steps = 6, not 9")
+    for made in ("latents", "training"):
+        shutil.rmtree(folder / made)
     done("train-texture", recipe, "texture.train.steps=4", *out)
     refused(sfd("prepare", recipe, *out), "steps = 4, not 3")
 
