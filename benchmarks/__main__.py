@@ -29,6 +29,7 @@ import torch
 from benchmarks import (
     commands,
     editing,
+    finetune,
     loader,
     memory,
     overhead,
@@ -75,6 +76,7 @@ SECTIONS = {
     "curves": Section(quality.curves, quick=False, figure="training_curves"),
     "precision": Section(quality.precision, quick=False),
     "editing": Section(editing.editing, quick=False),
+    "finetune": Section(finetune.finetune, quick=False),
     "offset_sweep": Section(quality.offset_sweep, named=True, figure="offset"),
     **{f"scaling_{name}": Section(partial(scaling.rows, name)) for name in scaling.TABLES},
 }

@@ -7,7 +7,13 @@ import shutil
 import pytest
 import torch
 
+from benchmarks.finetune import NewShapes, recipe, trained
+from benchmarks.measure import Setting
+from benchmarks.quality import held_out_loss
 from helpers.dit import CLOCKS, EQUAL, configuration, inputs, random_dit
+from sfd.data.encode import LatentSettings, LatentWriter
+from sfd.data.folder import write_folder
+from sfd.data.shards import LatentSet
 from sfd.generation.directory import model_config, model_folder
 from sfd.generation.model import load_model
 from sfd.latents import CompositeLatent
@@ -19,6 +25,7 @@ from sfd.run.validate import planned_architecture
 from sfd.utils.errors import SFDError
 from tiny import write_recipe
 
+HELD_OUT = LatentSettings(features=False)
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 
 
@@ -80,10 +87,11 @@ def test_statistics_come_from_the_source_and_tokenizers_must_agree():
 
 
 def test_a_run_fine_tunes_the_model_of_another_run(finished, tmp_path):
-    """The recipe of the first run and other images: tokenizers, streams and statistics are the model's."""
+    """By the recipe that the first run wrote, on other images; tokenizers, streams and statistics are the model's."""
     before = finished.folder
     overrides = [f"train.init={before.root}", "data.seed=7", "evaluation.classifier=null", "train.learning_rate=1.0e-9"]
-    run = Pipeline(load_recipe(write_recipe(tmp_path), overrides), tmp_path / "out", torch.device("cpu"))
+    run = Pipeline(load_recipe(before.recipe, overrides), tmp_path / "out", torch.device("cpu"))
+    assert [stage.name for stage in run.stages()][:2] == ["latents", "transformer"]
     run.make_model()
     old, new = load_model(before.model, torch.device("cpu")), load_model(run.folder.model, torch.device("cpu"))
     assert new.composite == old.composite
@@ -119,3 +127,19 @@ def test_a_model_that_cannot_encode_asks_for_its_encoders(finished, tmp_path):
 def test_only_the_transformer_takes_initial_weights(tmp_path):
     with pytest.raises(SFDError, match=r"texture\.folder"):
         load_recipe(write_recipe(tmp_path), ["texture.train.init=models/shapes"])
+
+
+def test_fine_tuning_the_shipped_model_beats_training_from_scratch(tmp_path):
+    """On two kinds of shape that it never saw, after as many steps, by the velocity loss on other images of them."""
+    write_folder(NewShapes(100, seed=0), tmp_path / "images")
+    changes = ("train.steps=16", "train.warmup=2", "train.decay_from=8", "train.batch_size=16")
+    setting, losses = Setting(torch.device("cpu"), tmp_path), {}
+    for way in ("fine-tuned", "from scratch"):
+        model = trained(recipe(way, tmp_path / "images", 0, changes), tmp_path / way, setting)
+        assert model.classes == ("frame", "hexagram")
+        writer = LatentWriter(
+            NewShapes(128, seed=1), model.texture, model.semantic, model.compressor, tmp_path / "held-out", HELD_OUT
+        )
+        writer.write()
+        losses[way] = held_out_loss(model, LatentSet(tmp_path / "held-out"), batch_size=64)
+    assert losses["fine-tuned"] < 0.7 * losses["from scratch"], losses
