@@ -143,7 +143,7 @@ def test_an_encoder_trained_for_longer_than_the_recipe_says_is_refused(copied, r
     for made in ("latents", "training"):
         shutil.rmtree(folder / made)
     done("train-texture", recipe, "texture.train.steps=4", *out)
-    refused(sfd("prepare", recipe, *out), "steps = 4, not 3")
+    refused(sfd("prepare", recipe, *out), "a run of 4 steps, but 3")
 
 
 def test_encoders_from_other_folders_are_used(finished, recipe, tmp_path):
