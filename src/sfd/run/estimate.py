@@ -17,6 +17,7 @@ from sfd.encoders._hub import local
 from sfd.models.dit import DiTConfig, flops, parameter_count
 from sfd.run.recipe import Recipe, dump_recipe
 from sfd.run.validate import check, latent_bytes
+from sfd.utils.shipped import MODEL, shipped
 from sfd.utils.units import duration
 
 # A training step costs a forward and a backward pass, the latter twice the former.
@@ -84,7 +85,8 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
     composite = known.config.composite
     rows = {
         "transformer": f"{known.parameters:,} trained parameters with REPA's projector; "
-        f"{known.published_parameters:,} with the fixed position table, as published",
+        f"{known.published_parameters:,} with the fixed position table, as published"
+        + ("" if recipe.data.classes or recipe.data.source is None else "; without classes (data.classes is not set)"),
         "latent": ", ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid} patch {s.patch_size}" for s in composite.streams)
         + f"; {composite.token_grid**2} tokens",
         "latents on disk": _latents(recipe),
@@ -93,7 +95,7 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
         "estimated memory": f"{known.state / 2**30:.2f} GiB of weights, gradients, AdamW's state and EMA, and "
         f"{known.kept / 2**20:.1f} MiB per image: {known.memory / 2**30:.2f} GiB with {known.images_at_once} per "
         "micro-batch on one device, without the framework's own",
-        "not here yet": ", ".join(f"{name} is missing" for name in missing(recipe)) or "nothing is missing",
+        "not here yet": ", ".join(f"{name} is missing" for name in missing(recipe)) or "nothing",
     }
     width = max(map(len, rows))
     return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
@@ -103,9 +105,12 @@ def missing(recipe: Recipe) -> list[str]:
     """List the folders and published weights that the recipe names and that are not on this machine."""
     encoders = [recipe.texture, recipe.semantic] if recipe.encodes_semantics else [recipe.texture]
     source = recipe.data.source if recipe.data.source != "shapes" else None
-    folders = [source, recipe.latents.published, recipe.compressor.folder, recipe.evaluation.guiding_model]
+    folders = [source, recipe.latents.published, recipe.compressor.folder]
     folders += [encoder.folder for encoder in encoders]
     absent = [folder for folder in folders if folder is not None and not Path(folder).exists()]
+    guiding = recipe.evaluation.guiding_model
+    if guiding is not None and not Path(guiding).exists() and guiding not in shipped(MODEL):
+        absent.append(guiding)
     for encoder in encoders:
         find = getattr(encoder_module(encoder.name), "local", local)  # where its weights are no model of the hub
         if encoder.pretrained is not None and find(encoder.pretrained) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,16 @@ def _summary(recipe: Recipe, model: Model, metrics: Sequence[Metrics]) -> str:
         evaluated = " This run has no evaluation classifier: use sfd evaluate SAMPLES --reference …"
     elif metrics[0].class_accuracy is not None and "class_accuracy" not in metrics[0].caveats:
         evaluated = f" An independent classifier recognises {metrics[0].class_accuracy:.1%} of its samples."
-    return (
-        f"A semantic-first diffusion model of {model.history['parameters']:,} parameters, trained from nothing on "
-        f"{_data_name(recipe)}.{evaluated}"
-    )
+    kind = "semantic-first diffusion model" if len(model.composite.streams) > 1 else "diffusion model of texture alone"
+    start = "trained" if recipe.train.init is None else f"started from {recipe.train.init} and trained"
+    parameters = f"{model.history['parameters']:,} parameters"
+    return f"A {kind} with {parameters}, {start} on {_data_name(recipe)}.{evaluated}"
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    """Write settings as a reader would: name offset, delta 0.3, leaders semantic."""
+    listed = {key: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for key, v in values.items()}
+    return ", ".join(f"{key} {value}" for key, value in listed.items())
 
 
 def _data_name(recipe: Recipe) -> str:
@@ -81,7 +87,7 @@ def _facts(run: Run, model: Model, samples: SamplesStage, images: RunImages, lat
     return {
         "Data": f"{_data_name(recipe)}, {latents:,} training images{held_out}",
         "Latent": "; ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid}" for s in model.composite.streams),
-        "Schedule": ", ".join(f"{k} {v}" for k, v in model.schedule.spec.items()),
+        "Schedule": _words(model.schedule.spec),
         "Training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {recipe.train.precision}",
         "Sampling": samples.settings.summary(),
         "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {run.device}",
