@@ -217,8 +217,10 @@ def test_files_without_a_stage_record_are_refused(copied, recipe):
 
 
 def test_a_dry_run_computes_nothing(recipe, tmp_path):
-    output = done("run", recipe, "--out", tmp_path / "o", "--dry-run", "--device", "cpu")
+    command = ("run", recipe, "--out", tmp_path / "o", "--dry-run", "--device", "cpu")
+    output = done(*command)
     assert "parameters" in output and "estimated time" in output and not (tmp_path / "o").exists()
+    assert "without classes" in output and "without classes" not in done(*command, "data.classes=10")
 
 
 def test_an_exported_model_is_half_the_size_and_has_a_card(finished, tmp_path):

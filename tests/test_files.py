@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfd.run.recipe import load_recipe
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 
@@ -133,7 +134,9 @@ def test_tensors_are_read_back_and_damage_is_named(tmp_path: Path) -> None:
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2731523448\n"
 
 
-@pytest.mark.parametrize("read", [files.read_tensors, files.read_pickled])
+@pytest.mark.parametrize(
+    "read", [files.read_tensors, files.read_pickled, load_recipe, lambda path: files.read_json(path, "model")]
+)
 @pytest.mark.parametrize(
     ("content", "named"),
     [(POINTER, "git-lfs pointer"), (b"<!DOCTYPE html><html>", "web page"), (b"\n<HTML>", "web page")],

@@ -135,6 +135,16 @@ def test_the_models_settings_are_the_defaults_of_the_command(tmp_path):
         assert load_samples(tmp_path / name).record["sampling"] == expected
 
 
+def test_a_damaged_image_is_named_with_what_makes_it_again(tmp_path):
+    few(tmp_path)
+    before = contents(tmp_path)
+    image_path(tmp_path, 5, 10).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(SFDError, match=r"000005\.png: .*remove it"):
+        read_images(tmp_path, range(10))
+    image_path(tmp_path, 5, 10).unlink()
+    assert few(tmp_path) == 0 and contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("name", ["cat/photo.jpg", "photo.JPG", "grid.png"])
 def test_samples_are_not_put_among_other_images(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -57,7 +57,7 @@ class NumberedImages:
             try:
                 images[row] = decode(self.paths[index].read_bytes(), self.image_size, exact=True)
             except SFDError as error:
-                raise SFDError(f"{self.paths[index]}: {error}; sample it again") from None
+                raise SFDError(f"{self.paths[index]}: {error}; remove it, and sample it again") from None
         return images
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from sfd.data.grid import image_grid
+from sfd.data.images import read_image
 from sfd.data.listing import meant_as_image
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
@@ -145,6 +146,10 @@ def read_images(folder: Path, numbers: Sequence[int]) -> np.ndarray:
     paths = {int(path.stem): path for path in folder.glob("*.png") if path.stem.isdecimal()}
     images = []
     for number in numbers:
-        with Image.open(paths[number]) as image:
-            images.append(np.asarray(image.convert("RGB")))
+        try:
+            images.append(read_image(paths[number].read_bytes()))
+        except SFDError as error:
+            raise SFDError(
+                f"{paths[number]}: {error}; remove it, and run the same command to sample it again"
+            ) from None
     return np.stack(images)

@@ -91,13 +91,13 @@ class Pipeline:
         return self.texture, self.semantic, self.compressor, self.latents, self.transformer, self.evaluator
 
     def _check_given(self) -> None:
-        """Load pre-trained components and check the machine, so that neither fails after hours."""
+        """Load given components and check the machine, so that neither fails after hours."""
         recipe = self.recipe
         check_machine(recipe, self.device)
-        if recipe.texture.pretrained is not None:
+        if recipe.texture.train is None:
             _ = self.texture.encoder
         if recipe.encodes_semantics:
-            if recipe.semantic.pretrained is not None:
+            if recipe.semantic.train is None:
                 _ = self.semantic.encoder
             if recipe.compressor.folder is not None:
                 load_compressor(Path(recipe.compressor.folder))

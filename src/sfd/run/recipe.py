@@ -317,6 +317,8 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SFDError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
+        if download := files.failed_download(path):
+            raise SFDError(f"{path} is {download}")
         raise SFDError(f"{path}: a recipe must be a mapping of fields to values, but {type(values).__name__} was found")
     write_out_names(values, Recipe)
     base = values.pop("extends", None)

@@ -186,7 +186,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise as_user_error(error, path) from None
     except (ValueError, RecursionError) as error:
-        raise SFDError(f"{path} is damaged: {error}") from None
+        raise SFDError(f"{path} is {failed_download(path) or f'damaged: {error}'}") from None
     if not isinstance(value, dict):
         raise SFDError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
     value.pop("checksum", None)  # version 0.1.0 wrote one
