@@ -30,7 +30,10 @@ NAMED = "pretrained"  # the field of a `config.json` that names a published mode
 
 
 class EncoderConfig(Protocol):
-    """What planning needs to know of an encoder, without building it."""
+    """What planning needs to know of an encoder, without building it.
+
+    Image sides must be a multiple of `downsample`, or of the field `tile` where there is one.
+    """
 
     kind: ClassVar[str]  # TEXTURE or SEMANTIC
 
@@ -41,10 +44,6 @@ class EncoderConfig(Protocol):
     @property
     def downsample(self) -> int:
         """f: image pixels on a side of one position of the grid."""
-
-    @property
-    def tile(self) -> int:
-        """Image sides must be a multiple of this."""
 
 
 class SemanticEncoder(Protocol):

@@ -52,11 +52,6 @@ class Config(Settings):
         """f: image pixels on a side of one position."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
-    @property
-    def tile(self) -> int:
-        """Image sides must be a multiple of this."""
-        return self.downsample
-
 
 class TextureAutoencoder(Component):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H / f, W / f) and back."""

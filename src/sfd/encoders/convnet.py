@@ -37,11 +37,6 @@ class Config(Settings):
         """f: image pixels on a side of one feature."""
         return self.body.downsample
 
-    @property
-    def tile(self) -> int:
-        """Image sides must be a multiple of this."""
-        return self.downsample
-
 
 class ConvNetEncoder(Component):
     """Images (B, 3, H, W) in [-1, 1] to features (B, C, H / f, W / f), of about unit variance once trained."""

@@ -53,11 +53,6 @@ class Config(Settings):
         """f: image pixels on a side of one feature."""
         return STRIDES[self.depth - 1] // self.enlarge
 
-    @property
-    def tile(self) -> int:
-        """Image sides must be a multiple of this."""
-        return self.downsample
-
 
 class EfficientNetLiteEncoder(Component):
     """Images (B, 3, H, W) in [-1, 1] to features (B, C, H / f, W / f)."""

@@ -60,11 +60,6 @@ class Config(Settings):
         """f: 2 for each level but the first."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    @property
-    def tile(self) -> int:
-        """Image sides must be a multiple of this."""
-        return self.downsample
-
 
 class PublishedAutoencoder(Component):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H / f, W / f) and back."""

@@ -131,10 +131,11 @@ def _encoded(recipe: Recipe, settings: EncoderSettings, kind: str) -> Shape:
     if encoder.kind != kind:
         given = f"{settings.folder} holds" if settings.folder is not None else f"{settings.name!r} is"
         raise SFDError(f"{given} a {encoder.kind}, but a {kind} is needed; name another")
-    if size % encoder.tile:
+    tile = getattr(encoder, "tile", encoder.downsample)
+    if size % tile:
         raise SFDError(
-            f"data.image_size is {size}, but the {kind} takes tiles of {encoder.tile} pixels; choose a multiple of "
-            f"{encoder.tile}{', or set semantic.config.tile' if kind == SEMANTIC else ''}"
+            f"data.image_size is {size}, but the {kind} takes tiles of {tile} pixels; choose a multiple of "
+            f"{tile}{', or set semantic.config.tile' if kind == SEMANTIC else ''}"
         )
     return Shape(encoder.channels, size // encoder.downsample)
 
