@@ -29,6 +29,7 @@ import torch
 from benchmarks import (
     commands,
     editing,
+    few_steps,
     finetune,
     loader,
     memory,
@@ -51,7 +52,7 @@ class Section(NamedTuple):
 
     rows: Callable[[Setting], list[Row]]
     quick: bool = True  # runs with --quick
-    cuda: bool = False  # runs on a GPU only
+    cuda: bool = False  # on a CPU runs only if named
     named: bool = False  # runs only if named
     figure: str | None = None  # of docs/figures/make.py, drawn from the rows
 
@@ -77,6 +78,8 @@ SECTIONS = {
     "precision": Section(quality.precision, quick=False),
     "editing": Section(editing.editing, quick=False),
     "finetune": Section(finetune.finetune, quick=False),
+    "few_steps": Section(few_steps.few_steps, named=True),
+    "guidance_inside": Section(few_steps.inside, named=True),
     "offset_sweep": Section(quality.offset_sweep, named=True, figure="offset"),
     **{f"scaling_{name}": Section(partial(scaling.rows, name)) for name in scaling.TABLES},
 }
@@ -85,7 +88,7 @@ SECTIONS = {
 def chosen(names: list[str], setting: Setting) -> list[str]:
     """The sections that begin with the given names, or all that this setting runs."""
     on_gpu = setting.device.type == "cuda"
-    able = {name: section for name, section in SECTIONS.items() if on_gpu or not section.cuda}
+    able = {name: section for name, section in SECTIONS.items() if names or on_gpu or not section.cuda}
     for name in names:
         if not any(section.startswith(name) for section in able):
             raise unknown(f"section on {setting.device.type}", name, able)

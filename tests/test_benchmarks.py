@@ -72,8 +72,9 @@ def test_publishing_replaces_a_section_and_keeps_the_others(tmp_path):
 def test_sections_are_chosen_by_prefix_and_unknown_ones_refused(setting):
     assert set(chosen(["scaling", "errors"], setting)) == {n for n in SECTIONS if n.startswith(("scaling", "errors"))}
     assert "guided" not in chosen([], setting) and "offset_sweep" not in chosen([], setting)
+    assert chosen(["guided"], setting) == ["guided"]
     with pytest.raises(SFDError, match="guided"):
-        chosen(["guided"], setting)
+        chosen(["giuded"], setting)
     assert sizes("S:8,B:16") == (("S", 8), ("B", 16))
     with pytest.raises(SFDError, match="S:8,B:8"):
         sizes("Z:4")
