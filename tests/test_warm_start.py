@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from sfd.models.warm_start import inherited, warm_start
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
 from sfd.run.validate import planned_architecture
+from sfd.utils import files
 from sfd.utils.errors import SFDError
 from tiny import write_recipe
 
@@ -112,6 +114,18 @@ def test_a_recipe_takes_what_it_does_not_say_from_the_model(tmp_path):
     assert {part: settings.folder for part, settings in tokenizers.items()} == {
         part: str(model_folder("shapes") / part) for part in tokenizers
     }
+
+
+def test_a_second_head_of_the_model_is_trained_on(tmp_path):
+    folder = shutil.copytree(model_folder("shapes"), tmp_path / "model")
+    record = files.read_json(folder / "model.json", "model")
+    record["transformer"]["guide_block"], record["sample"] = 3, {"guidance": 2.0, "guidance_from": "inside"}
+    files.write_json(folder / "model.json", record)
+    tuned = load_recipe(Path("fine-tune"), [f"train.init={folder}"])
+    assert (tuned.transformer.guide_block, tuned.loss.guide, tuned.sample.guidance_from) == (3, 0.25, "inside")
+    other = load_recipe(Path("fine-tune"), [f"train.init={folder}", "transformer.guide_block=null", "loss.guide=null",
+                                            "sample.guidance_from=null_class"])  # fmt: skip
+    assert other.transformer.guide_block is None
 
 
 def test_a_model_that_cannot_encode_asks_for_its_encoders(finished, tmp_path):

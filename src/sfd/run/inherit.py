@@ -20,6 +20,7 @@ from sfd.models.component import CONFIG_FILE
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 
+GUIDE_WEIGHT = 0.25  # of a second head that the model has
 # What a recipe must name, but a model without a semantic stream does not use.
 UNUSED = {"semantic": {"name": "convnet", "folder": "none"}, "compressor": {"name": "pca"}}
 
@@ -29,15 +30,22 @@ def model_defaults(init: str, own: Mapping[str, Any]) -> dict[str, Any]:
     folder, record = _record(init)
     config, composite = record.transformer, record.transformer.composite
     texture = planned_encoder("", None, str(folder / TEXTURE_FOLDER), {})
+    if config.flow_map:
+        raise SFDError(f"train.init: {init} is distilled; fine-tune the model that it was distilled from")
+    sample = record.sample.model_dump(mode="json")
     values: dict[str, Any] = {
         "data": {"image_size": composite[TEXTURE].grid * texture.downsample},
         "streams": {s.name: {"weight": s.weight, "patch_size": s.patch_size} for s in composite.streams},
         "schedule": record.schedule,
-        "sample": record.sample.model_dump(mode="json"),
+        "sample": sample,
     }
     if "size" not in (own.get("transformer") or {}):  # a named size is a whole network
-        values["transformer"] = config.model_dump(include={"depth", "width", "heads"})
+        values["transformer"] = config.model_dump(include={"depth", "width", "heads", "prediction", "guide_block"})
         values["transformer"]["clocks"] = "streams" if config.clocks else "one"
+    if config.guide_block is not None and "transformer" in values:
+        values["loss"] = {"guide": GUIDE_WEIGHT}
+    else:
+        sample["guidance_from"] = "null_class"
     return values if SEMANTIC in composite.names else values | UNUSED
 
 
