@@ -263,6 +263,7 @@ def test_export_and_back_keeps_the_model(exported, tmp_path):
     shapes, back = sfd.load("shapes", device="cpu"), sfd.load(tmp_path / "back", device="cpu")
     assert back.identity == shapes.identity and back.classes == shapes.classes and back.history == shapes.history
     assert (tmp_path / "back/model.safetensors").read_bytes() == (ROOT / "models/shapes/model.safetensors").read_bytes()
+    assert back.compressor.identity == shapes.compressor.identity  # it can still encode
     assert "trust_remote_code=True" in (exported / "README.md").read_text()
 
 

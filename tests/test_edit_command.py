@@ -10,6 +10,7 @@ from PIL import Image
 import sfd
 from helpers.random_model import random_model
 from sfd.cli.main import main
+from sfd.data.shapes import ShapesSource
 
 SIDE = 4  # of the model's images; shown 24 times as large
 WAYS = {
@@ -44,6 +45,20 @@ def test_each_way_shows_sources_and_results(model, tmp_path, way, case):
     first = sfd.load(model, device="cpu").sample(1 if rows == 1 else 0, seeds=0, steps=4, output="array")[0]
     shown = pixels[: 24 * SIDE : 24, : 24 * SIDE : 24, :3]
     assert np.abs(shown.astype(int) - first).max() <= 1
+
+
+def test_images_are_sources_too(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = ShapesSource(3, 5).load(np.arange(3))
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(images / f"{number}.png")
+    out = tmp_path / "e.png"
+    result = run("shapes", "keep-plan", "--images", images, "--seeds", "0-1", "--delta", "0.5", "--out", out)
+    assert result.exit_code == 0, result.output
+    shown = np.asarray(Image.open(out))[::3, ::3, :3].astype(int)
+    assert shown.shape == (65, 98, 3)
+    assert np.abs(shown[:32, :32] - pixels[0]).mean() < 12  # as the texture encoder reconstructs it
 
 
 REFUSED = {

@@ -1,4 +1,4 @@
-"""`sfd edit`: redraw samples by streams, and show sources and results as one picture."""
+"""`sfd edit`: redraw samples or images by streams, and show sources and results as one picture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from sfd.cli.sample import asked_labels, parse_seeds, sample_settings
+from sfd.data.folder import FolderSource
 from sfd.data.grid import image_grid
 from sfd.editing import change_plan, interpolate_plans, keep_plan, paint, sdedit, swap_plans
 from sfd.generation.directory import model_folder
@@ -35,6 +36,8 @@ def edit_images(
     overrides: Sequence[str],
     classes: str,
     seeds: str,
+    images: Path | None,
+    delta: float | None,
     count: int,
     to: str | None,
     start: str,
@@ -47,9 +50,11 @@ def edit_images(
     files.check_replaceable(out, _is_own, "a picture of edits")
     loaded = load_model(model_folder(model), choose_device(device))
     settings = sample_settings(loaded, overrides, **options).model_dump(mode="json")
-    sources, of = _sources(loaded, classes, parse_seeds(seeds), settings)
+    sources, of = _sources(loaded, classes, parse_seeds(seeds), images, settings)
     label = None if to is None else asked_labels(loaded, to)[0]
-    how = settings | {"classes": label}
+    leaders = {name: value for name, value in loaded.schedule.spec.items() if name == "leaders"}
+    ahead = None if delta is None else {"name": "offset", "delta": delta} | leaders
+    how = settings | {"classes": label, "schedule": ahead}
     if way in ("swap-plans", "interpolate"):
         if len(sources) != 2:
             raise SFDError(f"{way} takes two sources, not {len(sources)}; name two classes, or one and two seeds")
@@ -91,8 +96,14 @@ def _edits(
     return found
 
 
-def _sources(model: Model, classes: str, seeds: list[int], settings: dict[str, Any]) -> tuple[Tensor, list[int]]:
-    """Latents (B, N) of each class with each seed, and the seeds."""
+def _sources(
+    model: Model, classes: str, seeds: list[int], images: Path | None, settings: dict[str, Any]
+) -> tuple[Tensor, list[int]]:
+    """Latents (B, N) of each class with each seed, or of images with a seed each, and the seeds."""
+    if images is not None:
+        source = FolderSource(images, model.composite[TEXTURE].grid * model.texture.downsample)
+        seeds = seeds[: len(source)]
+        return model.encode(source.load(np.arange(len(seeds)))).cpu(), seeds
     labels = asked_labels(model, classes)
     pairs = [(label, seed) for label in labels for seed in seeds]
     chosen, of = [label for label, _ in pairs], [seed for _, seed in pairs]

@@ -8,11 +8,13 @@ from pathlib import Path
 import click
 import torch
 
+from sfd.encoders import load_semantic, save_semantic
 from sfd.evaluation.evaluate import read_metrics
 from sfd.generation.card import model_card
-from sfd.generation.directory import model_folder
+from sfd.generation.directory import COMPRESSOR_FOLDER, SEMANTIC_FOLDER, model_folder
 from sfd.generation.folder import GRID
 from sfd.generation.model import Model, load_model
+from sfd.models.compressor import load_compressor
 from sfd.run import stages
 from sfd.utils import files
 
@@ -27,11 +29,17 @@ def export_model(source: Path, out: Path, form: str, dtype: str, licence: str | 
         if form == "diffusers":
             from sfd.diffusers.conversion import EVALUATIONS, from_model
 
-            if model.sampling.solver not in EVALUATIONS:
-                click.echo(
-                    f"diffusers' scheduler has no {model.sampling.solver}; it takes the multistep method", err=True
-                )
-            from_model(model).to(getattr(torch, dtype)).save_pretrained(partial)
+            solver = model.sampling.solver
+            if solver not in EVALUATIONS:
+                click.echo(f"the scheduler for diffusers has no {solver}; it takes the multistep method", err=True)
+            pipeline = from_model(model)
+            if dtype == "float16":
+                pipeline.transformer.half()
+                pipeline.vae.half()
+            pipeline.save_pretrained(partial)
+            if model.semantic is not None and model.compressor is not None:  # diffusers has no use for them
+                save_semantic(model.semantic, partial / SEMANTIC_FOLDER, getattr(torch, dtype))
+                model.compressor.save(partial / COMPRESSOR_FOLDER, getattr(torch, dtype))
         else:
             model.save(partial, getattr(torch, dtype))
         _describe(model, source, partial, out.name, form, licence)
@@ -46,7 +54,11 @@ def _load(source: Path) -> Model:
         from sfd.diffusers import SFDPipeline, to_model
 
         logging.disable_progress_bar()
-        return to_model(SFDPipeline.from_pretrained(source))
+        model = to_model(SFDPipeline.from_pretrained(source))
+        if (source / COMPRESSOR_FOLDER).is_dir():
+            model.semantic = load_semantic(source / SEMANTIC_FOLDER)
+            model.compressor = load_compressor(source / COMPRESSOR_FOLDER)
+        return model
     return load_model(model_folder(source), torch.device("cpu"))
 
 

@@ -293,8 +293,12 @@ def trajectory(**arguments: Any) -> None:
 @click.option("--out", type=FOLDER, default=Path("edits.png"), show_default=True, help="the PNG to write")
 @click.option("--classes", default="all", show_default=True, help="of the sources, comma-separated")
 @click.option("--seeds", default="0", show_default=True, help="of the sources; each class gets each seed")
+@click.option("--images", type=FOLDER, help="a folder of images as sources; the first is taken with the first seed, …")
 @click.option("--count", type=click.IntRange(min=2), default=6, show_default=True, help="results for each source")
 @click.option("--to", help="class of the results  [default: none, the plan decides]")
+@click.option(
+    "--delta", type=click.FloatRange(min=0), help="another offset than the model's: a larger one keeps plans better"
+)
 @click.option("--start", default="0.4", show_default=True, help="sdedit: base time, or semantic=1,texture=0.4")
 @click.option("--brush", default="0,0,0.5,1", show_default=True, help="paint: LEFT,TOP,RIGHT,BOTTOM, from 0 to 1")
 @click.option("--steps", type=int, help="solver steps")
@@ -302,7 +306,7 @@ def trajectory(**arguments: Any) -> None:
 @click.option("--guidance", type=float, help="scale for all streams; 1: none")
 @device_option
 def edit(**arguments: Any) -> None:
-    """Sample from a MODEL and redraw the samples by streams: what is where (the plan) and how it looks (texture).
+    """Redraw samples of a MODEL, or images, by streams: what is where (the plan) and how it looks (texture).
 
     \b
     keep-plan     new texture on the same plan
