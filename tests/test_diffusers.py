@@ -267,6 +267,11 @@ def test_export_and_back_keeps_the_model(exported, tmp_path):
     assert "trust_remote_code=True" in (exported / "README.md").read_text()
 
 
+def test_a_distilled_model_is_refused():
+    with pytest.raises(SFDError, match="distilled"):
+        from_model(random_model(0, network={"flow_map": (0.0, 0.5, 1.0)}))
+
+
 def test_a_published_autoencoder_is_that_of_diffusers(model, tmp_path):
     from diffusers import AutoencoderKL
 

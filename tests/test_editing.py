@@ -196,6 +196,12 @@ def test_what_does_not_fit_is_refused(model, call, hint):
     assert hint in str(error.value)
 
 
+def test_a_distilled_model_is_refused():
+    distilled = random_model(0, network={"flow_map": (0.0, 0.5, 1.0)})
+    with pytest.raises(SFDError, match="distilled"):
+        change_plan(distilled, SEEDS, OTHERS)
+
+
 def test_texture_alone_has_no_plan():
     alone = random_model(0, composite=CompositeLatent(streams=(TEXTURE,)), name="synchronous")
     with pytest.raises(SFDError, match="two streams"):

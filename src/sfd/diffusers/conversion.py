@@ -18,12 +18,17 @@ from sfd.generation.model import Model
 from sfd.latents import TEXTURE
 from sfd.models.component import Component
 from sfd.utils.config import parse
+from sfd.utils.errors import SFDError
 
 INDEX = "model_index.json"
 
 
 def from_model(model: Model) -> SFDPipeline:
     """Make a pipeline; a solver that the scheduler lacks is replaced by its default, the multistep method."""
+    if model.transformer.config.flow_map:
+        raise SFDError(
+            "the scheduler for diffusers takes no distilled models; export the model that this one learnt from"
+        )
     with torch.device("meta"):
         transformer = SFDTransformer(architecture=model.transformer.config.model_dump(mode="json"))
     transformer.dit = model.transformer

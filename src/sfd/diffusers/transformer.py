@@ -39,6 +39,7 @@ class SFDTransformer(ModelMixin, ConfigMixin):
         "embeddings",
         "embedding_bias",
         "time_embedders",
+        "end_embedders",
         "class_embedding",
         "attention_norm",
         "mlp_norm",

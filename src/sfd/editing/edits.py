@@ -44,6 +44,10 @@ def edit(
         settings: fields of `SamplingConfig` that differ from the model's own.
     """
     chosen = model.schedule if schedule is None else build_schedule(schedule, model.composite.names)
+    if model.transformer.config.flow_map:
+        raise SFDError(
+            "a distilled model draws in steps that no path can join; edit with the model that it learnt from"
+        )
     config = model.config(**settings)
     model.check_sampling(config)
     if SOLVERS[config.solver].stochastic:
