@@ -20,11 +20,7 @@ from sfd.run.recipe import Recipe, load_recipe
 RECIPE = ROOT / "recipes" / "fine-tune.yaml"
 IMAGES, REFERENCE, SAMPLES, SEEDS = 600, 4000, 500, (0, 1, 2)
 CHANGES = ("train.steps=240", "train.decay_from=120", "train.preview_every=0", "evaluation.classifier=null")
-WAYS = {  # model to start from, and learning rate
-    "fine-tuned": ("shapes", 5e-4),
-    "from scratch": (None, 5e-4),
-    "from scratch, twice the learning rate": (None, 1e-3),
-}
+WAYS = {"fine-tuned": "shapes", "from scratch": None}  # model to start from
 
 
 class NewShapes(ShapesSource):
@@ -76,7 +72,7 @@ def finetune(setting: Setting, seeds: tuple[int, ...] = SEEDS) -> list[Row]:
     rows = []
     for way in WAYS:
         for seed in seeds:
-            path = folder / "results" / f"{way.replace(',', '').replace(' ', '-')}-{seed}.json"
+            path = folder / "results" / f"{way.replace(' ', '-')}-{seed}.json"
             if not path.exists():
                 model = trained(recipe(way, folder / "images", seed, setting.overrides), path.with_suffix(""), setting)
                 labels = [k % len(model.classes) for k in range(SAMPLES)]
@@ -88,9 +84,8 @@ def finetune(setting: Setting, seeds: tuple[int, ...] = SEEDS) -> list[Row]:
 
 def recipe(way: str, images: Path, seed: int, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe for fine-tuning; from scratch, the same without the weights of the transformer."""
-    (init, rate), own = WAYS[way], (f"data.source={images}", "train.init=shapes", f"seed={seed}")
-    given = load_recipe(RECIPE, [*own, *CHANGES, f"train.learning_rate={rate}", *overrides])
-    return given.model_copy(update={"train": given.train.model_copy(update={"init": init})})
+    tuned = load_recipe(RECIPE, [f"data.source={images}", "train.init=shapes", f"seed={seed}", *CHANGES, *overrides])
+    return tuned.model_copy(update={"train": tuned.train.model_copy(update={"init": WAYS[way]})})
 
 
 def trained(given: Recipe, folder: Path, setting: Setting) -> Model:
