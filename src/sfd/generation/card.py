@@ -53,8 +53,8 @@ def model_card(
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()) + "---",
         f"# {model.history.get('recipe') or name}",
-        "A class-conditional image generator by semantic-first diffusion (arXiv 2512.04926): one transformer denoises "
-        "a semantic latent ahead of the texture latent that pixels are decoded from.",
+        "An image generator by semantic-first diffusion (arXiv 2512.04926): one transformer denoises a semantic latent "
+        "ahead of the texture latent that pixels are decoded from.",
         f"![samples]({grid})" if grid else "",
         f"## Use\n\n```python\n{LOAD[library].format(name=name, example=example)}\n```",
         f"## Model\n\n{_table(('', ''), _facts(model))}\n\n{_streams(model)}",
