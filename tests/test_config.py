@@ -104,6 +104,8 @@ def test_a_recipe_inherits_fields_but_not_published_numbers_or_settings_of_anoth
         ("model.depth=4", "'transformer.depth'"),
         ("train.image_size=64", "'data.image_size'"),
         ("data=photos", "set one, as data.source"),
+        ("evaluation.classifier=false", "or null for none"),
+        ("train.betas=0.9", "should be a list"),
     ],
 )
 def test_a_wrong_field_is_answered_with_the_one_that_is_meant(given, meant):
@@ -124,7 +126,7 @@ def test_a_name_alone_selects_an_encoder_a_compressor_or_a_schedule(tmp_path):
     assert load_recipe(tmp_path / "pca.yaml", ["note=''"]).compressor == read("compressor=pca").compressor
 
 
-@pytest.mark.parametrize("field", ["data.source", "latents.published", "train.init"])
+@pytest.mark.parametrize("field", ["data.source", "latents.published"])
 def test_the_home_folder_is_put_for_a_tilde(field, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     changes = ["texture.train=null", "texture.folder=~/t", "texture.config={}"] if field.startswith("latents") else []

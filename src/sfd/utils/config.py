@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 
@@ -112,9 +112,15 @@ def explain(error: Exception, kind: type[BaseModel], where: str = "") -> SFDErro
     given = json.dumps(first["input"], default=str)[:80]
     if first["type"] in ("model_type", "model_attributes_type"):
         inner = field_owner(kind, location)
-        some = next((name for name in inner.model_fields), "") if inner is not None else ""
-        return SFDError(f"{prefix}{field!r} holds fields of its own, but {given} was given; set one, as {field}.{some}")
-    return SFDError(f"{prefix}field {field!r}: {first['msg']}, but {given} was given")
+        some = next(iter(inner.model_fields), "") if inner is not None else ""
+        outer = field_owner(kind, location[:-1])
+        types = get_args(outer.model_fields[location[-1]].annotation) if outer is not None else ()
+        none = ", or null for none" if type(None) in types else ""
+        return SFDError(
+            f"{prefix}{field!r} holds fields of its own, but {given} was given; set one, as {field}.{some}{none}"
+        )
+    message = first["msg"].replace("Input should be", "should be").replace("an object", "a mapping of names to values")
+    return SFDError(f"{prefix}field {field!r} {message.replace('a valid array', 'a list')}, but {given} was given")
 
 
 def field_owner(kind: type[BaseModel], location: list[str]) -> type[BaseModel] | None:

@@ -114,8 +114,8 @@ def as_user_error(error: OSError, path: Path) -> SFDError:
         return SFDError(f"{path} cannot be accessed ({error.strerror}); choose another or change its permissions")
     if error.errno == errno.ENOENT:
         return SFDError(f"there is no file or folder {path}; give another")
-    if error.errno == errno.ENOTDIR:
-        return SFDError(f"{path} cannot be: a part of that path is a file, not a folder; give another")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return SFDError(f"{path}: a file is in the place of a folder; give another path")
     return SFDError(f"{path}: {error.strerror or error}")
 
 
