@@ -51,9 +51,9 @@ export -f resume
 export OUT PYTHON RECIPE DEVICE
 
 part tests 90 $PYTHON -m pytest -q -p no:cacheprovider tests/test_device.py tests/test_gpu_sync.py tests/test_inference.py
-part guided 110 $PYTHON -m benchmarks guided --sizes $GUIDED --device $DEVICE --out "$OUT/work" "${HOW[@]}"
-part training 110 $PYTHON -m benchmarks training loader --sizes $TRAINING --device $DEVICE --out "$OUT/work" "${HOW[@]}"
-part run 180 $PYTHON -m sfd run "$RECIPE" --out "$OUT/run" --device $DEVICE "${RUN[@]}"
-part resume 60 bash -c "$(declare -p RUN); resume"
+part guided 90 $PYTHON -m benchmarks guided --sizes $GUIDED --device $DEVICE --out "$OUT/work" "${HOW[@]}"
+part training 90 $PYTHON -m benchmarks training loader --sizes $TRAINING --device $DEVICE --out "$OUT/work" "${HOW[@]}"
+part run 150 $PYTHON -m sfd run "$RECIPE" --out "$OUT/run" --device $DEVICE "${RUN[@]}"
+part resume 50 bash -c "$(declare -p RUN); resume"
 cp docs/results/benchmarks.json "$OUT/" 2>/dev/null
 ! grep -qv '"code": 0' "$OUT/parts.jsonl"

@@ -101,7 +101,7 @@ def guided(setting: Setting) -> list[Row]:
     Decoding is left out. Images per second are those of `NFE`, at the rate of the evaluations that were timed.
     """
     device, rows = setting.device, []
-    guiding = frozen("B", device)
+    guiding = frozen("tiny" if setting.quick else "B", device)
     for size, batch in setting.given or (("XL", 128), ("XXL", 128)):
         net = frozen(size, device)
         published = {"solver": "dopri5", "options": {"rtol": 1e-3, "atol": 1e-6}, "knots": False}
