@@ -75,8 +75,8 @@ def damaged(artefact: Artefact) -> Callable[[Place], str]:
         if ended.code == 2:
             message = ended.message
             ended.refused()
-            named = [str(part.relative_to(place.folder)) for part in (path, path.parent)]
-            if not any(word in message for word in (*named, *(f"`sfd {stage}`" for stage in artefact.again))):
+            named = [str(path.parent.relative_to(place.folder)), *(f"`sfd {stage}`" for stage in artefact.again)]
+            if not any(word in message for word in named):
                 raise Failure(f"{path} was damaged, but the message does not name it: {message}")
             for cured in out.glob(artefact.cure):
                 shutil.rmtree(cured) if cured.is_dir() else cured.unlink()

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import psutil
 
-from faults.commands import Failure
+from faults.commands import SECONDS, Failure
 from faults.runs import Place, Scenario
 from sfd.utils import files
 
 # Timeout of a collective; an hour in a real run.
-HANG_SECONDS = 15
-SECONDS = 240
+HANG_SECONDS = 30
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 LAUNCHER += ["--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
 
