@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from sfd import __version__
+from sfd.cli import stages
 from sfd.cli.errors import Group
-from sfd.utils import distributed
+from sfd.cli.options import FOLDER, MAX_HOURS_HELP, device_option
 from sfd.utils.errors import SFDError
-from sfd.utils.paths import user_path
-
-if TYPE_CHECKING:
-    from sfd.run.pipeline import Pipeline
-    from sfd.run.recipe import Recipe
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class UserPath(click.ParamType):
-    """A path in which `~` stands for the home folder; no shell expands it in --out=~/runs."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Turn a command's argument into a path."""
-        return user_path(value)
-
-
-FOLDER = UserPath()
-MAX_HOURS_HELP = "checkpoint and exit with code 75 after this many hours; rerun the command to resume"
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps …")
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,151 +25,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which cost no image
 
 
+for command in stages.COMMANDS:
+    main.add_command(command)
+
+
 def _renamed(context: click.Context, option: click.Parameter, value: object) -> None:
     if value is not None:
         raise SFDError("the option --weak is now --guiding-model")
-
-
-def recipe_command(function: Command) -> Command:
-    """Give a command a recipe, its overrides and a run's folder."""
-    decorators = (
-        click.argument("recipe", type=FOLDER),
-        click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
-        click.option("--out", required=True, type=FOLDER, help="the run's folder; created if missing"),
-        click.option("--strict", is_flag=True, help="stop at a broken image instead of skipping it"),
-        click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP),
-        click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates, and exit"),
-        click.option(
-            "--tflops",
-            type=click.FloatRange(min=0, min_open=True),
-            help="TFLOP/s of training, for --dry-run",
-        ),
-        device_option,
-    )
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-def _stage(
-    work: Callable[[Pipeline], object],
-    recipe: Path,
-    overrides: tuple[str, ...],
-    out: Path,
-    strict: bool,
-    max_hours: float | None,
-    dry_run: bool,
-    tflops: float | None,
-    device: str,
-) -> None:
-    """Validate the recipe, lock the run's folder and make stages."""
-    from sfd.run.pipeline import Pipeline
-    from sfd.run.recipe import load_recipe
-    from sfd.run.validate import check, check_out
-    from sfd.utils import files, signals
-    from sfd.utils.device import choose_device
-
-    def read() -> Recipe:
-        resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
-        if not dry_run:
-            check_out(resolved, out)
-            check(resolved)
-        return resolved
-
-    if tflops is not None and not dry_run:
-        raise SFDError("--tflops only affects the estimate of --dry-run; give both")
-    if dry_run:
-        from sfd.run.estimate import describe
-
-        if distributed.is_main_process():
-            click.echo(describe(read(), choose_device(device), tflops))
-        return
-    name = distributed.init(device)
-    resolved = distributed.decide(read)
-    with ExitStack() as held:
-        held.enter_context(signals.limit(max_hours))
-        if distributed.is_main_process():
-            held.enter_context(files.exclusive(out))
-        distributed.broadcast(None)  # the folder is this run's
-        pipeline = Pipeline(resolved, out, choose_device(name))
-        distributed.decide(pipeline.check_recipe)
-        work(pipeline)
-        if distributed.is_main_process():
-            pipeline.run.save_recipe()
-    distributed.shutdown()
-
-
-@main.command()
-@recipe_command
-def run(**arguments: Any) -> None:
-    """Do all stages of RECIPE: encoders, latents, transformer, samples, metrics, report.
-
-    The same command resumes an interrupted run. FIELD=VALUE overrides a field of the recipe (train.steps=500).
-    """
-
-    def work(pipeline: Pipeline) -> None:
-        pipeline.make_model()
-        _report(pipeline)
-
-    _stage(work, **arguments)
-
-
-@main.command("train-texture")
-@recipe_command
-def train_texture(**arguments: Any) -> None:
-    """Train the texture autoencoder."""
-    _stage(lambda pipeline: pipeline.texture.make(), **arguments)
-
-
-@main.command("train-semantic")
-@recipe_command
-def train_semantic(**arguments: Any) -> None:
-    """Train the semantic encoder."""
-    _stage(lambda pipeline: pipeline.semantic.make(), **arguments)
-
-
-@main.command("train-semvae")
-@recipe_command
-def train_semvae(**arguments: Any) -> None:
-    """Train the compressor of the semantic features: a SemVAE, or PCA if the recipe says so."""
-    _stage(lambda pipeline: pipeline.compressor.make(), **arguments)
-
-
-@main.command("prepare")
-@recipe_command
-def prepare(**arguments: Any) -> None:
-    """Encode the training images into latent shards, in both orientations; or check published ones.
-
-    Ranks share the work: those of torchrun, or of an array job that sets RANK and WORLD_SIZE.
-    """
-    _stage(lambda pipeline: pipeline.latents.make(), **arguments)
-
-
-@main.command("train")
-@recipe_command
-def train(**arguments: Any) -> None:
-    """Train the transformer on prepared latents."""
-    _stage(lambda pipeline: pipeline.transformer.make(), **arguments)
-
-
-@main.command("train-evaluator")
-@recipe_command
-def train_evaluator(**arguments: Any) -> None:
-    """Train the evaluation classifier on held-out images."""
-    _stage(lambda pipeline: pipeline.evaluator.make(), **arguments)
-
-
-@main.command("report")
-@recipe_command
-def report(**arguments: Any) -> None:
-    """Sample from a trained run, evaluate the samples and write report.html."""
-    _stage(_report, **arguments)
-
-
-def _report(pipeline: Pipeline) -> None:
-    pipeline.report()
-    if distributed.is_main_process():
-        click.echo(f"report: {pipeline.folder.report}")
 
 
 @main.command()

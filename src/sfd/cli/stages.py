@@ -1,0 +1,165 @@
+"""The commands that make a run: all of it (`sfd run`), or one of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sfd.cli.options import FOLDER, MAX_HOURS_HELP, device_option
+from sfd.utils import distributed
+from sfd.utils.errors import SFDError
+
+if TYPE_CHECKING:
+    from sfd.run.pipeline import Pipeline
+    from sfd.run.recipe import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def recipe_command(function: Command) -> Command:
+    """Give a command a recipe, its overrides and a run's folder."""
+    decorators = (
+        click.argument("recipe", type=FOLDER),
+        click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
+        click.option("--out", required=True, type=FOLDER, help="the run's folder; created if missing"),
+        click.option("--strict", is_flag=True, help="stop at a broken image instead of skipping it"),
+        click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP),
+        click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates, and exit"),
+        click.option(
+            "--tflops",
+            type=click.FloatRange(min=0, min_open=True),
+            help="TFLOP/s of training, for --dry-run",
+        ),
+        device_option,
+    )
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def _stage(
+    work: Callable[[Pipeline], object],
+    recipe: Path,
+    overrides: tuple[str, ...],
+    out: Path,
+    strict: bool,
+    max_hours: float | None,
+    dry_run: bool,
+    tflops: float | None,
+    device: str,
+) -> None:
+    """Validate the recipe, lock the run's folder and make stages."""
+    from sfd.run.pipeline import Pipeline
+    from sfd.run.recipe import load_recipe
+    from sfd.run.validate import check, check_out
+    from sfd.utils import files, signals
+    from sfd.utils.device import choose_device
+
+    def read() -> Recipe:
+        resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
+        if not dry_run:
+            check_out(resolved, out)
+            check(resolved)
+        return resolved
+
+    if tflops is not None and not dry_run:
+        raise SFDError("--tflops only affects the estimate of --dry-run; give both")
+    if dry_run:
+        from sfd.run.estimate import describe
+
+        if distributed.is_main_process():
+            click.echo(describe(read(), choose_device(device), tflops))
+        return
+    name = distributed.init(device)
+    resolved = distributed.decide(read)
+    with ExitStack() as held:
+        held.enter_context(signals.limit(max_hours))
+        if distributed.is_main_process():
+            held.enter_context(files.exclusive(out))
+        distributed.broadcast(None)  # the folder is this run's
+        pipeline = Pipeline(resolved, out, choose_device(name))
+        distributed.decide(pipeline.check_recipe)
+        work(pipeline)
+        if distributed.is_main_process():
+            pipeline.run.save_recipe()
+    distributed.shutdown()
+
+
+@click.command()
+@recipe_command
+def run(**arguments: Any) -> None:
+    """Do all stages of RECIPE: encoders, latents, transformer, samples, metrics, report.
+
+    The same command resumes an interrupted run. FIELD=VALUE overrides a field of the recipe (train.steps=500).
+    """
+
+    def work(pipeline: Pipeline) -> None:
+        pipeline.make_model()
+        _report(pipeline)
+
+    _stage(work, **arguments)
+
+
+@click.command("train-texture")
+@recipe_command
+def train_texture(**arguments: Any) -> None:
+    """Train the texture autoencoder."""
+    _stage(lambda pipeline: pipeline.texture.make(), **arguments)
+
+
+@click.command("train-semantic")
+@recipe_command
+def train_semantic(**arguments: Any) -> None:
+    """Train the semantic encoder."""
+    _stage(lambda pipeline: pipeline.semantic.make(), **arguments)
+
+
+@click.command("train-semvae")
+@recipe_command
+def train_semvae(**arguments: Any) -> None:
+    """Train the compressor of the semantic features: a SemVAE, or PCA if the recipe says so."""
+    _stage(lambda pipeline: pipeline.compressor.make(), **arguments)
+
+
+@click.command("prepare")
+@recipe_command
+def prepare(**arguments: Any) -> None:
+    """Encode the training images into latent shards, in both orientations; or check published ones.
+
+    Ranks share the work: those of torchrun, or of an array job that sets RANK and WORLD_SIZE.
+    """
+    _stage(lambda pipeline: pipeline.latents.make(), **arguments)
+
+
+@click.command("train")
+@recipe_command
+def train(**arguments: Any) -> None:
+    """Train the transformer on prepared latents."""
+    _stage(lambda pipeline: pipeline.transformer.make(), **arguments)
+
+
+@click.command("train-evaluator")
+@recipe_command
+def train_evaluator(**arguments: Any) -> None:
+    """Train the evaluation classifier on held-out images."""
+    _stage(lambda pipeline: pipeline.evaluator.make(), **arguments)
+
+
+@click.command("report")
+@recipe_command
+def report(**arguments: Any) -> None:
+    """Sample from a trained run, evaluate the samples and write report.html."""
+    _stage(_report, **arguments)
+
+
+def _report(pipeline: Pipeline) -> None:
+    pipeline.report()
+    if distributed.is_main_process():
+        click.echo(f"report: {pipeline.folder.report}")
+
+
+COMMANDS = (run, train_texture, train_semantic, train_semvae, prepare, train, train_evaluator, report)
