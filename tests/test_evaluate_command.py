@@ -137,3 +137,10 @@ def test_contradicting_options_are_refused(folder, monkeypatch, options, words):
 def test_a_folder_of_several_folders_of_samples_is_answered_with_one_of_them(finished):
     run = finished.folder.root
     refused(sfd("evaluate", run / "samples", "--run", run), "give one, such as", "samples/guided")
+
+
+def test_a_run_whose_images_were_moved_is_answered_with_how_to_say_where(finished, copied):
+    run = copied()
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("source: shapes", "source: moved/photos"))
+    refused(sfd("evaluate", run / "samples" / "guided", "--run", run), "moved/photos", "data.source=NEW_FOLDER")

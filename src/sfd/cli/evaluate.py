@@ -14,7 +14,7 @@ from sfd.evaluation.npz import RECORD, Npz
 from sfd.evaluation.reference import Reference, open_reference
 from sfd.evaluation.samples import Samples, load_samples, pack
 from sfd.run.pipeline import Pipeline
-from sfd.run.recipe import load_recipe
+from sfd.run.recipe import Recipe, load_recipe
 from sfd.utils import files
 from sfd.utils.device import choose_device
 from sfd.utils.distributed import local_device
@@ -51,9 +51,7 @@ def evaluate_samples(
     chosen = choose_device(local_device(device))
     network: Extractor
     if run is not None:
-        if not (run / "recipe.yaml").exists():
-            raise SFDError(f"{run} is not a run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
-        pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, chosen)
+        pipeline = Pipeline(_recipe(run), run, chosen)
         network, real = pipeline.evaluator.extractor, pipeline.evaluator.reference_images()
     else:
         assert reference is not None and extractor is not None
@@ -75,6 +73,21 @@ def evaluate_samples(
     if out is not None:
         found.write(out)
     click.echo(describe(found))
+
+
+def _recipe(run: Path) -> Recipe:
+    """Read a run's recipe; its images must be there, to be compared with."""
+    path = run / "recipe.yaml"
+    if not path.exists():
+        raise SFDError(f"{run} is not a run's folder: recipe.yaml is missing; give the --out folder of `sfd run`")
+    recipe = load_recipe(path)
+    source = recipe.data.source
+    if source is not None and source != "shapes" and not Path(source).exists():
+        raise SFDError(
+            f"the images of {run} were in {source}, which is not there; if they were moved, say so once: "
+            f"sfd run {path} --out {run} data.source=NEW_FOLDER"
+        )
+    return recipe
 
 
 def pack_samples(samples: Path, out: Path) -> None:
