@@ -193,6 +193,13 @@ def test_settings_that_do_not_fit_are_refused(teacher, distilled, options, words
     assert result.exit_code == 2 and words in result.output and "Traceback" not in result.output
 
 
+def test_a_folder_of_other_files_is_left_alone(teacher, tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    result = sfd("distill", teacher, "--out", tmp_path, "--device", "cpu", *SETTINGS)
+    assert result.exit_code == 2 and "other files" in result.output
+    assert list(tmp_path.iterdir()) == [tmp_path / "photo.jpg"]
+
+
 @pytest.mark.parametrize("settings", [{"steps": 3}, {"guidance": 2.0}, {"solver": "heun"}, {"shift": 0.5}])
 def test_a_student_takes_its_own_steps_alone(distilled, settings):
     with pytest.raises(SFDError, match="distilled"):

@@ -31,6 +31,8 @@ from sfd.utils.progress import say
 DEFAULT_STEPS = 4
 TRAIN = {"steps": 6000, "batch_size": 256, "learning_rate": 5e-4, "warmup": 100, "decay": "cosine", "ema": 0.999}
 
+SETTINGS = "distill.json"  # in the run's folder, from its start
+
 
 class DistillSettings(Settings):
     """How a student is distilled."""
@@ -104,7 +106,7 @@ class Distillation:
     def save_recipe(self) -> None:
         """Write the settings of the last accepted command."""
         values = self.settings.model_dump(mode="json")
-        files.write_json(self.folder.root / "distill.json", values, shared=True)
+        files.write_json(self.folder.root / SETTINGS, values, shared=True)
 
     def identities(self) -> dict[str, Any]:
         """Identify the models that the student learns from."""
