@@ -87,10 +87,11 @@ class DiffusionTask:
         settings, composite = self.settings, self.composite
         indices = self.order.indices(step, samples, self.batch_size)
         uniforms, normals = self._draw(step, samples)
-        flips = (uniforms[:, 0] < 0.5) & settings.flip
+        for_flip, for_label, for_arrived = uniforms.T
+        flips = (for_flip < 0.5) & settings.flip
         raw = {name: self.latents.read(name, indices, flips) for name in composite.names}
         labels = self.latents.labels[torch.from_numpy(indices)]
-        dropped = torch.from_numpy(uniforms[:, 1] < settings.label_dropout)
+        dropped = torch.from_numpy(for_label < settings.label_dropout)
         u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), settings.base_time)
         time, rate = self.schedule.at(u)
         batch = {
@@ -105,7 +106,7 @@ class DiffusionTask:
         if settings.density == "stream" or not settings.stationary_streams:
             batch["moving"] = rate > 0
         if settings.arrived < 1:
-            drawn = 1 - (1 - settings.arrived) * torch.from_numpy(uniforms[:, 2:]).to(time)
+            drawn = 1 - (1 - settings.arrived) * torch.from_numpy(for_arrived[:, None]).to(time)
             batch["times"] = torch.where((time == 1) & (rate == 0), drawn, time)
         if settings.repa:
             # As stored, in half precision: the loss turns them into float32, on the device.
