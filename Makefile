@@ -1,12 +1,14 @@
-# `make demo` sets up and runs the main job; `make test` sets up and passes the tests. Nothing else is needed first.
+# `make demo` sets up and runs the main job; `make test` sets up and passes the tests; `make install` only sets up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/shapes-demo
 
-.PHONY: demo test faults lint format lines clean
+.PHONY: install demo test faults lint format lines clean
 .DEFAULT_GOAL := demo
+
+install: $(READY)
 
 demo: $(READY)
 	$(BIN)/sfd run recipes/shapes-demo.yaml --out $(DEMO)
