@@ -61,12 +61,12 @@ def follow_sample(
     wanted = np.linspace(0, 1, FRAMES + 1)[1:]
     frames = [min(states, key=lambda p: abs(p.u - u)) for u in wanted]
     x = torch.cat([frame.x for frame in frames])
-    leader = next(name for name in model.composite.names if name != TEXTURE)
+    semantic = next(name for name in model.composite.names if name != TEXTURE)
     named = f"class {model.classes[label or 0]!r}, " if model.classes else ""
     return Trajectory(
         caption=f"{named}seed {seed}, {config.summary()}",
         base=np.array([frame.u for frame in frames]),
         times=torch.stack([frame.t for frame in frames]).numpy(),
-        semantic=model.composite.unpack(x.cpu())[leader].numpy(),
+        semantic=model.composite.unpack(x.cpu())[semantic].numpy(),
         decoded=model.decode(x),
     )
