@@ -121,8 +121,8 @@ class SFDPipeline(DiffusionPipeline):
             guidance_interval: stream times within which to guide, for all streams or by stream.
             guidance_from: null_class, or inside: the network's second head.
             num_images_per_prompt: images for each label.
-            generator: a fresh generator with seed k gives the image of `Model.sample(label, seeds=k)`. A list has one per
-                image; of a single one the first image has the seed and the others have seeds drawn from it.
+            generator: a fresh generator with seed k gives the image of `Model.sample(label, seeds=k)`. A list has one
+                per image; of a single one the first image has the seed and the others have seeds drawn from it.
             latents: (B, N) packed standard normal noise in place of a generator's.
             output_type: "pil"; "np": float32 (B, S, S, 3) in [0, 1]; "pt": (B, 3, S, S); "latent": packed, normalised
                 latents (B, N), which `transformer.composite.unpack` splits.

@@ -37,7 +37,7 @@ class SemVAEConfig(Settings):
 
 
 class SemVAEObjective(Settings):
-    """The training loss: mse·(f̂ − f)² + cosine·(1 − cos(f̂, f)) + kl·KL of features f, the KL summed over an image's latent."""
+    """The training loss: mse·(f̂ − f)² + cosine·(1 − cos(f̂, f)) + kl·KL; f: features, KL: summed over an image."""
 
     mse: float = Field(1.0, ge=0)
     cosine: float = Field(1.0, ge=0)
