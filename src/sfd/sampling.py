@@ -28,6 +28,7 @@ from sfd.utils.errors import SFDError, unknown
 
 DEFAULT_STEPS = 25
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0  # beyond, steps all but coincide at one end of time
+DRAWS_PER_INTERVAL = 2**20  # numbers reserved for the noise of a stochastic solver on one interval
 MIN_INTERVAL = 1e-9  # stops between which no stream's time moves by more than this are one, rounded apart
 
 
@@ -94,10 +95,10 @@ def integrate(
     x, nfe = noise, 0
     for interval, grid in zip(intervals, grids, strict=True):
         ode = ActiveODE(velocity, x, schedule, latent, interval, seeds, nfe)
-        arguments = [ode, ode.gather(x), grid, ode.reporter(callback)]
+        arguments = [ode, ode.state(x), grid, ode.reporter(callback)]
         if method.stochastic:
             arguments.append(ode.churn)
-        x = ode.scatter(method.solve(*arguments, **settings))
+        x = ode.packed(method.solve(*arguments, **settings))
         nfe = ode.nfe
     return Result(x, nfe)
 
@@ -119,39 +120,39 @@ class ActiveODE:
         if isinstance(velocity, PiecewiseVelocity) and interval.midpoint is not None:
             velocity = velocity.on_interval(interval.active, interval.midpoint)
         self._velocity, self._x, self._schedule, self._interval = velocity, x, schedule, interval
-        self._latent, self._seeds, self._draws = latent, seeds, interval.number << 20  # distinct within a segment
+        self._latent, self._seeds, self._draws = latent, seeds, interval.number * DRAWS_PER_INTERVAL
+        self._active = [k for k, active in enumerate(interval.active) if active]  # indices of the streams that move
         self.nfe = nfe
 
-    def gather(self, packed: Tensor) -> Tensor:
-        """Take the entries of the active streams: (B, M) of (B, N)."""
-        return packed if all(self._interval.active) else torch.cat(self._active(packed), dim=1)
+    def state(self, packed: Tensor) -> Tensor:
+        """Take the active streams out of a packed latent: (B, M) of (B, N)."""
+        return torch.cat(self._active_parts(packed), dim=1)
 
-    def scatter(self, state: Tensor) -> Tensor:
-        """Put the entries of the active streams (B, M) among those at rest: (B, N)."""
-        if all(self._interval.active):
-            return state
-        moved = iter(self._split(state))
-        at_rest = self._x.split(self._latent.sizes, dim=1)
-        pairs = zip(at_rest, self._interval.active, strict=True)
-        return torch.cat([next(moved) if moves else rests for rests, moves in pairs], dim=1)
+    def packed(self, state: Tensor) -> Tensor:
+        """Put the active streams (B, M) back among those at rest: (B, N)."""
+        parts = list(self._x.split(self._latent.sizes, dim=1))
+        for k, part in zip(self._active, self._parts(state), strict=True):
+            parts[k] = part
+        return torch.cat(parts, dim=1)
 
     def __call__(self, u: float, state: Tensor) -> Tensor:
         """Evaluate dx/du, (B, M), at a base time and the state (B, M) there."""
         self.nfe += 1
-        t, rate = self._times(u)
-        v = self._velocity(self.scatter(state), t.to(state.dtype)).to(state.dtype)
-        # As slices times numbers: expanded rates would have to be copied to the device at each evaluation.
-        return torch.cat([part * r for part, r in zip(self._active(v), self._select(rate), strict=True)], dim=1)
+        t, rate = self._at(u)
+        v = self._velocity(self.packed(state), t.to(state.dtype)).to(state.dtype)
+        rates = rate.tolist()  # numbers: expanded rates would have to be copied to the device at each evaluation
+        return torch.cat([rates[k] * v_k for k, v_k in zip(self._active, self._active_parts(v), strict=True)], dim=1)
 
     def churn(self, state: Tensor, u: float, earlier: float) -> Tensor:
         """Lead streams back to times t̂ ≤ t: x ← t̂/t·x + √((1 − t̂)² − (t̂/t·(1 − t))²)·ξ, ξ ~ N(0, 1)."""
         if self._seeds is None:
             raise SFDError("this solver draws noise, but has no seeds; give integrate one seed per image")
-        drawn = rng.normal(self._seeds, self._latent.size, "renoise", self._interval.segment or 0, self._draws)
+        noise = rng.normal(self._seeds, self._latent.size, "renoise", self._interval.segment or 0, self._draws)
         self._draws += 1
-        now, back = (self._select(self._times(b).time) for b in (u, earlier))
+        times, times_back = (self._at(base).time.tolist() for base in (u, earlier))
         parts = []
-        for x, xi, t, t_back in zip(self._split(state), self._active(drawn), now, back, strict=True):
+        for k, x, xi in zip(self._active, self._parts(state), self._active_parts(noise), strict=True):
+            t, t_back = times[k], times_back[k]
             kept = t_back / t if t > 0 else 1.0  # a stream that is still pure noise stays as it is
             spread = math.sqrt(max(0.0, (1 - t_back) ** 2 - (kept * (1 - t)) ** 2))
             parts.append(kept * x + spread * to_device(xi.to(x.dtype), x.device))
@@ -161,23 +162,21 @@ class ActiveODE:
         """Make a solver's callback of one for `Progress`."""
         if callback is None:
             return None
-        return lambda u, x: callback(Progress(u, self._times(u).time.to(x.dtype), self.scatter(x), self.nfe))
+        return lambda u, state: callback(Progress(u, self._at(u).time.to(state.dtype), self.packed(state), self.nfe))
 
-    def _times(self, u: float) -> StreamTimes:
+    def _at(self, u: float) -> StreamTimes:
         # An adaptive solver may probe beyond the interval. In float32 a base time could round across a knot.
         inside = min(max(u, self._interval.start), self._interval.end)
         return self._schedule.at(torch.tensor(inside, dtype=torch.float64), self._interval.segment)
 
-    def _active(self, packed: Tensor) -> list[Tensor]:
+    def _active_parts(self, packed: Tensor) -> list[Tensor]:
+        """Active streams of a packed latent (B, N), one tensor each."""
         parts = packed.split(self._latent.sizes, dim=1)
-        return [part for part, moves in zip(parts, self._interval.active, strict=True) if moves]
+        return [parts[k] for k in self._active]
 
-    def _select(self, values: Tensor) -> list[float]:
-        return [v for v, moves in zip(values.tolist(), self._interval.active, strict=True) if moves]
-
-    def _split(self, state: Tensor) -> Sequence[Tensor]:
-        sizes = [n for n, moves in zip(self._latent.sizes, self._interval.active, strict=True) if moves]
-        return state.split(sizes, dim=1)
+    def _parts(self, state: Tensor) -> Sequence[Tensor]:
+        """Active streams of a state (B, M), one tensor each."""
+        return state.split([self._latent.sizes[k] for k in self._active], dim=1)
 
 
 class SmoothInterval(NamedTuple):

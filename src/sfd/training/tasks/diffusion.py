@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,16 @@ class LossSettings(Settings):
     flip: bool = Field(True, description="use both orientations of every image")
 
 
+class Draws(NamedTuple):
+    """Random numbers of a batch of B samples."""
+
+    flip: np.ndarray  # (B,), uniform
+    dropout: np.ndarray  # (B,), uniform, of the label
+    base_time: np.ndarray  # (B,), standard normal
+    noise: np.ndarray  # (B, N), standard normal
+    arrived: np.ndarray  # (B,), uniform: time of streams that have reached 1
+
+
 class DiffusionTask:
     """The `TrainingTask` of the transformer. Every draw is a function of (seed, step, sample)."""
 
@@ -86,17 +96,16 @@ class DiffusionTask:
         """
         settings, composite = self.settings, self.composite
         indices = self.order.indices(step, samples, self.batch_size)
-        uniforms, normals = self._draw(step, samples)
-        for_flip, for_label, for_arrived = uniforms.T
-        flips = (for_flip < 0.5) & settings.flip
+        draws = self._draw(step, samples)
+        flips = (draws.flip < 0.5) & settings.flip
         raw = {name: self.latents.read(name, indices, flips) for name in composite.names}
         labels = self.latents.labels[torch.from_numpy(indices)]
-        dropped = torch.from_numpy(for_label < settings.label_dropout)
-        u = flow.sample_base_time(torch.from_numpy(normals[:, 0].copy()), settings.base_time)
+        dropped = torch.from_numpy(draws.dropout < settings.label_dropout)
+        u = flow.sample_base_time(torch.from_numpy(draws.base_time), settings.base_time)
         time, rate = self.schedule.at(u)
         batch = {
             "x1": composite.pack(composite.normalize(raw)),
-            "x0": torch.from_numpy(normals[:, 1:].copy()),
+            "x0": torch.from_numpy(draws.noise),
             "times": time,
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
             "indices": torch.from_numpy(indices),
@@ -106,25 +115,25 @@ class DiffusionTask:
         if settings.density == "stream" or not settings.stationary_streams:
             batch["moving"] = rate > 0
         if settings.arrived < 1:
-            drawn = 1 - (1 - settings.arrived) * torch.from_numpy(for_arrived[:, None]).to(time)
-            batch["times"] = torch.where((time == 1) & (rate == 0), drawn, time)
+            noised = 1 - (1 - settings.arrived) * torch.from_numpy(draws.arrived).to(time)
+            batch["times"] = torch.where((time == 1) & (rate == 0), noised[:, None], time)
         if settings.repa:
             # As stored, in half precision: the loss turns them into float32, on the device.
             batch["features"] = self.latents.read(FEATURES, indices, flips, dtype=None)
         return batch
 
-    def _draw(self, step: int, samples: range) -> tuple[np.ndarray, np.ndarray]:
-        """Draw (B, 3) uniforms, for flip, label dropout and noise on streams at time 1, and (B, 1 + N) normals.
-
-        The normals are for base time and noise.
-        """
-        uniforms = np.empty((len(samples), 3))
-        normals = np.empty((len(samples), 1 + self.composite.size), dtype=np.float32)
+    def _draw(self, step: int, samples: range) -> Draws:
+        count = len(samples)
+        flip, dropout, arrived = np.empty((3, count))
+        base_time = np.empty(count, np.float32)
+        noise = np.empty((count, self.composite.size), np.float32)
+        # The order of calls fixes the numbers: another would change every run.
         for row, generator in enumerate(rng.generators(self.seed, "sample", step, samples=samples)):
-            uniforms[row, :2] = generator.random(2)
-            generator.standard_normal(out=normals[row], dtype=np.float32)
-            uniforms[row, 2] = generator.random()
-        return uniforms, normals
+            flip[row], dropout[row] = generator.random(2)
+            base_time[row] = generator.standard_normal(dtype=np.float32)
+            generator.standard_normal(out=noise[row], dtype=np.float32)
+            arrived[row] = generator.random()
+        return Draws(flip, dropout, base_time, noise, arrived)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the objective and its parts, each averaged over the batch."""
