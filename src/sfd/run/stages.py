@@ -74,7 +74,11 @@ class Run:
 
 
 class Stage(ABC):
-    """One part of a run: what it is made from, the work, and what it writes."""
+    """One part of a run: what it is made from, the work, and what it writes.
+
+    Before any stage works, `check_recipe` refuses a recipe that differs from the recorded one, and `check_extension`
+    more steps for a stage whose result was used. `make` and `require` also compare the inputs, which may load them.
+    """
 
     together = True
     """Whether all ranks do the work; otherwise rank 0 does, and the others wait for it."""
@@ -114,7 +118,7 @@ class Stage(ABC):
         """Make the results; resume where an earlier attempt stopped."""
 
     def make(self) -> None:
-        """Do the work, unless it is done or not needed, and record its time and memory."""
+        """Do the work, unless it is done or not needed, and record its time and memory; refuse other inputs."""
         if not self.needed():
             return
         if not distributed.decide(self._begin):
@@ -128,7 +132,7 @@ class Stage(ABC):
 
     def check_recipe(self) -> None:
         """Refuse a recipe that differs from the recorded one, if the stage was started. Loads nothing."""
-        self._compare(recipe=self.fields)
+        self._refuse_change("recipe", self.fields, "with another recipe")
 
     def check_extension(self, others: Sequence[Stage]) -> None:
         """Refuse to train a finished stage further where other stages were made from its result."""
@@ -136,19 +140,18 @@ class Stage(ABC):
         if self.train is None or record is None or not record["finished"] or record["steps"] == self._steps:
             return
         check_resume(self.folder, self.train, self.run.device)  # says so where no more steps are possible at all
-        after = [str(stage.folder) for stage in others if stage._follows(self) and (stage.folder / RECORD).exists()]
+        after = [str(stage.folder) for stage in others if stage._uses(self) and (stage.folder / RECORD).exists()]
         if after:
             raise SFDError(
                 f"{self.folder} was trained for {record['steps']} steps and used for {', '.join(after)}; "
                 f"to train it for {self._steps}, give another --out folder, or remove {' '.join(after)} first"
             )
 
-    def _follows(self, other: Stage) -> bool:
-        return any(source is other or source._follows(other) for source in self.sources)
-
     def finished(self) -> bool:
         """Tell whether the stage is done, for as many steps, and all its results exist; refuse other inputs."""
-        record = self._compare(recipe=self.fields, inputs=self._inputs)
+        self.check_recipe()
+        self._refuse_change("inputs", self._inputs, "from other inputs")
+        record = self._read()
         return (
             record is not None
             and record["finished"] is not None
@@ -164,6 +167,9 @@ class Stage(ABC):
         trained = bool(record.get("finished")) and record["steps"] != self._steps
         reason = f": it was made with steps = {record['steps']}, not {self._steps}" if trained else ""
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
+
+    def _uses(self, other: Stage) -> bool:
+        return any(source is other or source._uses(other) for source in self.sources)
 
     @cached_property
     def _inputs(self) -> Mapping[str, Any]:
@@ -200,42 +206,36 @@ class Stage(ABC):
         return float(record["seconds"]) if record else 0.0
 
     def _read(self) -> dict[str, Any] | None:
+        """Give the record, or None before the first start; refuse a folder of other files."""
         path = self.folder / RECORD
-        if not path.exists():
-            return None
-        record = files.read_json(path, "stage")
-        if not record.keys() >= {"finished", "seconds", "recipe", "inputs", "steps"}:
+        if path.exists():
+            record = files.read_json(path, "stage")
+            if not record.keys() >= {"finished", "seconds", "recipe", "inputs", "steps"}:
+                raise SFDError(
+                    f"{path} was written by another version of sfd; give another --out folder, or remove {self.folder}"
+                )
+            return record
+        if self.folder.is_dir() and any(not p.name.startswith(".") and p.name != RECORD for p in self.folder.iterdir()):
             raise SFDError(
-                f"{path} was written by another version of sfd; give another --out folder, or remove {self.folder}"
+                f"{self.folder} holds files, but no {RECORD} that says what they were made from; give another "
+                "--out folder, or remove them"
             )
-        return record
+        return None
 
     def _write(self, **progress: Any) -> None:
         made_from = {"recipe": self.fields, "inputs": self._inputs, "steps": self._steps}
         files.write_json(self.folder / RECORD, {"stage": self.name, **progress, **made_from}, shared=True)
 
-    def _compare(self, **parts: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Give the record, or None before the first start; refuse if it differs in any of these parts."""
+    def _refuse_change(self, part: str, now: Mapping[str, Any], how: str) -> None:
+        """Refuse a part, "recipe" or "inputs", that differs from the recorded one, if the stage was started."""
         record = self._read()
-        if record is None:
-            if self.folder.is_dir() and any(
-                not p.name.startswith(".") and p.name != RECORD for p in self.folder.iterdir()
-            ):
-                raise SFDError(
-                    f"{self.folder} holds files, but no {RECORD} that says what they were made from; give another "
-                    "--out folder, or remove them"
-                )
-            return None
-        kinds = {"recipe": "with another recipe", "inputs": "from other inputs"}
-        for part, now in parts.items():
-            different = first_difference(record[part], files.jsonable(now))
-            if different is not None:
-                field, before, value = different
-                raise SFDError(
-                    f"{self.folder} was made {kinds[part]}: {field} was {before!r} before and is {value!r} now; "
-                    f"give another --out folder, or remove {self.folder} to make it anew"
-                )
-        return record
+        different = first_difference(record[part], files.jsonable(now)) if record is not None else None
+        if different is not None:
+            field, before, value = different
+            raise SFDError(
+                f"{self.folder} was made {how}: {field} was {before!r} before and is {value!r} now; "
+                f"give another --out folder, or remove {self.folder} to make it anew"
+            )
 
 
 def pick(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
