@@ -11,7 +11,7 @@ from helpers.exact_flow import COMPOSITE, SCHEDULES, STREAMS, mixture
 from helpers.random_model import random_model
 from sfd.cli import main as cli
 from sfd.data.trajectories import TrajectorySet, shard_paths, write_trajectories
-from sfd.flow_map import coarsen, follow, mean_velocity, step_counts
+from sfd.flow_map import coarsen, mean_velocity, step_counts, take_steps
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import load_model
 from sfd.models.dit import DiTConfig, LightningDiT
@@ -56,7 +56,7 @@ def gaussian_trajectories(folder, count):
 def test_the_exact_mean_velocity_carries_noise_to_data_in_any_number_of_steps(schedule, steps):
     noise = initial_noise(range(20), COMPOSITE).double()
     grid = np.linspace(0, 1, steps + 1).tolist()
-    found = follow(exact_mean, noise, build_schedule(SCHEDULES[schedule], STREAMS), COMPOSITE, grid)
+    found = take_steps(exact_mean, noise, build_schedule(SCHEDULES[schedule], STREAMS), COMPOSITE, grid)
     torch.testing.assert_close(found.x, SINGLE.transport(noise), rtol=1e-9, atol=1e-9)
     assert found.nfe == steps
 
@@ -114,7 +114,7 @@ def test_a_small_student_learns_the_exact_map_of_a_gaussian(tmp_path):
 
     for steps in (1, 2, 4, 8):
         with torch.no_grad():
-            found = follow(mean, noise, OFFSET, COMPOSITE, coarsen(GRID, steps)).x
+            found = take_steps(mean, noise, OFFSET, COMPOSITE, coarsen(GRID, steps)).x
         assert (found - exact).norm() / exact.norm() < 0.1, steps
 
 

@@ -52,7 +52,7 @@ def mean_velocity(x: Tensor, after: Tensor, elapsed: Tensor) -> Tensor:
     return torch.where(elapsed > 0, (after - x) / torch.where(elapsed > 0, elapsed, 1.0), 0.0)
 
 
-def follow(
+def take_steps(
     mean: MeanVelocity,
     noise: Tensor,
     schedule: Schedule,

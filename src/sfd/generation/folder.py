@@ -60,43 +60,54 @@ def write_samples(
     side = model.composite[TEXTURE].grid * model.texture.downsample
     # A PNG is no larger than its pixels, but for its head.
     files.check_space(folder, len(missing) * (3 * side * side + 1024), "ask for fewer images")
-    _write_record(
-        folder,
-        {
-            "model": model.identity,
-            "guiding": guiding.identity if guiding else None,
-            "sampling": config.model_dump(mode="json"),
-            "classes": list(model.classes),
-            "labels": list(labels) if model.classes else [],
-            "seeds": list(seeds),
-        },
-    )
-    batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    todo = [b for b in distributed.rank_slice(batches) if not missing.isdisjoint(b)]
+    record = {
+        "model": model.identity,
+        "guiding": guiding.identity if guiding else None,
+        "sampling": config.model_dump(mode="json"),
+        "classes": list(model.classes),
+        "labels": list(labels) if model.classes else [],
+        "seeds": list(seeds),
+    }
+    _write_record(folder, record)
+    batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    todo = [batch for batch in distributed.rank_slice(batches) if not missing.isdisjoint(batch)]
     if todo and config.precision == "bf16" and (slowness := slow_bf16(model.device)):
         say(f"sampling: {slowness}")
     start, made = time.monotonic(), 0
     writing: list[Future[None]] = []
     with bar("sampling", sum(map(len, todo))) as shown, ThreadPoolExecutor(WRITERS) as pool:
         for batch in todo:
-            chosen = [labels[i] for i in batch], [seeds[i] for i in batch]
-            try:
-                (sampled,) = model.sample_batches(*chosen, config, guiding=guiding)
-            except torch.OutOfMemoryError:
-                raise SFDError(f"{size} images do not fit the memory of {model.device}; set batch_size") from None
-            for image in writing:  # at most one batch behind
-                image.result()
-            images = [(i, x) for i, x in zip(batch, sampled.images, strict=True) if i in missing]
-            writing = [pool.submit(_write_image, image_path(folder, i, count), x) for i, x in images]
+            images = _sample(model, [labels[i] for i in batch], [seeds[i] for i in batch], config, guiding)
+            _wait(writing)  # at most one batch behind
+            numbered = zip(batch, images, strict=True)
+            writing = [
+                pool.submit(_write_image, image_path(folder, i, count), image) for i, image in numbered if i in missing
+            ]
             made += len(batch)
             shown.advance(len(batch), f"{made / (time.monotonic() - start):.3g} images/s")
-        for image in writing:
-            image.result()
+        _wait(writing)
     left = _missing(folder, count)
     if not left:
         for partial in folder.glob(f".[0-9]*.png.*{files.PARTIAL}"):  # of killed processes
             partial.unlink(missing_ok=True)
     return len(left)
+
+
+def _sample(
+    model: Model, labels: Sequence[int], seeds: Sequence[int], config: SamplingConfig, guiding: Model | None
+) -> np.ndarray:
+    """Sample one batch: uint8 (B, S, S, 3)."""
+    try:
+        (batch,) = model.sample_batches(labels, seeds, config, guiding=guiding)
+    except torch.OutOfMemoryError:
+        raise SFDError(f"{config.batch_size} images do not fit the memory of {model.device}; set batch_size") from None
+    return batch.images
+
+
+def _wait(writing: Sequence[Future[None]]) -> None:
+    """Wait until images are written; raise what a writer raised."""
+    for image in writing:
+        image.result()
 
 
 def _write_image(path: Path, image: np.ndarray) -> None:

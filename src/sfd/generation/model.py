@@ -15,7 +15,7 @@ from torch import Tensor
 from sfd.data.classes import find_class
 from sfd.data.images import to_pixels
 from sfd.encoders import SemanticEncoder, TextureEncoder
-from sfd.flow_map import coarsen, follow
+from sfd.flow_map import coarsen, take_steps
 from sfd.generation.card import model_card
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import FORMAT, RECORD, WEIGHTS, fetch_model, read_record
@@ -117,7 +117,7 @@ class Model(HubFolder):
             callback: called after each solver step, batch by batch.
             settings: fields of `SamplingConfig` that differ from the model's own, such as steps and guidance.
         """
-        labels, chosen = self._pairs(classes, seeds)
+        labels, chosen = self._labels_and_seeds(classes, seeds)
         config = self.config(**({"guidance_from": "guiding_model"} if guiding else {}) | settings)
         batches = list(self.sample_batches(labels, chosen, config, guiding=guiding, callback=callback))
         if output == "latent":
@@ -140,7 +140,7 @@ class Model(HubFolder):
         **settings: Any,
     ) -> list[Progress]:
         """All states of a sampling, from noise to data; see `sample`. `decode` shows a state's texture as images."""
-        labels, chosen = self._pairs(classes, seeds)
+        labels, chosen = self._labels_and_seeds(classes, seeds)
         start = initial_noise(chosen, self.composite).to(self.device)
         states = [Progress(0.0, torch.zeros(len(self.composite.streams)), start, 0)]
         config = self.config(**settings | {"batch_size": len(chosen)})
@@ -200,12 +200,11 @@ class Model(HubFolder):
         for first in range(0, len(seeds), config.batch_size):
             batch = slice(first, first + config.batch_size)
             noise = initial_noise(seeds[batch], self.composite).to(self.device)
-            result = self.carry(
-                noise, torch.tensor(labels[batch], device=self.device), config, guiding, seeds[batch], callback
-            )
+            on_device = torch.tensor(labels[batch], device=self.device)
+            result = self.sample_latents(noise, on_device, config, guiding, seeds[batch], callback)
             yield SampleBatch(first, self.decode(result.x, config.precision), result.x.cpu(), result.nfe)
 
-    def carry(
+    def sample_latents(
         self,
         noise: Tensor,
         labels: Tensor,
@@ -217,7 +216,7 @@ class Model(HubFolder):
         """Carry noise (B, N) to latents of labels (B,), both on the model's device; see `sample_batches`."""
         if grid := self.transformer.config.flow_map:
             mean = self.inference(config.precision, config.compile).mean_velocity(labels)
-            return follow(mean, noise, self.schedule, self.composite, coarsen(grid, config.steps), callback)
+            return take_steps(mean, noise, self.schedule, self.composite, coarsen(grid, config.steps), callback)
         return integrate(
             self.velocity_field(labels, config, guiding),
             noise,
@@ -238,7 +237,7 @@ class Model(HubFolder):
             if config.compile:
                 require_compiler(self.device)
             return
-        able = self._able(config, guiding)
+        has_guiding = self._has_guiding(config, guiding)
         if guiding is not None:
             if config.guidance_from != "guiding_model":
                 raise SFDError(
@@ -246,9 +245,9 @@ class Model(HubFolder):
                     "or leave the model out"
                 )
             _check_guiding(self, guiding)
-        elif config.guides and not able and config.guidance_from in NO_SOURCE:
+        elif config.guides and not has_guiding and config.guidance_from in NO_SOURCE:
             raise SFDError(f"{NO_SOURCE[config.guidance_from]}, or set guidance_from=null_class")
-        config.check(self.schedule, self.composite, has_guiding=able)
+        config.check(self.schedule, self.composite, has_guiding=has_guiding)
         if config.compile:
             require_compiler(self.device)
 
@@ -258,14 +257,14 @@ class Model(HubFolder):
         weak, pair = None, None
         if guiding is not None:
             weak = guiding.inference(config.precision, config.compile).velocity(labels)
-        elif self._able(config) and config.guidance_from == "inside":
+        elif self._has_guiding(config) and config.guidance_from == "inside":
             pair = network.inside(labels)
-        elif self._able(config):
+        elif self._has_guiding(config):
             pair = network.pair(labels, torch.full_like(labels, self.transformer.null_class))
         return guide(network.velocity(labels), weak, config.guidance, self.composite, config.interval, batched=pair)
 
-    def _able(self, config: SamplingConfig, guiding: Model | None = None) -> bool:
-        """Whether what `config.guidance_from` names is there."""
+    def _has_guiding(self, config: SamplingConfig, guiding: Model | None = None) -> bool:
+        """Whether there is what `config.guidance_from` names, to guide with."""
         second_head = self.transformer.config.guide_block is not None
         sources = {"null_class": bool(self.classes), "guiding_model": guiding is not None, "inside": second_head}
         return sources[config.guidance_from]
@@ -304,7 +303,9 @@ class Model(HubFolder):
             raise SFDError("this model is unconditional: it has no classes; leave them out")
         return [find_class(given, self.classes) for given in ([classes] if isinstance(classes, str | int) else classes)]
 
-    def _pairs(self, classes: Classes | None, seeds: int | Sequence[int] | None) -> tuple[list[int], list[int]]:
+    def _labels_and_seeds(
+        self, classes: Classes | None, seeds: int | Sequence[int] | None
+    ) -> tuple[list[int], list[int]]:
         """Labels and seeds, one of each per image."""
         labels = self.labels if classes is None else self.class_indices(classes)
         if seeds is None:

@@ -147,7 +147,7 @@ class TrajectoryStage(Stage):
     def _follow(self, labels: Tensor, noise: Tensor) -> Tensor:
         run, states = self.given, [noise]
         start = noise.to(run.device), labels.to(run.device)
-        run.teacher.carry(
+        run.teacher.sample_latents(
             *start, run.settings.teacher, run.guiding, callback=lambda progress: states.append(progress.x.cpu())
         )
         return torch.stack(states[:: run.every], dim=1)
@@ -194,7 +194,7 @@ class StudentStage(Stage):
         run, base = self.given, [0.0]
         labels = torch.tensor(run.teacher.labels[:1], device=run.device)
         noise = torch.zeros(1, run.teacher.composite.size, device=run.device)
-        run.teacher.carry(
+        run.teacher.sample_latents(
             noise, labels, run.settings.teacher, run.guiding, callback=lambda progress: base.append(progress.u)
         )
         return tuple(base[:: run.every])
