@@ -220,7 +220,7 @@ def test_a_dry_run_computes_nothing(recipe, tmp_path):
     command = ("run", recipe, "--out", tmp_path / "o", "--dry-run", "--device", "cpu")
     output = done(*command)
     assert "parameters" in output and "estimated time" in output and not (tmp_path / "o").exists()
-    assert "without classes" in output and "without classes" not in done(*command, "data.classes=10")
+    assert "; 10 classes" in output and "; classes are counted" in done(*command, f"data.source={tmp_path}")
 
 
 def test_an_exported_model_is_half_the_size_and_has_a_card(finished, tmp_path):

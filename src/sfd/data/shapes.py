@@ -52,7 +52,7 @@ class ShapesSource:
                 raise SFDError(f"shapes: {name} is {value}, but must be at least {least}")
         self.seed = seed
         self.image_size = image_size
-        self.classes = tuple(_DISTANCES)
+        self.classes = CLASSES
         self.identity = stable_hash("shapes", version=VERSION, count=count, seed=seed, image_size=image_size)
         self.resident = False
         self._factors = _draw(seed, count)
@@ -256,3 +256,4 @@ _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "arrow": lambda x, y: _polygon(x, y, _ARROW),
     "bar": lambda x, y: _box(x, y, 1.0, 0.35),
 }
+CLASSES = tuple(_DISTANCES)

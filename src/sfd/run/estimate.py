@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
     """Numbers that follow from a recipe alone."""
 
     config: DiTConfig
-    parameters: int  # trained, with the REPA projector
+    parameters: int  # trained, with REPA's projector if there is one
     published_parameters: int  # as published counts them: the fixed position table is among them
     training: int  # operations of the transformer's training, 2 for a multiply-add of a matrix product
     state: int  # bytes of weights, gradients, AdamW's moments and EMA
@@ -84,13 +84,12 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
     rate, how = _rate(device, recipe.train.precision, tflops)
     composite = known.config.composite
     rows = {
-        "transformer": f"{known.parameters:,} trained parameters with REPA's projector; "
-        f"{known.published_parameters:,} with the fixed position table, as published"
-        + ("" if recipe.data.classes or recipe.data.source is None else "; without classes (data.classes is not set)"),
+        "transformer": _network(recipe, known),
         "latent": ", ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid} patch {s.patch_size}" for s in composite.streams)
         + f"; {composite.token_grid**2} tokens",
         "latents on disk": _latents(recipe),
-        "training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, {known.training / 1e18:.4g} EFLOP",
+        "training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, "
+        f"{known.training:.3g} floating-point operations",
         "estimated time": f"{duration(known.seconds(rate))} on one device, for the transformer only, at {how}",
         "estimated memory": f"{known.state / 2**30:.2f} GiB of weights, gradients, AdamW's state and EMA, and "
         f"{known.kept / 2**20:.1f} MiB per image: {known.memory / 2**30:.2f} GiB with {known.images_at_once} per "
@@ -166,6 +165,16 @@ def kept_bytes(config: DiTConfig, precision: str) -> int:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def _network(recipe: Recipe, known: Estimate) -> str:
+    text = f"{known.parameters:,} trained parameters"
+    if known.config.repa_block is not None:
+        text += ", REPA's projector included"
+    if recipe.published:
+        text += f"; {known.published_parameters:,} as the paper counts, with the fixed position table"
+    classes = known.config.num_classes
+    return text + (f"; {classes:,} classes" if classes else "; classes are counted when the data are read")
 
 
 def _latents(recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from sfd import encoders
 from sfd.data.published import KEYS, read_shards
+from sfd.data.shapes import CLASSES
 from sfd.data.shards import FEATURES
 from sfd.encoders import SEMANTIC, TEXTURE, EncoderConfig
 from sfd.generation.directory import model_config
@@ -93,7 +94,7 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
 def planned_architecture(recipe: Recipe) -> DiTConfig:
     """Derive the network from the recipe alone.
 
-    Without `data.classes` the number of classes is known only with the data, and counts as 0.
+    Without `data.classes` the number of classes is known only with the data, and counts as 0; of shapes it is known.
     """
     shapes = planned_shapes(recipe)
     streams = [
@@ -101,7 +102,8 @@ def planned_architecture(recipe: Recipe) -> DiTConfig:
         for name, stream in recipe.streams.items()
     ]
     features = shapes[FEATURES].channels if FEATURES in shapes else None
-    return architecture(recipe, CompositeLatent(streams=tuple(streams)), recipe.data.classes or 0, features)
+    classes = recipe.data.classes or (len(CLASSES) if recipe.data.source == "shapes" else 0)
+    return architecture(recipe, CompositeLatent(streams=tuple(streams)), classes, features)
 
 
 class Shape(NamedTuple):
