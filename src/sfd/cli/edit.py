@@ -24,15 +24,14 @@ from sfd.utils import files
 from sfd.utils.device import choose_device
 from sfd.utils.errors import SFDError
 
-WAYS = ("keep-plan", "change-plan", "swap-plans", "paint", "sdedit", "interpolate")
 SOFTWARE = "sfd edit"  # in the metadata of the PNG
-FRESH = 1_000_000  # seed of the first result; those of sources are smaller by custom
+FIRST_NEW_SEED = 1_000_000  # of the results; seeds of sources are smaller by custom
 SHOWN = 96  # pixels that a small image is scaled up to
 
 
 def edit_images(
     model: Path,
-    way: str,
+    kind: str,
     overrides: Sequence[str],
     classes: str,
     seeds: str,
@@ -50,23 +49,24 @@ def edit_images(
     files.check_replaceable(out, _is_own, "a picture of edits")
     loaded = load_model(model_folder(model), choose_device(device))
     settings = sample_settings(loaded, overrides, **options).model_dump(mode="json")
-    sources, of = _sources(loaded, classes, parse_seeds(seeds), images, settings)
+    sources, source_seeds = _sources(loaded, classes, parse_seeds(seeds), images, settings)
     label = None if to is None else asked_labels(loaded, to)[0]
     leaders = {name: value for name, value in loaded.schedule.spec.items() if name == "leaders"}
-    ahead = None if delta is None else {"name": "offset", "delta": delta} | leaders
-    how = settings | {"classes": label, "schedule": ahead}
-    if way in ("swap-plans", "interpolate"):
+    schedule = None if delta is None else {"name": "offset", "delta": delta} | leaders
+    settings |= {"classes": label, "schedule": schedule}
+    if kind in ("swap-plans", "interpolate"):
         if len(sources) != 2:
-            raise SFDError(f"{way} takes two sources, not {len(sources)}; name two classes, or one and two seeds")
-        if way == "interpolate":
-            made = interpolate_plans(loaded, sources, of[0], count=count, plan_seeds=of, **how)
+            raise SFDError(f"{kind} takes two sources, not {len(sources)}; name two classes, or one and two seeds")
+        if kind == "interpolate":
+            made = interpolate_plans(loaded, sources, source_seeds[0], count=count, plan_seeds=source_seeds, **settings)
         else:
-            made = swap_plans(loaded, sources, of, **how)
+            made = swap_plans(loaded, sources, source_seeds, **settings)
         rows = [np.concatenate([loaded.decode(sources), loaded.decode(made)])]
     else:
+        edits = _edits(loaded, kind, sources, source_seeds, count, start, brush, settings)
         rows = [
             np.concatenate([loaded.decode(source[None]), loaded.decode(edited)])
-            for source, edited in zip(sources, _edits(loaded, way, sources, of, count, start, brush, how), strict=True)
+            for source, edited in zip(sources, edits, strict=True)
         ]
     everything = np.concatenate(rows)
     picture = image_grid(everything, columns=len(rows[0]), scale=max(1, SHOWN // everything.shape[1]))
@@ -78,21 +78,28 @@ def edit_images(
 
 
 def _edits(
-    model: Model, way: str, sources: Tensor, of: list[int], count: int, start: str, brush: str, how: dict[str, Any]
+    model: Model,
+    kind: str,
+    sources: Tensor,
+    source_seeds: list[int],
+    count: int,
+    start: str,
+    brush: str,
+    settings: dict[str, Any],
 ) -> list[Tensor]:
     """`count` edits (count, N) of each source."""
     found = []
-    for number, (source, seed) in enumerate(zip(sources, of, strict=True)):
-        fresh = [FRESH + number * count + k for k in range(count)]
+    for number, (source, seed) in enumerate(zip(sources, source_seeds, strict=True)):
+        new_seeds = [FIRST_NEW_SEED + number * count + k for k in range(count)]
         repeated, own = source.expand(count, -1), [seed] * count
-        if way == "keep-plan":
-            found.append(keep_plan(model, repeated, fresh, plan_seeds=own, **how))
-        elif way == "change-plan":
-            found.append(change_plan(model, own, fresh, **how))
-        elif way == "paint":
-            found.append(paint(model, repeated, _brush(model, brush), fresh, **how))
+        if kind == "keep-plan":
+            found.append(keep_plan(model, repeated, new_seeds, plan_seeds=own, **settings))
+        elif kind == "change-plan":
+            found.append(change_plan(model, own, new_seeds, **settings))
+        elif kind == "paint":
+            found.append(paint(model, repeated, _brush(model, brush), new_seeds, **settings))
         else:
-            found.append(sdedit(model, repeated, _start(start), fresh, **how))
+            found.append(sdedit(model, repeated, _start(start), new_seeds, **settings))
     return found
 
 
@@ -105,9 +112,10 @@ def _sources(
         seeds = seeds[: len(source)]
         return model.encode(source.load(np.arange(len(seeds)))).cpu(), seeds
     labels = asked_labels(model, classes)
-    pairs = [(label, seed) for label in labels for seed in seeds]
-    chosen, of = [label for label, _ in pairs], [seed for _, seed in pairs]
-    return model.sample(chosen if model.classes else None, seeds=of, output="latent", **settings), of
+    each_label = [label for label in labels for _ in seeds]
+    each_seed = seeds * len(labels)
+    latents = model.sample(each_label if model.classes else None, seeds=each_seed, output="latent", **settings)
+    return latents, each_seed
 
 
 def _start(text: str) -> float | dict[str, float]:

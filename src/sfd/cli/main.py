@@ -127,7 +127,7 @@ def trajectory(**arguments: Any) -> None:
 
 @main.command()
 @click.argument("model", type=FOLDER)
-@click.argument("way", type=click.Choice(["keep-plan", "change-plan", "swap-plans", "paint", "sdedit", "interpolate"]))
+@click.argument("kind", type=click.Choice(["keep-plan", "change-plan", "swap-plans", "paint", "sdedit", "interpolate"]))
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=FOLDER, default=Path("edits.png"), show_default=True, help="the PNG to write")
 @click.option("--classes", default="all", show_default=True, help="of the sources, comma-separated")

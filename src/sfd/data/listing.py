@@ -74,27 +74,32 @@ class ImageFiles:
         self.root, self.empty = "", []
         candidates = sorted((name for name in self._tree.sizes if _suffix(name) not in _SIDE), key=nfc)
         images = [name for name in candidates if meant_as_image(name)] or candidates
-        while True:
-            listed, names = self._listed_labels(), self._below_root(images)
-            folders = {name.partition("/")[0] for name in names if "/" in name}
-            if listed is not None:
-                break
-            self.empty += sorted({name.partition("/")[0] for name in self._below_root(self._tree.folders)} - folders)
-            if len(folders) != 1 or not all("/" in name for name in names):
-                self._check_layout(names, folders)
-                break
-            self.root += folders.pop() + "/"
+        listed, folders = self._open_single_folders(images)
         below = self._below_root(candidates)
         class_of = _classes_of_folders(below, folders) if listed is None else self._classes_listed(below, listed)
         self.names = list(class_of)
-        order = sorted(set(class_of.values()), key=lambda value: (isinstance(value, str), value))
-        self.classes = tuple(map(str, order)) if len(order) > 1 else ()
-        number = {value: label for label, value in enumerate(order)}
-        self.labels = [number[value] for value in class_of.values()]
+        self.classes, self.labels = _numbered(list(class_of.values()))
         used = {self.root + name for name in [*self.names, *([] if listed is None else [_LABELS])]}
         used.update(name for name, _ in self.skipped)
         self.side = sorted(set(self._tree.sizes) - used)
         _check_names(self.path, self.classes)
+
+    def _open_single_folders(self, images: Sequence[str]) -> tuple[dict[str, Any] | None, set[str]]:
+        """Move the root down while one folder holds all images; give the labels listed there, if any, or the folders.
+
+        Folders without images are added to `empty` on the way.
+        """
+        listed = self._listed_labels()
+        if listed is not None:
+            return listed, set()
+        names = self._below_root(images)
+        folders = {name.partition("/")[0] for name in names if "/" in name}
+        self.empty += sorted({name.partition("/")[0] for name in self._below_root(self._tree.folders)} - folders)
+        if len(folders) == 1 and all("/" in name for name in names):
+            self.root += folders.pop() + "/"
+            return self._open_single_folders(images)
+        self._check_layout(names, folders)
+        return None, folders
 
     def _below_root(self, names: Iterable[str]) -> list[str]:
         return [name[len(self.root) :] for name in names if name.startswith(self.root)]
@@ -214,6 +219,13 @@ def _classes_of_folders(names: Sequence[str], folders: Collection[str]) -> dict[
     if not folders:
         return {name: 0 for name in names if "/" not in name}
     return {name: nfc(name.partition("/")[0]) for name in names if "/" in name and name.partition("/")[0] in folders}
+
+
+def _numbered(values: Sequence[str | int]) -> tuple[tuple[str, ...], list[int]]:
+    """Names of the classes, sorted, numbers before text, and each image's index; no names for a single class."""
+    order = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    number = {value: label for label, value in enumerate(order)}
+    return tuple(map(str, order)) if len(order) > 1 else (), [number[value] for value in values]
 
 
 def _check_names(path: Path, classes: Sequence[str]) -> None:
