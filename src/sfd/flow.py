@@ -1,7 +1,7 @@
 """Flow matching: the straight path between noise and data, its velocity, and the three losses.
 
 Pure functions of tensors. Time 0 is noise, 1 is data; x1 is data, x0 noise, u the base time, t a stream's own time.
-Every loss is given per sample, so that the caller decides how to average and can look at single samples.
+Every loss is given per sample; `training.tasks.diffusion.DiffusionTask.loss` averages and adds them.
 """
 
 from __future__ import annotations

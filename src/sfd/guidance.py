@@ -6,7 +6,7 @@ with a scale g_k per stream, each within an interval of that stream's own time (
 2404.07724). The guiding velocity v_w is that of the same network with the null class (classifier-free guidance, Ho &
 Salimans 2022, arXiv 2207.12598) or of a smaller, less trained network with the same class (AutoGuidance, Karras et al.
 2024, arXiv 2406.02507), or of a second head at an intermediate block of the same network, for no extra call (internal
-guidance); nothing else differs.
+guidance); nothing else differs. `generation.model.Model.velocity_field` chooses v_w.
 """
 
 from __future__ import annotations

@@ -50,7 +50,10 @@ def _renamed(context: click.Context, option: click.Parameter, value: object) -> 
 @click.option("--weak", hidden=True, expose_value=False, callback=_renamed)
 @device_option
 def sample(**arguments: Any) -> None:
-    """Sample images from a MODEL directory, a run's folder or a shipped model. Image k depends on seed k alone.
+    """Sample images from a MODEL directory, a run's folder or a shipped model.
+
+    Each class gets each seed. An image is a function of its class and its seed, whatever the batch or the number of
+    devices, up to rounding (dopri5: up to its tolerance).
 
     Settings are those of the recipe's `sample:` that the model was trained by; FIELD=VALUE changes one, such as
     interval='[0.2, 0.8]', options.rtol=1e-4, guidance='{semantic: 1.9, texture: 1.3}', batch_size=128, precision=bf16.
@@ -86,7 +89,7 @@ def distill(**arguments: Any) -> None:
 @click.argument("out", type=FOLDER)
 @click.option("--format", "form", type=click.Choice(["sfd", "diffusers"]), default="sfd", show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
-@click.option("--licence", help="of the weights, for the model card: mit, apache-2.0 …  [default: not stated]")
+@click.option("--licence", "--license", help="of the weights, for the card: mit, apache-2.0 …  [default: not stated]")
 def export(model: Path, out: Path, form: str, dtype: str, licence: str | None) -> None:
     """Write a MODEL directory, a run's model or an exported pipeline to OUT, with a model card.
 

@@ -24,7 +24,7 @@ from sfd.data import shards
 from sfd.data.images import ImageSource, to_tensor
 from sfd.data.shards import FEATURES, FLIP, LABELS, Header, Manifest, build_manifest, read_header, shard_path
 from sfd.data.statistics import ChannelStatistics
-from sfd.encoders import SemanticEncoder, TextureEncoder
+from sfd.encoders import SemanticEncoder, TextureEncoder, semantic_identity
 from sfd.latents import SEMANTIC, TEXTURE
 from sfd.models.compressor import Compressor
 from sfd.utils import distributed, files
@@ -72,7 +72,7 @@ class LatentWriter:
         tokenizers = {TEXTURE: self.texture.identity}
         if self.semantic is not None:
             if self.compressor is not None:
-                tokenizers[SEMANTIC] = f"{self.semantic.identity}+{self.compressor.identity}"
+                tokenizers[SEMANTIC] = semantic_identity(self.semantic, self.compressor)
             tokenizers[FEATURES] = self.semantic.identity
         return tokenizers
 

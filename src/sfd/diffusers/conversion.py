@@ -88,7 +88,7 @@ def _texture(pipeline: SFDPipeline, identity: str) -> TextureEncoder:
     else:
         fields = {name: vae.config[name] for name in kl.Config.model_fields}
         texture = kl.PublishedAutoencoder(parse(kl.Config, fields, "vae"), vae)
-    texture.stamp = identity
+    texture.saved_identity = identity
     return cast(TextureEncoder, texture.eval().requires_grad_(False))
 
 

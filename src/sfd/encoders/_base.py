@@ -17,6 +17,7 @@ from torch import Tensor
 from sfd.encoders._hub import without_torchvision
 from sfd.models import component
 from sfd.models.component import Component
+from sfd.models.compressor import Compressor
 from sfd.models.convnet import check_divisible as check_divisible
 from sfd.utils import files, registry
 from sfd.utils.config import parse
@@ -68,6 +69,11 @@ class TextureEncoder(SemanticEncoder, Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Map latents (B, C, h, w) back to images (B, 3, h·f, w·f), about [-1, 1]; clamping is left to the caller."""
+
+
+def semantic_identity(encoder: SemanticEncoder, compressor: Compressor) -> str:
+    """Identity of the semantic stream's tokenizer, which is both together."""
+    return f"{encoder.identity}+{compressor.identity}"
 
 
 def encoder_module(name: str) -> ModuleType:

@@ -62,7 +62,7 @@ class Model(HubFolder):
     texture: TextureEncoder
     classes: tuple[str, ...]  # names; empty: unconditional
     history: dict[str, Any] = field(default_factory=dict)  # what it was trained on; for people, never read back
-    stamp: str = ""  # the identity, once the weights are final
+    saved_identity: str = ""  # the identity, once the weights are final
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # defaults, those of its recipe
     semantic: SemanticEncoder | None = None  # with the compressor it makes the semantic stream; None: not kept
     compressor: Compressor | None = None
@@ -77,7 +77,7 @@ class Model(HubFolder):
     def identity(self) -> str:
         """Sixteen hexadecimal digits: of a loaded model what was saved with it, else computed."""
         about = [self.transformer.config.model_dump(mode="json"), dict(sorted(self.schedule.spec.items()))]
-        return self.stamp or fingerprint(about, self.transformer)
+        return self.saved_identity or fingerprint(about, self.transformer)
 
     @property
     def labels(self) -> list[int]:

@@ -12,7 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from sfd.data.images import to_tensor
-from sfd.encoders import SemanticEncoder, TextureEncoder, load_semantic, open_texture, save_semantic
+from sfd.encoders import (
+    SemanticEncoder,
+    TextureEncoder,
+    load_semantic,
+    open_texture,
+    save_semantic,
+    semantic_identity,
+)
 from sfd.generation.directory import COMPRESSOR_FOLDER, SEMANTIC_FOLDER, TEXTURE_FOLDER
 from sfd.latents import SEMANTIC, TEXTURE, CompositeLatent
 from sfd.models.component import Component
@@ -34,7 +41,7 @@ class Tokenizers(NamedTuple):
         """Refuse other encoders than those that made the latents: the result would be noise."""
         given = {TEXTURE: self.texture.identity}
         if self.semantic is not None and self.compressor is not None:
-            given[SEMANTIC] = f"{self.semantic.identity}+{self.compressor.identity}"
+            given[SEMANTIC] = semantic_identity(self.semantic, self.compressor)
         for stream in composite.streams:
             found = given.get(stream.name, "")
             if "" not in (stream.tokenizer, found) and stream.tokenizer != found:

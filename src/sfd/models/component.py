@@ -55,18 +55,18 @@ class Component(nn.Module, HubFolder):
     kind: ClassVar[str]  # what it does: "texture encoder", "semantic encoder", "compressor"
     name: ClassVar[str]  # which one it is: the module that defines it
     config: Settings
-    stamp = ""  # the identity, once the weights are final
+    saved_identity = ""  # the identity, once the weights are final
     source = ""  # the published model that it was loaded from: a folder or a hub name
 
     @property
     def identity(self) -> str:
         """Sixteen hexadecimal digits: of a loaded component what was saved with it, else computed."""
-        return self.stamp or fingerprint([self.kind, self.name, self.config.model_dump(mode="json")], self)
+        return self.saved_identity or fingerprint([self.kind, self.name, self.config.model_dump(mode="json")], self)
 
     def finished(self: Own) -> Own:
         """Take the weights as final: in eval mode, without gradients, with an identity that stays."""
         self.eval().requires_grad_(False)
-        self.stamp = self.identity
+        self.saved_identity = self.identity
         return self
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -116,7 +116,7 @@ def load(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]
     about, config, build = _described(folder, kinds, find, "sha256")
     tensors = read_weights(folder / WEIGHTS_FILE, about["sha256"])
     component: Component = assemble(lambda: build(config), tensors, str(folder))
-    component.stamp = about["identity"]
+    component.saved_identity = about["identity"]
     return component
 
 

@@ -186,7 +186,7 @@ class StudentStage(Stage):
         history["parameters"] = parameter_count(network.config)
         steps = min(DEFAULT_STEPS, settings.finest)
         sampling = SamplingConfig(solver=FLOW_MAP, steps=steps, batch_size=settings.teacher.batch_size)
-        student = replace(teacher, transformer=trained, history=history, stamp="", sampling=sampling)
+        student = replace(teacher, transformer=trained, history=history, saved_identity="", sampling=sampling)
         student.save(run.folder.model)
 
     def _grid(self) -> tuple[float, ...]:
