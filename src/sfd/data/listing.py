@@ -71,7 +71,8 @@ class ImageFiles:
         self.path = user_path(path)
         self._tree = _open_tree(self.path)
         self.skipped = [(name, reason) for name, reason in self._tree.skipped if _suffix(name) not in _SIDE]
-        self.root, self.empty = "", []
+        self.root = ""
+        self.empty: list[str] = []
         candidates = sorted((name for name in self._tree.sizes if _suffix(name) not in _SIDE), key=nfc)
         images = [name for name in candidates if meant_as_image(name)] or candidates
         listed, folders = self._open_single_folders(images)

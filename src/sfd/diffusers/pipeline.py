@@ -150,25 +150,36 @@ class SFDPipeline(DiffusionPipeline):
         jumps = velocity.discontinuities if isinstance(velocity, GuidedVelocity) else ()
         self.scheduler.set_timesteps(settings.steps, device, jumps=jumps)
         self._num_timesteps = sum(evaluation.last for evaluation in self.scheduler.evaluations)
-        step = 0
-        with self.progress_bar(total=self._num_timesteps) as bar:
-            for u in self.scheduler.timesteps:
-                now = self.scheduler.evaluation
-                velocity = self._velocity(labels, settings)  # a callback may have changed the scale
-                if isinstance(velocity, GuidedVelocity) and now.interval.midpoint is not None:
-                    velocity = velocity.on_interval(now.interval.active, now.interval.midpoint)
-                v = velocity(x, self.scheduler.stream_times().time.to(x.dtype))
-                x = self.scheduler.step(v, u, x).prev_sample
-                if not now.last:
-                    continue
-                if callback_on_step_end is not None:
-                    tensors = {"latents": x} if callback_on_step_end_tensor_inputs else {}
-                    x = callback_on_step_end(self, step, u, tensors).get("latents", x)
-                step += 1
-                bar.update()
+
+        def after_step(step: int, u: Tensor, x: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return x
+            tensors = {"latents": x} if callback_on_step_end_tensor_inputs else {}
+            return callback_on_step_end(self, step, u, tensors).get("latents", x)
+
+        x = self._denoise(x, labels, settings, after_step)
         images = x if output_type == "latent" else self.decode_latents(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(
+        self, x: Tensor, labels: Tensor, settings: SamplingConfig, after_step: Callable[[int, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Carry noise to data, evaluation by evaluation; `after_step` may replace the latents."""
+        step = 0
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            for u in self.scheduler.timesteps:
+                evaluation = self.scheduler.evaluation
+                velocity = self._velocity(labels, settings)  # a callback may have changed the scale
+                if isinstance(velocity, GuidedVelocity) and evaluation.interval.midpoint is not None:
+                    velocity = velocity.on_interval(evaluation.interval.active, evaluation.interval.midpoint)
+                v = velocity(x, self.scheduler.stream_times().time.to(x.dtype))
+                x = self.scheduler.step(v, u, x).prev_sample
+                if evaluation.last:
+                    x = after_step(step, u, x)
+                    step += 1
+                    bar.update()
+        return x
 
     def prepare_latents(self, count: int, generator: Generators | None = None, latents: Tensor | None = None) -> Tensor:
         """Draw noise (count, N), float32; see `__call__` for how generators give it."""
