@@ -131,6 +131,14 @@ def test_the_shipped_model_encodes_images_as_in_its_training(model):
     torch.testing.assert_close(model.encode(pictures), latents[:3], rtol=1e-4, atol=1e-4)
 
 
+def test_the_distilled_model_draws_what_its_teacher_draws(model):
+    """In four network calls, from the same noise: closer to the teacher's image than to another of its class."""
+    few = sfd.load("shapes-few", device="cpu").sample("star", seeds=range(8), output="array").astype(float)
+    teacher = model.sample("star", seeds=range(8), output="array", steps=24, guidance=2).astype(float)
+    same, other = np.abs(few - teacher).mean((1, 2, 3)), np.abs(few - np.roll(teacher, 1, 0)).mean((1, 2, 3))
+    assert np.median(same) < np.median(other) / 4, (same, other)
+
+
 def test_a_bar_is_not_a_ring(model):
     """Samples of two classes differ where the shapes do: a bar covers the middle of the image, a ring does not."""
     differences = {}

@@ -26,7 +26,6 @@ from sfd.utils.errors import SFDError
 
 SOFTWARE = "sfd edit"  # in the metadata of the PNG
 FIRST_NEW_SEED = 1_000_000  # of the results; seeds of sources are smaller by custom
-SHOWN = 96  # pixels that a small image is scaled up to
 
 
 def edit_images(
@@ -69,7 +68,7 @@ def edit_images(
             for source, edited in zip(sources, edits, strict=True)
         ]
     everything = np.concatenate(rows)
-    picture = image_grid(everything, columns=len(rows[0]), scale=max(1, SHOWN // everything.shape[1]))
+    picture = image_grid(everything, columns=len(rows[0]))
     about = PngInfo()
     about.add_text("Software", SOFTWARE)
     with files.atomic_write(out) as partial:

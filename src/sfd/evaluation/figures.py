@@ -119,7 +119,9 @@ def trajectory(followed: Trajectory, curves: ScheduleCurves) -> Figure:
         (above, "semantic\nlatent", semantic_colours(followed.semantic)),
         (below, "decoded\ntexture", followed.decoded),
     ):
-        axis.imshow(image_grid(pictures, count), extent=(-0.5, count - 0.5, -0.5, 0.5), interpolation="nearest")
+        axis.imshow(
+            image_grid(pictures, count, scale=1), extent=(-0.5, count - 0.5, -0.5, 0.5), interpolation="nearest"
+        )
         axis.set_ylabel(label, color=INK, fontsize=8)
         axis.tick_params(length=0, labelbottom=axis is below, colors=INK, labelsize=7)
         axis.set_yticks([])

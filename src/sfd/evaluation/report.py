@@ -135,7 +135,7 @@ def _gallery(gallery: Gallery) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name, images in gallery.rows:
         shown = np.stack([_thumbnail(image) for image in images[:MAX_COLUMNS]])
-        picture = figures.picture(image_grid(shown, len(shown)), shown.shape[1])
+        picture = figures.picture(image_grid(shown, len(shown), scale=1), shown.shape[1])
         rows.append({"name": name, "columns": len(shown), "picture": picture})
     return {"gallery": gallery, "rows": rows, "columns": max((row["columns"] for row in rows), default=1)}
 
