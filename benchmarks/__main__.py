@@ -42,7 +42,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.measure import ROOT, Row, Setting, machine
-from sfd.models.dit import SIZES
+from sfd.models.dit_config import SIZES
 from sfd.utils.device import choose_device
 from sfd.utils.errors import SFDError, unknown
 

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from sfd.latents import CompositeLatent, Stream
-from sfd.models.dit import SIZES, DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import SIZES, DiTConfig
 from sfd.models.inference import cannot_compile
 from sfd.schedule import build_schedule
 

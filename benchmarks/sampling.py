@@ -21,7 +21,8 @@ from benchmarks.measure import (
 )
 from sfd.generation.model import Model, load_model
 from sfd.guidance import VelocityField, guide
-from sfd.models.dit import LightningDiT, flops
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import flops
 from sfd.models.inference import Inference
 from sfd.sampling import initial_noise, integrate
 

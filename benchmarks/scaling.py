@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from benchmarks.measure import Row, Setting, config
-from sfd.models.dit import DiTConfig, flops, parameter_count
+from sfd.models.dit import parameter_count
+from sfd.models.dit_config import DiTConfig, flops
 from sfd.run.estimate import PASSES_PER_STEP, kept_bytes
 from sfd.utils.errors import SFDError, unknown
 

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.measure import COMPOSITE, Row, Setting, best_times, class_labels, network
 from sfd import flow
-from sfd.models.dit import LightningDiT, flops
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import flops
 
 
 class TrainingStep:

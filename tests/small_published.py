@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sfd.convert.transformer import composite_of
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 from sfd.models.layers import sincos_pos_embed
 from sfd.utils import rng
 

@@ -14,7 +14,8 @@ from sfd.data.trajectories import TrajectorySet, shard_paths, write_trajectories
 from sfd.flow_map import coarsen, mean_velocity, step_counts, take_steps
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import load_model
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 from sfd.run.distill import make_student
 from sfd.sampling import initial_noise, integrate
 from sfd.schedule import build_schedule

@@ -13,7 +13,8 @@ from sfd.data.published import write_published
 from sfd.data.shards import LatentSet
 from sfd.generation.folder import read_images
 from sfd.latents import CompositeLatent, Stream
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 from sfd.models.semvae import SemVAE, SemVAEConfig
 from sfd.run.estimate import KEPT_BYTES, describe, estimate, table
 from sfd.run.pipeline import Pipeline

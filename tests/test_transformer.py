@@ -15,7 +15,8 @@ from helpers.compare import same_tensors
 from helpers.dit import CLOCKS, EQUAL, configuration, inputs, random_dit
 from sfd.latents import Stream
 from sfd.models import kernels
-from sfd.models.dit import DiTConfig, LightningDiT, flops, parameter_count
+from sfd.models.dit import LightningDiT, parameter_count
+from sfd.models.dit_config import DiTConfig, flops
 from sfd.models.layers import patchify, unpatchify
 from sfd.utils.config import parse
 

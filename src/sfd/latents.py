@@ -62,6 +62,11 @@ class Stream(Settings):
         return self.channels * self.grid**2
 
     @property
+    def token_size(self) -> int:
+        """Number of entries in one token."""
+        return self.channels * self.patch_size**2
+
+    @property
     def token_grid(self) -> int:
         """Rows and columns of tokens."""
         return self.grid // self.patch_size

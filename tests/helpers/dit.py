@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sfd.latents import CompositeLatent, Stream
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 
 EQUAL = (Stream(name="texture", channels=4, grid=4), Stream(name="semantic", channels=2, grid=4, weight=2.0))
 CLOCKS = ("semantic", "texture")

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from helpers.encoders import Encoder
 from sfd.data.encode import LatentSettings, LatentWriter
 from sfd.data.shards import FEATURES, LatentSet
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 from sfd.schedule import build_schedule
 from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
 from sfd.utils import rng

@@ -7,7 +7,8 @@ import torch
 from sfd.encoders import autoencoder_kl
 from sfd.generation.model import Model
 from sfd.latents import CompositeLatent, Stream
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 from sfd.schedule import build_schedule
 from sfd.utils import rng
 

@@ -19,7 +19,8 @@ from sfd.encoders import TextureEncoder, open_texture
 from sfd.generation.model import Model
 from sfd.latents import TEXTURE, CompositeLatent, Stream
 from sfd.models.component import assemble
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 from sfd.schedule import build_schedule
 from sfd.utils.errors import SFDError
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfd.latents import CompositeLatent, Stream
-from sfd.models.dit import DiTConfig
+from sfd.models.dit_config import DiTConfig
 from sfd.models.layers import rope_table, sincos_pos_embed
 from sfd.utils.config import explain
 from sfd.utils.errors import SFDError

@@ -13,7 +13,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from sfd.latents import CompositeLatent
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 from sfd.utils.config import parse
 from sfd.utils.device import to_device
 

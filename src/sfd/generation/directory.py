@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sfd.generation.config import SamplingConfig
-from sfd.models.dit import DiTConfig
+from sfd.models.dit_config import DiTConfig
 from sfd.utils import files
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError

@@ -8,16 +8,14 @@ runs end in NaN when small updates are added to a bf16 residual.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from sfd.latents import CompositeLatent, Stream
+from sfd.models.dit_config import DiTConfig
 from sfd.models.layers import (
-    TIME_FREQUENCIES,
     Block,
     ModulatedNorm,
     TimeEmbedder,
@@ -27,81 +25,9 @@ from sfd.models.layers import (
     unpatchify,
 )
 from sfd.utils import rng
-from sfd.utils.config import Settings
 from sfd.utils.errors import SFDError
 
 MIN_REMAINING = 0.05  # least 1 − t that a prediction of the data is divided by, where it becomes a velocity
-
-
-class Size(NamedTuple):
-    """Depth, width and heads of a transformer."""
-
-    depth: int
-    width: int
-    heads: int
-
-
-# All but `tiny`, which is for two CPU cores, are the published ones. Parameters with texture 32 + semantic 16 channels.
-SIZES = {
-    "tiny": Size(6, 128, 4),  # 1.9 M
-    "S": Size(12, 384, 6),  # 39 M
-    "B": Size(12, 768, 12),  # 138 M
-    "L": Size(24, 1024, 16),  # 466 M
-    "XL": Size(28, 1152, 16),  # 683 M
-    "XXL": Size(24, 1536, 24),  # 1.04 B, published as "1.0B"
-}
-
-
-class DiTConfig(Settings):
-    """The network's architecture."""
-
-    depth: int = Field(gt=0, le=1000)
-    width: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    composite: CompositeLatent
-    num_classes: int = Field(ge=0, description="0: unconditional, the null class is the only one")
-    prediction: Literal["velocity", "data"] = Field(
-        "velocity",
-        description="what the heads give; data: x̂1, from which v̂ = (x̂1 − x) / max(1 − t, 0.05) (JiT, 2511.13720)",
-    )
-    clocks: tuple[str, ...] = Field(
-        (), description="all streams, in the order their time embeddings are concatenated; (): one for all"
-    )
-    repa_block: int | None = Field(None, ge=1, description="1-based block whose tokens REPA aligns; None: no projector")
-    repa_width: int = Field(2048, gt=0, description="hidden width of the projector")
-    repa_channels: int | None = Field(None, gt=0, description="channels of the encoder features")
-    guide_block: int | None = Field(
-        None, ge=1, description="1-based block after which a second head predicts a weak velocity; None: no second head"
-    )
-    flow_map: tuple[float, ...] = Field(
-        (),
-        description="base times of the finest steps whose mean velocity it predicts (sfd.flow_map); (): velocities",
-    )
-    checkpointing: bool | Literal["selective"] = Field(
-        False,
-        description="recompute each block in the backward pass to save memory; selective: not products and attention",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> DiTConfig:
-        if self.width % self.heads or (self.width // self.heads) % 4:
-            raise ValueError(f"width {self.width} over {self.heads} heads must give each a multiple of 4 channels")
-        names = self.composite.names
-        if self.clocks and sorted(self.clocks) != sorted(names):
-            raise ValueError(
-                f"clocks must name each stream ({', '.join(names)}) once, or none; got {', '.join(self.clocks)}"
-            )
-        if self.width % max(1, len(self.clocks)):
-            raise ValueError(
-                f"width {self.width} must be a multiple of the number of time embeddings, {len(self.clocks)}"
-            )
-        if self.repa_block is not None and self.repa_block > self.depth:
-            raise ValueError(f"repa_block {self.repa_block} is beyond the last block, {self.depth}")
-        if self.guide_block is not None and self.guide_block >= self.depth:
-            raise ValueError(f"guide_block {self.guide_block} must be before the last block, {self.depth}")
-        if (self.repa_block is None) != (self.repa_channels is None):
-            raise ValueError("repa_block and repa_channels must be given together")
-        return self
 
 
 class DiTOutput(NamedTuple):
@@ -132,7 +58,7 @@ class LightningDiT(nn.Module):
     def _build(self, config: DiTConfig) -> None:
         composite, width = config.composite, config.width
         # The streams' embeddings are summed, so biases of their own would be one and the same degree of freedom.
-        self.embeddings = nn.ModuleList(nn.Linear(_patch_width(s), width, bias=False) for s in composite.streams)
+        self.embeddings = nn.ModuleList(nn.Linear(s.token_size, width, bias=False) for s in composite.streams)
         self.embedding_bias = nn.Parameter(torch.zeros(width))
         self.clock_streams = [composite.index(name) for name in config.clocks] or [0]
         clocks = len(self.clock_streams)
@@ -145,11 +71,11 @@ class LightningDiT(nn.Module):
         self.final_norm = ModulatedNorm(width)
         self.final_modulation = nn.Linear(width, 2 * width)
         # Output heads; the attention heads are config.heads.
-        self.heads = nn.ModuleList(nn.Linear(width, _patch_width(s)) for s in composite.streams)
+        self.heads = nn.ModuleList(nn.Linear(width, s.token_size) for s in composite.streams)
         if config.guide_block is not None:
             self.guide_norm = ModulatedNorm(width)
             self.guide_modulation = nn.Linear(width, 2 * width)
-            self.guide_heads = nn.ModuleList(nn.Linear(width, _patch_width(s)) for s in composite.streams)
+            self.guide_heads = nn.ModuleList(nn.Linear(width, s.token_size) for s in composite.streams)
         features = config.repa_channels
         self.projector = None if features is None else _projector(width, config.repa_width, features)
         grid = composite.token_grid
@@ -164,7 +90,7 @@ class LightningDiT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         # The patch embeddings are column blocks of one matrix, so its total number of columns is their fan-in.
-        columns = sum(_patch_width(s) for s in self.config.composite.streams)
+        columns = sum(s.token_size for s in self.config.composite.streams)
         bound = (6 / (columns + self.config.width)) ** 0.5
         for embedding in self.embeddings:
             nn.init.uniform_(embedding.get_parameter("weight"), -bound, bound)
@@ -290,25 +216,6 @@ def parameter_count(config: DiTConfig) -> int:
         return sum(p.numel() for p in LightningDiT(config).parameters())
 
 
-def flops(config: DiTConfig, *, training: bool = False) -> int:
-    """Floating-point operations of all matrix products in one forward pass of one image, 2 for each multiply-add.
-
-    Args:
-        config: of the network.
-        training: with the REPA projector and the second head. A training step costs three times its forward pass.
-    """
-    width, tokens = config.width, config.composite.token_grid**2
-    patches = sum(map(_patch_width, config.composite.streams))
-    block = (4 * width + 3 * (8 * width // 3)) * width + 2 * tokens * width
-    time = TIME_FREQUENCIES * width + width**2 // max(1, len(config.clocks))
-    products = tokens * (config.depth * block + 2 * width * patches) + time + (6 * config.depth + 2) * width**2
-    if training and config.repa_channels is not None:
-        products += tokens * (width + config.repa_width + config.repa_channels) * config.repa_width
-    if training and config.guide_block is not None:
-        products += (tokens * patches + 2 * width) * width
-    return 2 * products
-
-
 def _selective_context() -> Any:
     """Keep what matrix products and attention give: most of the time for a third of the memory."""
     aten = torch.ops.aten
@@ -322,10 +229,6 @@ def _selective_context() -> Any:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     ]
     return create_selective_checkpoint_contexts(kept)
-
-
-def _patch_width(stream: Stream) -> int:
-    return stream.channels * stream.patch_size**2
 
 
 def _projector(width: int, hidden: int, channels: int) -> nn.Sequential:

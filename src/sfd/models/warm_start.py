@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from sfd.latents import CompositeLatent
-from sfd.models.dit import DiTConfig, LightningDiT
+from sfd.models.dit import LightningDiT
+from sfd.models.dit_config import DiTConfig
 from sfd.utils.errors import SFDError
 
 LABELS = "class_embedding.weight"

@@ -14,7 +14,8 @@ import torch
 
 from sfd.encoders import encoder_module
 from sfd.encoders._hub import local
-from sfd.models.dit import DiTConfig, flops, parameter_count
+from sfd.models.dit import parameter_count
+from sfd.models.dit_config import DiTConfig, flops
 from sfd.run.recipe import Recipe, dump_recipe
 from sfd.run.validate import check, latent_bytes
 from sfd.utils.shipped import MODEL, shipped

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from sfd.data.encode import LatentSettings
 from sfd.data.source import DataSettings
 from sfd.generation.config import SamplingConfig
-from sfd.models.dit import SIZES
+from sfd.models.dit_config import SIZES
 from sfd.models.pca import PCAConfig
 from sfd.models.semvae import SemVAEConfig, SemVAEObjective
 from sfd.run.inherit import model_defaults, take_tokenizers

@@ -15,7 +15,8 @@ from sfd.data.source import check_classes
 from sfd.generation.directory import RECORD, model_config, model_folder, read_record
 from sfd.generation.model import Model, load_model
 from sfd.latents import CompositeLatent
-from sfd.models.dit import DiTConfig, LightningDiT, parameter_count
+from sfd.models.dit import LightningDiT, parameter_count
+from sfd.models.dit_config import DiTConfig
 from sfd.models.warm_start import inherited, warm_start
 from sfd.run.encoders import EncoderStage
 from sfd.run.latents import LatentsStage, write_real_preview

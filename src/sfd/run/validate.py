@@ -17,7 +17,7 @@ from sfd.generation.directory import model_config
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.component import Component
 from sfd.models.compressor import Compressor, load_compressor
-from sfd.models.dit import SIZES, DiTConfig
+from sfd.models.dit_config import SIZES, DiTConfig
 from sfd.models.inference import require_compiler
 from sfd.models.pca import PCA, PCAConfig
 from sfd.models.semvae import SemVAE
