@@ -36,8 +36,8 @@ def test_it_is_its_formula_in_one_call_of_the_same_batch(model):
     x, labels = initial_noise([4, 5, 6], COMPOSITE), torch.tensor([0, 1, 2])
     config = SamplingConfig(guidance=dict(zip(COMPOSITE.names, SCALES, strict=True)), guidance_from="inside")
     with torch.no_grad():
-        output = model.transformer(x, TIMES.expand(3, 2), labels, guide=True)
-    expected = output.weak + COMPOSITE.per_entry(torch.tensor(SCALES)) * (output.velocity - output.weak)
+        output = model.transformer(x, TIMES.expand(3, 2), labels, second_head=True)
+    expected = output.guiding + COMPOSITE.per_entry(torch.tensor(SCALES)) * (output.velocity - output.guiding)
     sizes = []
     hook = model.transformer.register_forward_hook(lambda network, given, result: sizes.append(len(given[0])))
     torch.testing.assert_close(model.velocity_field(labels, config)(x, TIMES), expected)

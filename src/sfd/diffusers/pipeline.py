@@ -238,8 +238,8 @@ class SFDPipeline(DiffusionPipeline):
 
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             if settings.guidance_from == "inside":
-                output = self.transformer(x, t, labels, guide=True)
-                return output.sample, output.weak
+                output = self.transformer(x, t, labels, second_head=True)
+                return output.sample, output.guiding
             v_c, v_w = self.transformer(x.repeat(2, 1), t, torch.cat([labels, null])).sample.chunk(2)
             return v_c, v_w
 

@@ -24,7 +24,7 @@ class VelocityOutput(BaseOutput):
     """What the transformer gives."""
 
     sample: Tensor  # (B, N) velocity, float32
-    weak: Tensor | None = None  # (B, N) that of the second head, if it is wanted
+    guiding: Tensor | None = None  # (B, N) that of the second head, if it is wanted
 
 
 class SFDTransformer(ModelMixin, ConfigMixin):
@@ -76,7 +76,7 @@ class SFDTransformer(ModelMixin, ConfigMixin):
         hidden_states: Tensor,
         timestep: Tensor,
         class_labels: Tensor,
-        guide: bool = False,
+        second_head: bool = False,
         return_dict: bool = True,
     ) -> VelocityOutput | tuple[Tensor, ...]:
         """Predict the velocity.
@@ -85,13 +85,13 @@ class SFDTransformer(ModelMixin, ConfigMixin):
             hidden_states: (B, N) packed, normalised latents.
             timestep: (K,) or (B, K), each stream's own time: 0 is noise, 1 is data.
             class_labels: (B,) int64; the number of classes is the null class.
-            guide: also give the second head's velocity.
+            second_head: also give the second head's velocity.
             return_dict: give a record; False: a tuple.
         """
         x = hidden_states.float()
         times = to_device(timestep.to(x.dtype), x.device).expand(len(x), -1)
-        given = self.dit(x, times, class_labels.to(x.device), guide=guide)
-        output = VelocityOutput(sample=given.velocity, weak=given.weak)
+        given = self.dit(x, times, class_labels.to(x.device), second_head=second_head)
+        output = VelocityOutput(sample=given.velocity, guiding=given.guiding)
         return output if return_dict else output.to_tuple()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SFDTransformer:

@@ -254,14 +254,14 @@ class Model(HubFolder):
     def velocity_field(self, labels: Tensor, config: SamplingConfig, guiding: Model | None = None) -> VelocityField:
         """The guided velocity of labels (B,)."""
         network = self.inference(config.precision, config.compile)
-        weak, pair = None, None
+        v_w, pair = None, None
         if guiding is not None:
-            weak = guiding.inference(config.precision, config.compile).velocity(labels)
+            v_w = guiding.inference(config.precision, config.compile).velocity(labels)
         elif self._has_guiding(config) and config.guidance_from == "inside":
             pair = network.inside(labels)
         elif self._has_guiding(config):
             pair = network.pair(labels, torch.full_like(labels, self.transformer.null_class))
-        return guide(network.velocity(labels), weak, config.guidance, self.composite, config.interval, batched=pair)
+        return guide(network.velocity(labels), v_w, config.guidance, self.composite, config.interval, batched=pair)
 
     def _has_guiding(self, config: SamplingConfig, guiding: Model | None = None) -> bool:
         """Whether there is what `config.guidance_from` names, to guide with."""

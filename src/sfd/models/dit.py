@@ -37,7 +37,7 @@ class DiTOutput(NamedTuple):
     """(B, N) packed like the input, float32."""
     projection: Tensor | None
     """(B, T, C) tokens after the REPA projector, if requested."""
-    weak: Tensor | None = None
+    guiding: Tensor | None = None
     """(B, N) velocity of the second head, float32, if requested."""
 
 
@@ -119,7 +119,7 @@ class LightningDiT(nn.Module):
         *,
         ends: Tensor | None = None,
         project: bool = False,
-        guide: bool = False,
+        second_head: bool = False,
     ) -> DiTOutput:
         """Predict the velocity.
 
@@ -129,12 +129,12 @@ class LightningDiT(nn.Module):
             labels: (B,), int64, in [0, num_classes]; num_classes is the null class.
             ends: (B, K), of a flow map: each stream's time at the end of the step; the velocity is the mean until then.
             project: also give the REPA projection.
-            guide: also give the second head's velocity.
+            second_head: also give the second head's velocity.
         """
-        self._check(x, times, ends, project, guide)
+        self._check(x, times, ends, project, second_head)
         tokens = self.embed(x)
         condition = self.condition(times, labels, ends)
-        projection, weak = None, None
+        projection, guiding = None, None
         for number, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing and torch.is_grad_enabled():
                 tokens = self._recomputed(block, tokens, condition)
@@ -142,11 +142,11 @@ class LightningDiT(nn.Module):
                 tokens = block(tokens, condition, self.rope)
             if project and self.projector is not None and number == self.config.repa_block:
                 projection = self.projector(tokens)
-            if guide and number == self.config.guide_block:
-                weak = self._heads(tokens, condition, self.guide_norm, self.guide_modulation, self.guide_heads)
-                weak = self._as_velocity(weak, x, times)
+            if second_head and number == self.config.guide_block:
+                guiding = self._heads(tokens, condition, self.guide_norm, self.guide_modulation, self.guide_heads)
+                guiding = self._as_velocity(guiding, x, times)
         output = self._heads(tokens, condition, self.final_norm, self.final_modulation, self.heads)
-        return DiTOutput(self._as_velocity(output, x, times), projection, weak)
+        return DiTOutput(self._as_velocity(output, x, times), projection, guiding)
 
     def _recomputed(self, block: nn.Module, tokens: Tensor, condition: Tensor) -> Tensor:
         """Apply a block, whose activations are computed again in the backward pass."""
@@ -189,7 +189,7 @@ class LightningDiT(nn.Module):
         }
         return self.config.composite.pack(latents).float()
 
-    def _check(self, x: Tensor, times: Tensor, ends: Tensor | None, project: bool, guide: bool) -> None:
+    def _check(self, x: Tensor, times: Tensor, ends: Tensor | None, project: bool, second_head: bool) -> None:
         composite = self.config.composite
         if x.shape[1:] != (composite.size,):
             raise SFDError(f"expected packed latents (batch, {composite.size}), got {tuple(x.shape)}")
@@ -205,7 +205,7 @@ class LightningDiT(nn.Module):
             )
         if project and self.projector is None:
             raise SFDError("this network has no REPA projector; set repa_block and repa_channels in its configuration")
-        if guide and self.config.guide_block is None:
+        if second_head and self.config.guide_block is None:
             raise SFDError("this network has no second head; set guide_block in its configuration")
 
 

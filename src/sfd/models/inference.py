@@ -64,14 +64,14 @@ class Inference:
         return pair
 
     def inside(self, labels: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """v̂ for labels (B,) and the second head's weak velocity, in one call of the same batch; see `velocity`."""
+        """v̂ for labels (B,) and the second head's guiding velocity, in one call of the same batch; see `velocity`."""
 
         def inside(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 times = to_device(t.to(x.dtype), x.device).expand(len(x), -1)
-                output = self._forward(x, times, labels, guide=True)
-            assert output.weak is not None
-            return output.velocity, output.weak
+                output = self._forward(x, times, labels, second_head=True)
+            assert output.guiding is not None
+            return output.velocity, output.guiding
 
         return inside
 

@@ -137,7 +137,7 @@ class TransformerSettings(Settings):
     repa_block: int | None = Field(2, ge=1, description="block (from 1) whose tokens REPA aligns; null: no projector")
     repa_width: int = Field(2048, gt=0)
     guide_block: int | None = Field(
-        None, ge=1, description="block (from 1) after which a second head predicts a weak velocity; null: none"
+        None, ge=1, description="block (from 1) after which a second head predicts the guiding velocity; null: none"
     )
     checkpointing: Free[bool | Literal["selective"]] = Field(
         False, description="recompute activations in the backward pass to save memory; selective: only the cheap ones"

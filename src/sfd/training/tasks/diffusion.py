@@ -141,17 +141,17 @@ class DiffusionTask:
         x = flow.interpolate(x1, x0, self.composite.per_entry(times))
         target = flow.velocity_target(x1, x0)
         settings = self.settings
-        project, guide = bool(settings.repa), settings.guide is not None
-        output: DiTOutput = model(x, times, batch["labels"], project=project, guide=guide)
-        predicted, weak = output.velocity, output.weak
+        project, second_head = bool(settings.repa), settings.guide is not None
+        output: DiTOutput = model(x, times, batch["labels"], project=project, second_head=second_head)
+        predicted, guiding = output.velocity, output.guiding
         if "moving" in batch:  # entries that are 0 in both count neither in the squares nor in the cosine
             moving = self.composite.per_entry(batch["moving"])
             predicted, target = predicted * moving, target * moving
-            weak = weak * moving if weak is not None else None
+            guiding = guiding * moving if guiding is not None else None
         weights = batch.get("weights")
         losses = self._velocity_losses(predicted, target, weights)
-        if weak is not None and settings.guide is not None:
-            losses["guide"] = self._velocity_losses(weak, target, weights)["loss"]
+        if guiding is not None and settings.guide is not None:
+            losses["guide"] = self._velocity_losses(guiding, target, weights)["loss"]
             losses["loss"] = losses["loss"] + settings.guide * losses["guide"]
         if output.projection is not None:
             losses["repa"] = flow.repa_loss(output.projection, batch["features"]).mean()
