@@ -80,7 +80,7 @@ def integrate(
         solver: a name in `SOLVERS`.
         steps: total number, at least one per smooth interval; None: 25. Adaptive solvers choose their own.
         options: of the solver, such as rtol.
-        shift: s in [0.01, 100] maps an even grid w of steps to u = s·w / (1 + (s − 1)·w); 1 keeps it even, less than 1
+        shift: a in [0.01, 100] maps an even grid q of steps to u = a·q / (1 + (a − 1)·q); 1 keeps it even, less than 1
             puts more steps near noise. Without effect on adaptive solvers.
         seeds: one per image, for the noise of a stochastic solver.
         knots: stop at knots and discontinuities. False integrates [0, 1] as one interval, as the published sampler
@@ -253,13 +253,13 @@ def time_grids(
             f"steps must end where rates or guidance jump (u = {stops}), so at least {len(intervals)} are needed, "
             f"but {steps} were given"
         )
-    # Steps are even in w, where u = s·w / (1 + (s − 1)·w); the inverse carries stops there, so they are still hit.
+    # Steps are even in q, where u = a·q / (1 + (a − 1)·q); the inverse carries stops there, so they are still hit.
     ends = [[u / (shift + (1 - shift) * u) for u in (i.start, i.end)] for i in intervals]
     counts = split_steps(steps, [b - a for a, b in ends])
     grids = []
     for interval, (low, high), count in zip(intervals, ends, counts, strict=True):
-        w = np.linspace(low, high, count + 1)[1:-1]
-        grids.append([interval.start, *(shift * w / (1 + (shift - 1) * w)).tolist(), interval.end])
+        q = np.linspace(low, high, count + 1)[1:-1]
+        grids.append([interval.start, *(shift * q / (1 + (shift - 1) * q)).tolist(), interval.end])
     return grids
 
 

@@ -49,7 +49,9 @@ class DiTConfig(Settings):
     repa_width: int = Field(2048, gt=0, description="hidden width of the projector")
     repa_channels: int | None = Field(None, gt=0, description="channels of the encoder features")
     guide_block: int | None = Field(
-        None, ge=1, description="1-based block after which a second head predicts a weak velocity; None: no second head"
+        None,
+        ge=1,
+        description="1-based block after which a second head predicts the guiding velocity; None: no second head",
     )
     flow_map: tuple[float, ...] = Field(
         (),
