@@ -77,9 +77,13 @@ def write_samples(
     writing: list[Future[None]] = []
     with bar("sampling", sum(map(len, todo))) as shown, ThreadPoolExecutor(WRITERS) as pool:
         for batch in todo:
-            images = _sample(model, [labels[i] for i in batch], [seeds[i] for i in batch], config, guiding)
+            batch_labels, batch_seeds = [labels[i] for i in batch], [seeds[i] for i in batch]
+            try:
+                (sampled,) = model.sample_batches(batch_labels, batch_seeds, config, guiding=guiding)
+            except torch.OutOfMemoryError:
+                raise SFDError(f"{size} images do not fit the memory of {model.device}; set batch_size") from None
             _wait(writing)  # at most one batch behind
-            numbered = zip(batch, images, strict=True)
+            numbered = zip(batch, sampled.images, strict=True)
             writing = [
                 pool.submit(_write_image, image_path(folder, i, count), image) for i, image in numbered if i in missing
             ]
@@ -91,17 +95,6 @@ def write_samples(
         for partial in folder.glob(f".[0-9]*.png.*{files.PARTIAL}"):  # of killed processes
             partial.unlink(missing_ok=True)
     return len(left)
-
-
-def _sample(
-    model: Model, labels: Sequence[int], seeds: Sequence[int], config: SamplingConfig, guiding: Model | None
-) -> np.ndarray:
-    """Sample one batch: uint8 (B, S, S, 3)."""
-    try:
-        (batch,) = model.sample_batches(labels, seeds, config, guiding=guiding)
-    except torch.OutOfMemoryError:
-        raise SFDError(f"{config.batch_size} images do not fit the memory of {model.device}; set batch_size") from None
-    return batch.images
 
 
 def _wait(writing: Sequence[Future[None]]) -> None:
