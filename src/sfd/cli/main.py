@@ -164,6 +164,27 @@ def edit(**arguments: Any) -> None:
 
 
 @main.command()
+@click.argument("model", type=FOLDER)
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0: any that is free")
+@click.option("--static", type=FOLDER, help="write one self-contained HTML page of samples to this file instead")
+@click.option("--classes", help="of --static: names or numbers, comma-separated  [default: all]")
+@click.option("--seeds", help="of --static: such as 0-3; each class gets each seed  [default: 0]")
+@click.option("--steps", type=int, help="solver steps")
+@click.option("--solver", help="euler, heun, multistep, dopri5")
+@click.option("--guidance", type=float, help="scale for all streams; 1: none")
+@device_option
+def explore(model: Path, **arguments: Any) -> None:
+    """Watch a MODEL denoise its streams, and edit samples, on a page in the browser.
+
+    The page is served to this machine alone. Steps, solver, guidance and FIELD=VALUE are its first values.
+    """
+    from sfd.cli.explore import explore_model
+
+    explore_model(model, **arguments)
+
+
+@main.command()
 @click.argument("samples", type=FOLDER)
 @click.option("--run", type=FOLDER, help="compare with the held-out images of this run, by its own classifier")
 @click.option("--reference", type=FOLDER, help="or with real images: folder, zip, or .npz of images or statistics")

@@ -3,12 +3,12 @@
 Sources are packed, normalised latents (B, N): of a sample `model.sample(..., output="latent")`, of an image
 `model.encode`. The *plan* is what they hold in all streams but texture. Results are latents too; `model.decode` shows
 them. Without classes the null class is used, so that the plan alone says what is drawn. Keyword arguments that are not
-listed are those of `edit`: a schedule, and fields of `SamplingConfig`.
+listed are those of `edit`: a schedule, a callback, and fields of `SamplingConfig`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from sfd.editing.follow import Follow, follow
 from sfd.generation.model import Classes, Model
 from sfd.latents import TEXTURE, CompositeLatent
-from sfd.sampling import initial_noise, integrate
+from sfd.sampling import Progress, initial_noise, integrate
 from sfd.schedule import build_schedule
 from sfd.solvers import SOLVERS
 from sfd.utils.errors import SFDError
@@ -30,6 +30,7 @@ def edit(
     classes: Classes | None = None,
     *,
     schedule: str | Mapping[str, Any] | None = None,
+    callback: Callable[[Progress], None] | None = None,
     **settings: Any,
 ) -> Tensor:
     """Sample with some streams on given paths: latents (B, N), on the CPU.
@@ -41,6 +42,7 @@ def edit(
         classes: names or numbers, one per image or one for all; None: the null class.
         schedule: name and options of another schedule than the model's own. A somewhat larger offset shows texture a
             clearer plan, at pairs of times that training did not show.
+        callback: called after each solver step, batch by batch.
         settings: fields of `SamplingConfig` that differ from the model's own.
     """
     chosen = model.schedule if schedule is None else build_schedule(schedule, model.composite.names)
@@ -71,6 +73,7 @@ def edit(
             steps=config.steps,
             options=config.options,
             shift=config.shift,
+            callback=callback,
         )
         found.append(result.x.cpu())
     return torch.cat(found)

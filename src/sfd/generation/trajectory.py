@@ -11,6 +11,7 @@ import torch
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.latents import TEXTURE
+from sfd.schedule import Schedule
 from sfd.utils.errors import SFDError
 
 FRAMES = 13
@@ -40,11 +41,12 @@ class Trajectory:
     decoded: np.ndarray  # uint8 (n, H, W, 3), the texture latents decoded
 
 
-def schedule_curves(model: Model) -> ScheduleCurves:
-    """Tabulate a model's schedule for drawing, knots included so that corners stay sharp."""
-    base = np.union1d(np.linspace(0, 1, CURVE_POINTS), model.schedule.knots)
-    times, rates = model.schedule.at(torch.from_numpy(base))
-    return ScheduleCurves(model.composite.names, base, times.numpy(), rates.numpy(), model.schedule.knots)
+def schedule_curves(model: Model, schedule: Schedule | None = None) -> ScheduleCurves:
+    """Tabulate a model's schedule, or another one, for drawing, knots included so that corners stay sharp."""
+    schedule = schedule or model.schedule
+    base = np.union1d(np.linspace(0, 1, CURVE_POINTS), schedule.knots)
+    times, rates = schedule.at(torch.from_numpy(base))
+    return ScheduleCurves(model.composite.names, base, times.numpy(), rates.numpy(), schedule.knots)
 
 
 def follow_sample(
