@@ -164,6 +164,18 @@ def test_streams_that_have_arrived_are_noised_again_and_nothing_else_changes(lat
         assert torch.equal(plain[name], noised[name]), name
 
 
+def test_independent_times_are_each_streams_own_and_nothing_else_changes(latents):
+    plain, free = (
+        make_task(latents, times=t, base_time="uniform").batch(0, range(MANY)) for t in ("schedule", "independent")
+    )
+    assert abs(torch.corrcoef(free["times"].T)[0, 1]) < 4 / MANY**0.5
+    for k in range(2):
+        assert free["times"][:, k].mean().item() == pytest.approx(0.5, abs=4 / (12 * MANY) ** 0.5)
+        assert free["times"][:, k].var().item() == pytest.approx(1 / 12, abs=4 / (180 * MANY) ** 0.5)
+    for name in plain.keys() - {"times"}:
+        assert torch.equal(plain[name], free[name]), name
+
+
 def test_losses_weighted_by_stream_are_the_plain_ones_where_all_streams_move_with_base_time(latents):
     schedule = {"name": "synchronous"}
     plain, weighted = (make_task(latents, schedule, density=d) for d in ("base", "stream"))
@@ -172,9 +184,15 @@ def test_losses_weighted_by_stream_are_the_plain_ones_where_all_streams_move_wit
 
 
 @pytest.mark.parametrize("distribution", ["logit_normal", "uniform"])
-@pytest.mark.parametrize("delta", [0.3, 1.0])
-def test_weighted_by_stream_each_streams_own_time_has_the_base_times_density(latents, distribution, delta):
-    schedule = {"name": "offset", "delta": delta}
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "offset", "delta": 0.3},
+        {"name": "offset", "delta": 1.0},
+        {"name": "learned", "increments": {"texture": [1, 2, 2, 4], "semantic": [3, 0, 2, 1]}, "base": [3, 2, 2, 4]},
+    ],
+)
+def test_weighted_by_stream_each_streams_own_time_has_the_base_times_density(latents, distribution, schedule):
     batch = make_task(latents, schedule, base_time=distribution, density="stream").batch(0, range(MANY))
     expected = make_task(latents, {"name": "synchronous"}, base_time=distribution).batch(0, range(MANY))["times"][:, 0]
     for k in range(2):

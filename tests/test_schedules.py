@@ -31,9 +31,19 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
     return {"name": "table", "points": points}
 
 
+@st.composite
+def learned(draw: st.DrawFn) -> dict[str, Any]:
+    """Whole increments, zeros among them, in intervals of different lengths."""
+    count = draw(st.integers(1, 6))
+    rows = st.lists(st.integers(0, 9), min_size=count, max_size=count).filter(any)
+    base = draw(st.none() | st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    return {"name": "learned", "increments": {name: draw(rows) for name in STREAMS}, "base": base}
+
+
 SPECS = (
     st.builds(lambda delta: {"name": "offset", "delta": delta}, DELTAS)
     | tables()
+    | learned()
     | st.sampled_from([{"name": "synchronous"}, {"name": "sequential"}])
 )
 
@@ -221,6 +231,14 @@ TABLE = {"texture": [[0, 0], [1, 1]], "semantic": [[0, 0], [0.5, 1], [1, 1]]}
         {"name": "table", "points": {"texture": [[0, 0], [1, 1]]}},
         {"name": "table", "points": TABLE | {"depth": [[0, 0], [1, 1]]}},
         {"name": "table", "points": TABLE | {"texture": [[0, 0.1], [1, 1]]}},
+        {"name": "learned", "increments": {"texture": [1, 1]}},
+        {"name": "learned", "increments": {"texture": [1, 1], "semantic": [1, 0], "depth": [1, 1]}},
+        {"name": "learned", "increments": {"texture": [1, 1], "semantic": [1, 0, 1]}},
+        {"name": "learned", "increments": {"texture": [1, 1], "semantic": [0, 0]}},
+        {"name": "learned", "increments": {"texture": [1, 1], "semantic": [2, -1]}},
+        {"name": "learned", "increments": {"texture": [1, 1], "semantic": [1, 1]}, "base": [1, 0]},
+        {"name": "learned", "increments": {"texture": [1, 1], "semantic": [1, 1]}, "base": [1, 1e-12]},
+        {"name": "learned", "increments": {}},
         {"name": "table", "points": TABLE | {"texture": [[0, 0], [0.5, 0.7], [0.6, 0.6], [1, 1]]}},
         {"name": "table", "points": TABLE | {"texture": [[0, 0], [0.5, 0.2], [0.5, 0.6], [1, 1]]}},
     ],

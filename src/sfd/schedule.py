@@ -8,7 +8,8 @@ A schedule is a function of the streams' names and of keyword options, registere
     offset        leaders τ(u) = min(1, (1 + Δ)·u), followers τ(u) = max(0, (1 + Δ)·u − Δ): the method (Δ = 0.3)
     synchronous   τ(u) = u for all streams: the offset schedule at Δ = 0
     sequential    leaders first, then followers: the offset schedule at Δ = 1
-    table         straight lines between given points, a learned schedule among them
+    table         straight lines between given points
+    learned       straight lines given by their increments, monotone by construction
 """
 
 from __future__ import annotations
@@ -206,11 +207,46 @@ def _check_points(name: str, points: Sequence[tuple[float, float]]) -> None:
             raise SFDError(f"stream {name!r}: times must not fall, got {time} then {next_time} at base time {next_u}")
 
 
+def learned(
+    streams: Sequence[str],
+    *,
+    increments: dict[str, tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...]],
+    base: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None,
+) -> Schedule:
+    """Straight lines by their increments, what `sfd learn-schedule` writes: any increments ≥ 0 are a monotone schedule.
+
+    Args:
+        streams: all streams, in packed order.
+        increments: per stream, how far its time moves in each of P intervals, in any unit: they are divided by their
+            sum.
+        base: lengths of the intervals in base time, in any unit; None: all alike.
+    """
+    for name in increments:
+        if name not in streams:
+            raise unknown("stream", name, streams)
+    intervals = len(next(iter(increments.values()), ()))
+    rows = {"base": base if base is not None else (1.0,) * intervals}
+    rows |= {f"increments of stream {name!r}": increments.get(name, ()) for name in streams}
+    for label, row in rows.items():
+        if len(row) != intervals or not sum(row) > 0:
+            raise SFDError(
+                f"{label} must be {max(intervals, 1)} numbers, one for each interval of base time, and not all 0, "
+                f"got {list(row)}"
+            )
+    u, *times = (np.concatenate(([0.0], np.cumsum(row) / np.cumsum(row)[-1])) for row in rows.values())
+    if np.diff(u).min() < MIN_SPACING:
+        raise SFDError(
+            f"base: the shortest interval must be at least {MIN_SPACING} of all of them, got {list(rows['base'])}"
+        )
+    return PiecewiseLinear(u.tolist(), dict(zip(streams, (row.tolist() for row in times), strict=True)))
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "offset": offset,
     "synchronous": synchronous,
     "sequential": sequential,
     "table": table,
+    "learned": learned,
 }
 """Schedules by name. A new one is a function `(streams, *, options) → Schedule` and an entry here."""
 

@@ -142,6 +142,38 @@ def train(**arguments: Any) -> None:
     _stage(lambda pipeline: pipeline.transformer.make(), **arguments)
 
 
+@click.command("learn-schedule")
+@recipe_command
+@click.option("--method", type=click.Choice(["path", "joint"]), default="path", show_default=True)
+@click.option("--share", type=float, default=0.05, show_default=True, help="of train.steps that the probe takes")
+@click.option("--grid", type=int, default=16, show_default=True, help="intervals of time")
+@click.option("--images", type=int, default=256, show_default=True, help="on which errors are measured")
+@click.option("--kinetic", type=float, default=0.05, show_default=True, help="joint: weight of the kinetic energy")
+@click.option("--length", type=click.FloatRange(min=0), default=0.1, show_default=True, help="price of a longer path")
+@click.option("--bend", type=click.FloatRange(min=0), default=0.01, show_default=True, help="price of each bend")
+def learn_schedule(length: float, bend: float, **arguments: Any) -> None:
+    """Learn the schedule of RECIPE's two streams, before its transformer is trained.
+
+    \b
+    path   a probe, trained at independent times, is measured at all pairs of times; the best path through them
+    joint  schedule and probe are trained together
+
+    The schedule is written to OUT/schedule/learned.yaml, a recipe for `sfd run`. Another --length or --bend needs no
+    new probe.
+    """
+    probe = {name: arguments.pop(name) for name in ("method", "share", "grid", "images", "kinetic")}
+
+    def work(pipeline: Pipeline) -> None:
+        from sfd.run.learn_schedule import ProbeSettings
+        from sfd.utils.config import parse
+
+        path = pipeline.learn_schedule(parse(ProbeSettings, probe, "sfd learn-schedule"), length, bend)
+        if path is not None:
+            click.echo(f"recipe: {path}")
+
+    _stage(work, **arguments)
+
+
 @click.command("train-evaluator")
 @recipe_command
 def train_evaluator(**arguments: Any) -> None:
@@ -162,4 +194,4 @@ def _report(pipeline: Pipeline) -> None:
         click.echo(f"report: {pipeline.folder.report}")
 
 
-COMMANDS = (run, train_texture, train_semantic, train_semvae, prepare, train, train_evaluator, report)
+COMMANDS = (run, train_texture, train_semantic, train_semvae, prepare, learn_schedule, train, train_evaluator, report)

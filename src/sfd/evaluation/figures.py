@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -133,6 +133,37 @@ def trajectory(followed: Trajectory, curves: ScheduleCurves) -> Figure:
     )
     initials = ", ".join(f"{name[0]}: {name} time" for name in curves.names)
     figure.supxlabel(f"u: base time, {initials}; 0 is noise, 1 is data", color=INK, fontsize=7)
+    return figure
+
+
+def sensitivities(errors: np.ndarray, names: Sequence[str], curves: Mapping[str, np.ndarray]) -> Figure:
+    """Draw how much each of two streams lowers the error of the other, and schedules in the square of their times.
+
+    Args:
+        errors: (2, G + 1, G + 1), each stream's error on a grid of times.
+        names: of the streams.
+        curves: paths (points, 2) of the streams' times, by name.
+    """
+    figure = Figure(figsize=(10.5, 3.4), layout="constrained", dpi=160)
+    spacing = 1 / (errors.shape[1] - 1)
+    helped = [-np.gradient(errors[1], spacing, axis=0), -np.gradient(errors[0], spacing, axis=1)]
+    largest = max(1e-9, *(float(np.percentile(np.abs(each), 98)) for each in (*helped, helped[0] - helped[1])))
+    titles = [f"-∂(error of {names[1 - k]}) / ∂(time of {names[k]})" for k in (0, 1)]
+    titles.append(f"red: {names[0]} should lead, blue: {names[1]}")
+    for axis, values, title in zip(figure.subplots(1, 3), (*helped, helped[0] - helped[1]), titles, strict=True):
+        image = axis.imshow(
+            values, origin="lower", extent=(0, 1, 0, 1), cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="equal"
+        )
+        axis.set_title(title, fontsize=8, color=INK)
+        axis.set_xlabel(f"time of {names[1]}", color=INK, fontsize=8)
+        axis.set_ylabel(f"time of {names[0]}", color=INK, fontsize=8)
+        axis.tick_params(colors=INK, labelsize=7)
+    for index, (name, curve) in enumerate(curves.items()):
+        axis.plot(
+            curve[:, 1], curve[:, 0], color="black", linestyle=("-", "--", ":")[index % 3], linewidth=1.4, label=name
+        )
+    axis.legend(fontsize=7, loc="upper left")
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
     return figure
 
 

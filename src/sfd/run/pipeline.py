@@ -21,6 +21,7 @@ from sfd.run.assessment import EvaluatorStage, MetricsStage, SamplesStage
 from sfd.run.encoders import CompressorStage, EncoderStage
 from sfd.run.images import RunImages
 from sfd.run.latents import LatentsStage
+from sfd.run.learn_schedule import ProbeSettings, ProbeStage, check_streams, learn_schedule
 from sfd.run.recipe import Recipe
 from sfd.run.report import write_run_report
 from sfd.run.stages import Run, RunFolder, Stage
@@ -64,6 +65,16 @@ class Pipeline:
         distributed.decide(self._check_given)
         for stage in self._training:
             stage.make()
+
+    def learn_schedule(self, settings: ProbeSettings, length: float, bend: float) -> Path | None:
+        """Make every stage up to the latents, a probe, and from it a recipe with a learned schedule, on rank 0."""
+        check_streams(self.recipe)
+        probe = ProbeStage(self.run, self.latents, settings)
+        probe.check_recipe()
+        distributed.decide(self._check_given)
+        for stage in (self.texture, self.semantic, self.compressor, self.latents, probe):
+            stage.make()
+        return learn_schedule(probe, length, bend) if distributed.is_main_process() else None
 
     def report(self) -> None:
         """Sample with and without guidance, measure both and real images, and write the report."""

@@ -200,9 +200,11 @@ class Recipe(Settings):
             if training is not None and training.init is not None:
                 raise SFDError(f"{name}.train.init: only the transformer starts from weights; give {name}.folder")
         schedule = build_schedule(self.schedule, tuple(self.streams))
-        if self.transformer.clocks == "one" and schedule.knots:
+        independent = self.loss.times == "independent"
+        if self.transformer.clocks == "one" and (schedule.knots or independent):
+            given = "loss.times 'independent'" if independent else f"the schedule {self.schedule['name']!r}"
             raise SFDError(
-                f"transformer.clocks 'one' gives the network a single time, but the schedule {self.schedule['name']!r} "
+                f"transformer.clocks 'one' gives the network a single time, but {given} "
                 "gives each stream its own; use clocks: streams, or the synchronous schedule"
             )
         if self.loss.repa and self.transformer.repa_block is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfd import flow
 from sfd.data.shards import FEATURES, LatentSet
 from sfd.models.dit import DiTOutput, LightningDiT
-from sfd.schedule import Schedule
+from sfd.schedule import Schedule, StreamTimes
 from sfd.training.data import EpochOrder
 from sfd.utils import rng
 from sfd.utils.config import Settings
@@ -40,6 +40,9 @@ class LossSettings(Settings):
         gt=0,
         le=1,
         description="train streams that have reached time 1 at times drawn from [arrived, 1]: noise on them",
+    )
+    times: Literal["schedule", "independent"] = Field(
+        "schedule", description="independent: each stream's time is drawn by itself, so that any schedule can sample"
     )
     density: Literal["base", "stream"] = Field(
         "base", description="stream: weight losses so that each stream's own time has the density of base_time"
@@ -102,7 +105,8 @@ class DiffusionTask:
         labels = self.latents.labels[torch.from_numpy(indices)]
         dropped = torch.from_numpy(draws.dropout < settings.label_dropout)
         u = flow.sample_base_time(torch.from_numpy(draws.base_time), settings.base_time)
-        time, rate = self.schedule.at(u)
+        independent = settings.times == "independent"
+        time, rate = self._independent(step, samples) if independent else self.schedule.at(u)
         batch = {
             "x1": composite.pack(composite.normalize(raw)),
             "x0": torch.from_numpy(draws.noise),
@@ -110,7 +114,7 @@ class DiffusionTask:
             "labels": torch.where(dropped | (self.null_class == 0), self.null_class, labels),
             "indices": torch.from_numpy(indices),
         }
-        if settings.density == "stream":
+        if settings.density == "stream" and not independent:  # independent times have that density
             batch["weights"] = flow.density_ratio(time, u[:, None], settings.base_time) * rate
         if settings.density == "stream" or not settings.stationary_streams:
             batch["moving"] = rate > 0
@@ -121,6 +125,13 @@ class DiffusionTask:
             # As stored, in half precision: the loss turns them into float32, on the device.
             batch["features"] = self.latents.read(FEATURES, indices, flips, dtype=None)
         return batch
+
+    def _independent(self, step: int, samples: range) -> StreamTimes:
+        """Draw each stream's time by itself."""
+        generators = rng.generators(self.seed, "times", step, samples=samples)
+        normals = np.stack([g.standard_normal(len(self.composite.streams), dtype=np.float32) for g in generators])
+        time = flow.sample_base_time(torch.from_numpy(normals), self.settings.base_time)
+        return StreamTimes(time, torch.ones_like(time))
 
     def _draw(self, step: int, samples: range) -> Draws:
         count = len(samples)
