@@ -152,8 +152,15 @@ def sensitivities(errors: np.ndarray, names: Sequence[str], curves: Mapping[str,
     titles.append(f"red: {names[0]} should lead, blue: {names[1]}")
     for axis, values, title in zip(figure.subplots(1, 3), (*helped, helped[0] - helped[1]), titles, strict=True):
         image = axis.imshow(
-            values, origin="lower", extent=(0, 1, 0, 1), cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="equal"
+            values,
+            origin="lower",
+            extent=(-spacing / 2, 1 + spacing / 2) * 2,
+            cmap="RdBu_r",
+            vmin=-largest,
+            vmax=largest,
+            aspect="equal",
         )
+        axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.set_title(title, fontsize=8, color=INK)
         axis.set_xlabel(f"time of {names[1]}", color=INK, fontsize=8)
         axis.set_ylabel(f"time of {names[0]}", color=INK, fontsize=8)
