@@ -29,8 +29,8 @@ evaluation: {{samples_per_class: 3}}
 """
 TIMING = {"images_per_second", "checkpoint_pause", "waiting", "finished", "seconds"}
 TIMING |= {"peak_memory_bytes", "peak_device_memory_bytes"}
-# These contain times.
-PASSED_OVER = ("report.html", "recipe.yaml", "previews")
+# What holds times, locks, and what a killed process had half written, which nothing reads.
+PASSED_OVER = ("report.html", "recipe.yaml", "previews", ".lock", ".partial")
 # The output of each stage, in the order of the stages.
 MADE = {
     "train-texture": ("texture",),
@@ -103,8 +103,10 @@ def contents(folder: Path) -> dict[str, object]:
     """The bytes of all files below a folder by name; of logs and records, all but times."""
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
     found = {path.relative_to(folder.parent).as_posix(): path for path in files if path.is_file()}
+    # A stopped run keeps the checkpoint of the step that it was stopped after, in place of an older one.
+    older = sorted(name for name in found if "checkpoints/step-" in name)[:-1]
     kept = {name: path for name, path in found.items() if not any(part in name for part in PASSED_OVER)}
-    return {name: _content(path) for name, path in kept.items() if not name.endswith(".lock")}
+    return {name: _content(path) for name, path in kept.items() if name not in older}
 
 
 def _content(path: Path) -> object:

@@ -73,8 +73,9 @@ def partial_of(path: Path, suffix: str = "") -> Path:
 
 def remove_partials(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder that no other process writes to."""
-    for partial in folder.glob(f".*{PARTIAL}"):
-        _remove(partial)
+    for pattern in (f".*{PARTIAL}", ".tmp*"):  # the second is safetensors' own, while it writes
+        for partial in folder.glob(pattern):
+            _remove(partial)
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ def limit(hours: float | None) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         raise Interrupted(number)
 
+    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, Interrupted):  # which comes again, and is no fault to report
+            reported(dropped)
+
+    reported, sys.unraisablehook = sys.unraisablehook, unraisable
     before = signal.signal(TIME, handle)
     try:
         if hours is not None:
@@ -43,6 +49,7 @@ def limit(hours: float | None) -> Iterator[None]:
     finally:
         ended.set()
         signal.signal(TIME, before)
+        sys.unraisablehook = reported
 
 
 @contextmanager
