@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := $(VENV)/.docs
 DEMO := runs/shapes-demo
 
-.PHONY: install demo test faults lint format lines clean
+.PHONY: install demo test docs faults lint format lines clean
 .DEFAULT_GOAL := demo
 
 install: $(READY)
@@ -15,6 +16,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The documentation site, in build/site; warnings are errors.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # At most 15 minutes on two cores; rewrites the table in docs/reliability.md.
 faults: $(READY)
@@ -47,6 +52,10 @@ $(READY): requirements.txt requirements-inception.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(VENV)/inception --requirement requirements-inception.txt
+	touch $@
+
+$(DOCS): $(READY) requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-docs.txt
 	touch $@
 
 clean:
