@@ -245,7 +245,7 @@ def test_the_number_of_steps_is_fixed_once_the_decay_has_begun(copied, tmp_path)
     command = ["train", recipe, "--out", out, "--device", "cpu"]
     done(*command)
     before = (out / "recipe.yaml").read_text()
-    refused(sfd(*command, "train.steps=9"), "falling since step 3", "Train to step 6", "train.init")
+    refused(sfd(*command, "train.steps=9"), "falling since step 3", "train to step 6", "train.init")
     assert (out / "recipe.yaml").read_text() == before
     assert files.read_json(out / "training" / "stage.json", "stage")["finished"]
 
