@@ -27,8 +27,7 @@ train: {{steps: 20, preview_every: 10, checkpoint_every: 3}}
 sample: {{batch_size: 4}}
 evaluation: {{samples_per_class: 3}}
 """
-TIMING = {"images_per_second", "checkpoint_pause", "waiting", "finished", "seconds"}
-TIMING |= {"peak_memory_bytes", "peak_device_memory_bytes"}
+TIMING = {"images_per_second", "checkpoint_pause", "waiting", "finished", "seconds", "peak_memory_bytes"}
 # What holds times, locks, and what a killed process had half written, which nothing reads.
 PASSED_OVER = ("report.html", "recipe.yaml", "previews", ".lock", ".partial")
 # The output of each stage, in the order of the stages.
@@ -94,8 +93,7 @@ class Place:
 def check_same(found: Path, expected: Path) -> None:
     """Insist that two folders are byte-equal except for times; otherwise raise `Lost`."""
     a, b = contents(found), contents(expected)
-    different = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
-    if different:
+    if different := sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name)):
         raise Lost(f"{found.name}: {different[:5]} differ or are in only one of the folders")
 
 

@@ -49,7 +49,7 @@ def test_the_wheel_contains_modules_recipes_and_models(installed):
     for name in ("recipes", "models"):
         assert files_in(ROOT / name) == files_in(package / "shipped" / name)
     assert files_in(ROOT / "src/sfd", "*.py") == files_in(package, "*.py")
-    assert (package / "py.typed").exists() and (package / "evaluation/report.html").exists()
+    assert (package / "py.typed").exists() and files_in(ROOT / "src/sfd", "*.html") == files_in(package, "*.html")
     assert list(installed.glob("sfd-*.dist-info/licenses/LICENSE"))
 
 
