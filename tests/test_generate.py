@@ -93,6 +93,12 @@ def test_guidance_by_another_model_equals_its_formula_with_the_same_class(model,
     assert (result - latents(model, guidance=given)).abs().max() > 0.01, "the guiding model is not the null class"
 
 
+def test_a_trajectory_is_guided_as_its_sample(model, guiding):
+    given = {"seeds": SEEDS[:2], "guiding": guiding, "guidance": 2.0, "steps": 6}
+    (*_, last) = model.trajectory(0, **given)
+    torch.testing.assert_close(last.x.cpu(), model.sample(0, output="latent", **given))
+
+
 def test_scale_one_never_calls_the_guiding_model(model, guiding):
     with Calls(guiding) as calls, Calls(model) as own:
         latents(model, guiding, guidance={"semantic": 1.0, "texture": 1.0})

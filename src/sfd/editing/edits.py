@@ -54,10 +54,7 @@ def edit(
     model.check_sampling(config)
     if SOLVERS[config.solver].stochastic:
         raise SFDError(f"{config.solver} adds noise, which leads off a given path; take another solver for edits")
-    labels = [model.transformer.null_class] if classes is None else model.class_indices(classes)
-    labels = labels * len(noise) if len(labels) == 1 else labels
-    if len(labels) != len(noise):
-        raise SFDError(f"{len(labels)} classes were given for {len(noise)} images; give one per image, or one for all")
+    labels = model.labels_of(classes, len(noise))
     found = []
     for first in range(0, len(noise), config.batch_size):
         batch = slice(first, first + config.batch_size)

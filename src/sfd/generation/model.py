@@ -118,7 +118,7 @@ class Model(HubFolder):
             settings: fields of `SamplingConfig` that differ from the model's own, such as steps and guidance.
         """
         labels, chosen = self._labels_and_seeds(classes, seeds)
-        config = self.config(**({"guidance_from": "guiding_model"} if guiding else {}) | settings)
+        config = self._config_of(guiding, settings)
         batches = list(self.sample_batches(labels, chosen, config, guiding=guiding, callback=callback))
         if output == "latent":
             return torch.cat([batch.latents for batch in batches])
@@ -143,7 +143,7 @@ class Model(HubFolder):
         labels, chosen = self._labels_and_seeds(classes, seeds)
         start = initial_noise(chosen, self.composite).to(self.device)
         states = [Progress(0.0, torch.zeros(len(self.composite.streams)), start, 0)]
-        config = self.config(**settings | {"batch_size": len(chosen)})
+        config = self._config_of(guiding, settings | {"batch_size": len(chosen)})
         list(self.sample_batches(labels, chosen, config, guiding=guiding, callback=states.append))
         return states
 
@@ -162,19 +162,16 @@ class Model(HubFolder):
         """
         if isinstance(t, Mapping):
             t = [t[name] for name in self.composite.names]
-        nulls = [self.transformer.null_class]
-        labels = nulls if classes is None else self.class_indices(classes)
-        labels = labels * len(x) if len(labels) == 1 else labels
-        if len(labels) != len(x):
-            raise SFDError(
-                f"{len(labels)} classes were given for {len(x)} latents; give one per latent, or one for all"
-            )
+        labels = self.labels_of(classes, len(x))
         network = self.inference().velocity(torch.tensor(labels, device=self.device))
         return network(x.to(self.device), torch.as_tensor(t))
 
     def config(self, **settings: Any) -> SamplingConfig:
         """The model's sampling defaults with some fields changed."""
         return parse(SamplingConfig, {**self.sampling.model_dump(mode="json"), **settings}, "sampling")
+
+    def _config_of(self, guiding: Model | None, settings: dict[str, Any]) -> SamplingConfig:
+        return self.config(**({"guidance_from": "guiding_model"} if guiding else {}) | settings)
 
     def sample_batches(
         self,
@@ -302,6 +299,14 @@ class Model(HubFolder):
         if not self.classes:
             raise SFDError("this model is unconditional: it has no classes; leave them out")
         return [find_class(given, self.classes) for given in ([classes] if isinstance(classes, str | int) else classes)]
+
+    def labels_of(self, classes: Classes | None, count: int) -> list[int]:
+        """Labels of `count` given latents: names or numbers, one each or one for all; None: the null class."""
+        labels = [self.transformer.null_class] if classes is None else self.class_indices(classes)
+        labels = labels * count if len(labels) == 1 else labels
+        if len(labels) != count:
+            raise SFDError(f"{len(labels)} classes were given for {count} latents; give one per latent, or one for all")
+        return labels
 
     def _labels_and_seeds(
         self, classes: Classes | None, seeds: int | Sequence[int] | None
