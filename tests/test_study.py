@@ -10,7 +10,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study.arms import BASES, arms
 from benchmarks.study.page import Results, Value, reached, verdict
 from benchmarks.study.probe import Probe
-from benchmarks.study.work import SCALES
+from benchmarks.study.work import FEW, SCALES
 from sfd.data.folder import FolderSource
 from sfd.evaluation.extractors._base import Extraction
 from sfd.run.recipe import load_recipe
@@ -31,6 +31,7 @@ def test_every_arm_has_a_valid_recipe_of_its_own(name):
     listed = arms(base)
     assert len({arm.name for arm in listed}) == len(listed)
     recipes = {arm.name: load_recipe(base.recipe, [*base.changes, *arm.changes]).fixed() for arm in listed}
+    assert recipes.pop("learned") == recipes["density-0.3"]  # whose schedule a probe replaces
     assert len({json.dumps(recipe, sort_keys=True) for recipe in recipes.values()}) == len(recipes)
     assert len({json.dumps([recipe["train"], recipe["transformer"]["depth"]]) for recipe in recipes.values()}) == 1
 
@@ -41,7 +42,7 @@ def test_it_measures_resumes_and_shares(tmp_path):
         "shapes",
         *TOY,
         "--arms",
-        "texture,offset-0.3",
+        "offset-0.3,learned",
         "--seeds",
         "2",
         "--out",
@@ -51,7 +52,7 @@ def test_it_measures_resumes_and_shares(tmp_path):
     ]
     study.main(command)
     results = sorted((tmp_path / "shapes/results").iterdir())
-    assert len(results) == 2 * 2 * (len(SCALES) + 1)  # arms, seeds, scales and one preview
+    assert len(results) == 2 * 2 * (len(SCALES) + len(FEW) + 1)  # arms, seeds, samplings, preview
     assert len(list((tmp_path / "shapes/parts").glob("latents-*"))) == 1
     page = (tmp_path / "study-shapes.md").read_text(encoding="utf-8")
     assert "| offset-0.3 | 2 |" in page and (tmp_path / "study-shapes.png").exists()
@@ -62,8 +63,8 @@ def test_it_measures_resumes_and_shares(tmp_path):
     assert results[0].exists()
     assert {path: path.stat().st_mtime_ns for path in results[1:]} == before
     values = Results(tmp_path / "shapes")
-    seen = values.found["texture"]["guidance-1"]
-    assert values.value("texture", "frechet_distance").mean == pytest.approx(
+    seen = values.found["learned"]["guidance-1"]
+    assert values.value("learned", "frechet_distance").mean == pytest.approx(
         (seen[0].frechet_distance + seen[1].frechet_distance) / 2
     )
 

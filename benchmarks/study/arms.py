@@ -61,12 +61,14 @@ class Arm(NamedTuple):
     name: str
     changes: tuple[str, ...]
     group: str  # the question that it helps to answer
+    learned: bool = False  # a schedule that a probe of 5 % of the training finds
 
 
 def offset(delta: float) -> str:
     return f"schedule={{name: offset, delta: {delta:g}}}"
 
 
+EQUAL_DENSITY = ("loss.density=stream", "loss.base_time=uniform")
 ALONE = ("streams.semantic=null", "schedule={name: synchronous}")
 
 
@@ -86,7 +88,8 @@ def arms(base: Base) -> list[Arm]:
     for delta in (0, 0.3, 1):
         listed += [
             Arm(f"data-{delta:g}", (offset(delta), "transformer.prediction=data"), "prediction"),
-            Arm(f"density-{delta:g}", (offset(delta), "loss.density=stream", "loss.base_time=uniform"), "cause"),
+            Arm(f"density-{delta:g}", (offset(delta), *EQUAL_DENSITY), "cause"),
         ]
+    listed += [Arm("learned", EQUAL_DENSITY, "schedule", learned=True)]
     listed += [Arm("compressor", (base.other_compressor,), "semantics"), Arm("embedded", (base.embedded,), "semantics")]
     return listed + [Arm(f"weight-{w:g}", (f"streams.semantic.weight={w:g}",), "weight") for w in (0.5, 1, 4)]

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import table
+from benchmarks.study.work import FEW
 from sfd.evaluation.evaluate import Metrics, read_metrics
 from sfd.utils import files
 
@@ -31,6 +32,8 @@ CLAIMS = (
     ("data-0.3", "data-0", "with predictions of the data, 0.3 is better than synchronous"),
     ("density-0.3", "density-0", "with equal densities of each stream's time, 0.3 is better than synchronous"),
     ("density-0.3", "density-1", "with equal densities of each stream's time, 0.3 is better than sequential"),
+    ("learned", "density-0.3", "a learned schedule is better than the offset 0.3, at equal densities"),
+    ("learned", "offset-0.3", "a learned schedule is better than the offset 0.3 as it is"),
     ("compressor", "offset-0.3", "a SemVAE is better than principal components"),
     ("offset-0.3", "embedded", "the base's encoder is better than the embedded one"),
 )
@@ -94,12 +97,13 @@ def verdict(better: Value | None, worse: Value | None, lower: bool) -> str:
 
 
 def claims(results: Results) -> list[dict[str, Any]]:
-    """Check each claim in unguided distance, in the best guided distance, and in unguided accuracy."""
+    """Check each claim in unguided distance, also in few steps, the best guided distance, and unguided accuracy."""
     rows = []
     for better, worse, claim in CLAIMS:
         pairs = {
             "unguided distance": [results.value(arm, "frechet_distance") for arm in (better, worse)],
             "best guided distance": [best[1] if (best := results.best(arm)) else None for arm in (better, worse)],
+            "distance in 10 steps": [results.value(arm, "frechet_distance", "in-10-steps") for arm in (better, worse)],
             "unguided accuracy": [results.value(arm, "class_accuracy") for arm in (better, worse)],
         }
         row = {"claim": claim}
@@ -108,6 +112,20 @@ def claims(results: Results) -> list[dict[str, Any]]:
         if any(None not in pair for pair in pairs.values()):
             rows.append(row)
     return rows
+
+
+def summary(checked: list[dict[str, Any]]) -> str:
+    """Say what holds and what does not, and in which metrics: a list with one item per verdict."""
+    items = []
+    for found in ("holds", "the reverse holds", "not separated"):
+        said = []
+        for row in checked:
+            metrics = [name for name, text in row.items() if name != "claim" and text.startswith(f"{found}:")]
+            if metrics:
+                said.append(f"{row['claim']} ({', '.join(metrics)})")
+        if said:
+            items.append(f"- **{found[0].upper()}{found[1:]}**: {'; '.join(said)}.")
+    return "\n".join(items) if items else "Nothing to compare yet."
 
 
 def shown(value: Value | None) -> str:
@@ -135,6 +153,8 @@ def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"arm": arm, "seeds": len(results.found[arm].get("guidance-1", []))}
         row |= {metric.replace("_", " "): shown(results.value(arm, metric)) for metric in SHOWN}
         best = results.best(arm)
+        for few in FEW:
+            row[f"distance in {few} steps"] = shown(results.value(arm, "frechet_distance", f"in-{few}-steps"))
         row["best guided distance"] = "—" if best is None else f"{shown(best[1])} at {best[0]:g}"
         seen = reached(results.curve(arm, images, steps), final.mean) if final is not None else None
         row["times faster than texture alone"] = "—" if seen is None else f"{images * steps / seen:.2g}"
@@ -157,9 +177,7 @@ def plots(results: Results, images: int, steps: int) -> Figure:
             by_offset.errorbar(x, y, half, fmt=style, capsize=3, label=what)
     if by_offset.lines:
         by_offset.legend()
-    for arm in [
-        arm for arm in ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived") if arm in results.found
-    ]:
+    for arm in [arm for arm in DRAWN if arm in results.found]:
         pairs = results.front(arm, "precision"), results.front(arm, "recall"), results.front(arm, "frechet_distance")
         precision, recall, distance = ([value.mean for _, value in pair] for pair in pairs)
         front.plot(recall, precision, "o-", label=arm)
@@ -187,13 +205,15 @@ def write(folder: Path, name: str, images: int, steps: int) -> Path:
     files.write_json(numbers, {"claims": checked, "arms": measured, "images a step": images, "steps": steps})
     text = f"""# Study: {name}
 
-Each arm is a network of the same size that saw the same {images * steps:,} images, in the same order. Values are means
-over seeds with 95 % intervals that cover the draw of the samples and the spread of the seeds. An ordering holds if the
-intervals do not overlap.
+{summary(checked)}
 
-{table(checked) if checked else "Nothing to compare yet."}
+Each arm is a network of the same size that saw the same {images * steps:,} images, in the same order. Values are means
+over seeds with 95 % intervals that cover the draw of the samples and, with several seeds, their spread. An ordering
+holds if the intervals do not overlap.
 
 ![distance by offset, fronts and convergence]({picture.name})
+
+{table(checked) if checked else ""}
 
 {table(measured) if measured else ""}
 """

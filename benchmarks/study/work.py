@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from sfd.evaluation.extractors._base import pretrained
 from sfd.evaluation.reference import Reference, reference_of
 from sfd.generation.model import Model
 from sfd.models.dit import LightningDiT
+from sfd.run.learn_schedule import ProbeSettings
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, load_recipe
 from sfd.run.stages import Stage
@@ -30,6 +32,8 @@ from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance
+FEW = (5, 10)  # steps of further unguided samples
+LENGTH, BEND = 0.1, 0.01  # of a learned schedule's path, as in `sfd learn-schedule`
 OF_LATENTS = ("data", "texture", "semantic", "compressor", "latents")  # fields of a recipe that latents depend on
 PER_SEED = 1_000_000  # images of a training seed have noise of their own, the same for all arms
 
@@ -42,19 +46,21 @@ class Study:
         self.changes = (*base.changes, *changes)
 
     def measure(self, arm: Arm, seed: int) -> bool:
-        """Train an arm and measure its samples, at each scale of guidance and while it is trained.
+        """Train an arm and measure its samples: at each scale of guidance, in few steps, and while it is trained.
 
         Returns:
             whether there was something to do.
         """
-        paths = {scale: self.path(arm, seed, f"guidance-{scale:g}") for scale in SCALES}
-        if all(path.exists() for path in paths.values()):
-            return False
-        model = self._train(arm, seed)
-        for scale, path in paths.items():
-            if not path.exists():
-                self._evaluate(model, scale, seed, path)
-        return True
+        wanted: dict[Path, dict[str, Any]] = {
+            **{self.path(arm, seed, f"guidance-{scale:g}"): {"guidance": scale} for scale in SCALES},
+            **{self.path(arm, seed, f"in-{steps}-steps"): {"steps": steps} for steps in FEW},
+        }
+        missing = {path: sampling for path, sampling in wanted.items() if not path.exists()}
+        if missing:
+            model = self._train(arm, seed)
+            for path, sampling in missing.items():
+                self._evaluate(model, seed, path, sampling)
+        return bool(missing)
 
     def path(self, arm: Arm, seed: int, what: str) -> Path:
         """The file of one set of metrics."""
@@ -68,26 +74,32 @@ class Study:
         recipe, parts = self.recipe(arm), self._parts(arm)
         latents, texture = LatentSet(parts.folder.latents), parts.texture.encoder
         config = transformer_config(recipe, latents)
-        schedule = build_schedule(recipe.schedule, config.composite.names)
+        schedule = build_schedule(self._learned(parts) if arm.learned else recipe.schedule, config.composite.names)
 
         def preview(step: int, network: nn.Module, _: Path) -> None:
             path = self.path(arm, seed, f"step-{step}")
             if step < recipe.train.steps and not path.exists():
-                self._evaluate(Model(network, schedule, texture, latents.manifest.classes), 1.0, seed, path)
+                self._evaluate(Model(network, schedule, texture, latents.manifest.classes), seed, path, {})
 
         network, size = LightningDiT(config, seed=seed), recipe.train.batch_size
         task = DiffusionTask(network, latents, schedule, recipe.loss, seed=seed, batch_size=size, previewer=preview)
         trained = fit(task, recipe.train, self.folder / "training" / f"{arm.name}.seed-{seed}", device=self.device)
         return Model(trained, schedule, texture, latents.manifest.classes)
 
-    def _evaluate(self, model: Model, scale: float, seed: int, path: Path) -> None:
+    def _learned(self, parts: Pipeline) -> dict[str, Any]:
+        """The schedule that a probe finds; `parts` keeps both."""
+        path = parts.learn_schedule(ProbeSettings(), LENGTH, BEND)
+        assert path is not None  # on rank 0
+        return load_recipe(path).schedule
+
+    def _evaluate(self, model: Model, seed: int, path: Path, sampling: dict[str, Any]) -> None:
         recipe = self.recipe(Arm("base", (), ""))
-        settings = recipe.sample.model_copy(update={"guidance": scale, "guidance_from": "null_class"})
+        settings = recipe.sample.model_copy(update={"guidance": 1.0, "guidance_from": "null_class", **sampling})
         labels = [c for c in range(len(model.classes)) for _ in range(recipe.evaluation.samples_per_class)]
         seeds = range(PER_SEED * seed, PER_SEED * seed + len(labels))
         images = np.concatenate([batch.images for batch in model.sample_batches(labels, seeds, settings)])
-        sampling = settings.model_dump(mode="json")
-        evaluate(images, labels, self.reference, name=path.name, sampling=sampling).write(path)
+        used = settings.model_dump(mode="json")
+        evaluate(images, labels, self.reference, name=path.name, sampling=used).write(path)
 
     @cached_property
     def reference(self) -> Reference:
