@@ -1,0 +1,97 @@
+"""Sources and scales of guidance at equal network calls, on a trained run of photographs with a second head.
+
+    python -m benchmarks.study.guidance RUN [--samples 1000] [--device auto]
+
+Samples are judged in features of a network that saw a million photographs; its linear probe, trained on images that
+the model never saw, tells classes apart. Rows are kept in RUN/guidance: the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.few_steps import sampled
+from benchmarks.report import table
+from benchmarks.study.probe import Probe
+from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
+from sfd.evaluation.extractors._base import pretrained
+from sfd.evaluation.reference import Reference, reference_of
+from sfd.run.pipeline import Pipeline
+from sfd.run.recipe import load_recipe
+from sfd.training.tasks.classifier import divide
+from sfd.utils.device import choose_device
+from sfd.utils.errors import Interrupted, SFDError
+
+SCALES = {"null_class": (1.5, 2.0, 3.0), "inside": (1.25, 1.5, 2.0)}
+WAYS: list[dict[str, Any]] = [{"guidance": 1.0, "steps": steps} for steps in (24, 12)]
+for source, scales in SCALES.items():
+    WAYS += [{"guidance": scale, "steps": steps, "guidance_from": source} for scale in scales for steps in (24, 12)]
+CALLS = {"null_class": 2, "inside": 1}  # per step
+SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
+
+
+def judge(pipeline: Pipeline) -> Reference:
+    """Held-out images as the probe sees them, fitted on others of them."""
+    settings = pipeline.recipe.evaluation.classifier
+    if settings is None:
+        raise SFDError("the recipe has no evaluation.classifier, which says how held-out images are divided")
+    training, real = divide(pipeline.images.held_out, settings)
+    network = pretrained("efficientnet_lite", None, pipeline.device)
+    return reference_of(
+        real, Probe(network, training, real, pipeline.folder.root / "guidance" / "features"), "held-out real images"
+    )
+
+
+def measure(run: Path, samples: int, device: str) -> list[dict[str, Any]]:
+    """One row per way of guiding, and one of as many real images that the model was trained on."""
+    pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, choose_device(device))
+    against, model, rows = judge(pipeline), pipeline.model, []
+    labels = [k % len(model.classes) for k in range(samples)]
+    for way in WAYS:
+        name = "-".join(f"{value}" for value in reversed(way.values()))
+        path = run / "guidance" / f"{name}.{samples}.json"
+        if not path.exists():
+            found = evaluate(sampled(model, way, samples), labels, against, name=name, sampling=way)
+            found.write(path)
+        rows.append(row(way, read_metrics(path)))
+        print(rows[-1], flush=True)
+    real = pipeline.images.training
+    chosen = range(0, len(real), len(real) // samples)[:samples]
+    found = evaluate(real.load(chosen), [real.labels[k] for k in chosen], against, name="real")
+    return [*rows, row({"guidance_from": "real training images"}, found)]
+
+
+def row(way: dict[str, Any], found: Metrics) -> dict[str, Any]:
+    """Quality with the interval of the distance, and what an image costs."""
+    low, high = found.intervals["frechet_distance"]
+    source, steps = way.get("guidance_from"), way.get("steps")
+    return {
+        "guidance_from": source or "none",
+        "guidance": way.get("guidance"),
+        "network_calls": steps and steps * CALLS.get(source or "", 1),
+        **{name: getattr(found, name) for name in SHOWN},
+        "interval": f"{low:.3g} to {high:.3g}",
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.study.guidance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args(arguments)
+    try:
+        print(table(measure(given.run, given.samples, given.device)))
+    except Interrupted:
+        sys.exit("stopped; the same command resumes")
+    except SFDError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
