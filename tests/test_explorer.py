@@ -173,7 +173,7 @@ def test_a_model_of_one_stream_is_refused():
 
 def test_no_class_name_ends_the_script():
     model = random_model(1, classes=("</script><b>", "ring", "star"))
-    assert static_page(model, [0], [0], "names", steps=STEPS).count("</script>") == 1
+    assert static_page(model, [(0, 0)], "names", steps=STEPS).count("</script>") == 1
 
 
 @pytest.fixture(scope="module")

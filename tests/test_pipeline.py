@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def test_a_run_writes_previews_and_a_report(finished):
     page = finished.folder.report.read_text()
-    assert "tiny" in page and "Fréchet distance" in page
+    assert "tiny" in page and "Fréchet distance" in page and "<iframe" in page
     names = sorted(p.name for p in (finished.folder.training / "previews").iterdir())
     assert names == ["real.png", "step-000000003.png", "step-000000006.png"]
 

@@ -7,7 +7,7 @@ from sfd.data.grid import image_grid
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics, Protocol
 from sfd.evaluation.report import Gallery, ReportContent, write_report
-from sfd.generation.trajectory import ScheduleCurves, Trajectory
+from sfd.generation.trajectory import ScheduleCurves
 
 RNG = np.random.default_rng(0)
 CLASSES = ("disk", "ring")
@@ -61,7 +61,6 @@ def cost(stage, seconds, memory, device_memory=0):
 
 def full_content():
     log = [{"step": 20 * i, "loss": 1 / i, "images_per_second": 100.0, "skipped": 0} for i in range(1, 30)]
-    base = np.linspace(0, 1, 5)
     return ReportContent(
         title="A <run>",
         summary="What was run.",
@@ -69,7 +68,7 @@ def full_content():
         recipe="name: demo\n",
         galleries=[Gallery("Guided", "with care", [(name, images(4)) for name in CLASSES])],
         schedule=schedule(),
-        trajectory=Trajectory("a disk", base, np.stack([base, base], axis=1), RNG.normal(size=(5, 4, 2, 2)), images(5)),
+        player="<script>alert('own page')</script>",
         logs={"transformer": log},
         metrics=[row(), row("real training images", real=True, class_accuracy=0.98)],
         stages=[cost("transformer", 200, 1_200_000_000)],

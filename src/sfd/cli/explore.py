@@ -39,6 +39,8 @@ def explore_model(
     if static is None:
         serve(loaded, name, port, lambda address: click.echo(f"{address}  (Ctrl-C ends it)"), **settings)
         return
-    page = static_page(loaded, asked_labels(loaded, classes or "all"), parse_seeds(seeds or "0"), name, **settings)
+    labels = asked_labels(loaded, classes or "all")
+    samples = [(label, seed) for label in labels for seed in parse_seeds(seeds or "0")]
+    page = static_page(loaded, samples, name, **settings)
     files.write_text(static, page)
     click.echo(f"{static}")

@@ -30,6 +30,7 @@ def edit(
     classes: Classes | None = None,
     *,
     schedule: str | Mapping[str, Any] | None = None,
+    guiding: Model | None = None,
     callback: Callable[[Progress], None] | None = None,
     **settings: Any,
 ) -> Tensor:
@@ -42,6 +43,7 @@ def edit(
         classes: names or numbers, one per image or one for all; None: the null class.
         schedule: name and options of another schedule than the model's own. A somewhat larger offset shows texture a
             clearer plan, at pairs of times that training did not show.
+        guiding: another model, to guide with; see `Model.sample`.
         callback: called after each solver step, batch by batch.
         settings: fields of `SamplingConfig` that differ from the model's own.
     """
@@ -51,7 +53,7 @@ def edit(
             "a distilled model draws in steps that no path can join; edit with the model that it learnt from"
         )
     config = model.config(**settings)
-    model.check_sampling(config)
+    model.check_sampling(config, guiding)
     if SOLVERS[config.solver].stochastic:
         raise SFDError(f"{config.solver} adds noise, which leads off a given path; take another solver for edits")
     labels = model.labels_of(classes, len(noise))
@@ -59,7 +61,7 @@ def edit(
     for first in range(0, len(noise), config.batch_size):
         batch = slice(first, first + config.batch_size)
         x = noise[batch].to(model.device)
-        velocity = model.velocity_field(torch.tensor(labels[batch], device=model.device), config)
+        velocity = model.velocity_field(torch.tensor(labels[batch], device=model.device), config, guiding)
         of_batch = {name: _of_batch(path, batch) for name, path in paths.items()}
         result = integrate(
             follow(velocity, x, model.composite, of_batch),

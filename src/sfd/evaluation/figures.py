@@ -50,6 +50,13 @@ def picture(image: Image.Image, side: int) -> str:
     return _data_uri(buffer, kind.lower())
 
 
+def scaled(images: np.ndarray, side: int) -> np.ndarray:
+    """Scale images, uint8 (n, S, S, 3), down to `side` pixels if they are larger."""
+    if images.shape[1] <= side:
+        return images
+    return np.stack([Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS) for image in images])
+
+
 def curve(steps: Sequence[float], values: Sequence[float], quantity: str) -> str:
     """Draw a logged quantity over training: the log's own values pale, their trailing average over them."""
     figure = Figure(figsize=(2.9, 1.9), layout="constrained")
@@ -172,13 +179,6 @@ def sensitivities(errors: np.ndarray, names: Sequence[str], curves: Mapping[str,
     axis.legend(fontsize=7, loc="upper left")
     figure.colorbar(image, ax=figure.axes, shrink=0.8)
     return figure
-
-
-def render(figure: Figure) -> str:
-    """Encode a figure of pixels."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True)
-    return _data_uri(buffer, "png")
 
 
 def _svg(figure: Figure) -> str:

@@ -9,13 +9,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 
 from sfd import __version__
 from sfd.data.grid import image_grid
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
-from sfd.generation.trajectory import ScheduleCurves, Trajectory
+from sfd.generation.trajectory import ScheduleCurves
 from sfd.utils import files
 from sfd.utils.units import duration, memory
 
@@ -53,7 +52,7 @@ class ReportContent:
     recipe: str  # the resolved recipe, YAML
     galleries: Sequence[Gallery] = ()
     schedule: ScheduleCurves | None = None
-    trajectory: Trajectory | None = None
+    player: str | None = None  # page of the explorer with some of the samples
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # part's name to lines of its log
     metrics: Sequence[Metrics] = ()  # the row that matters most first; real images, if any, last
     stages: Sequence[Mapping[str, Any]] = ()  # records of the stages, with their time and memory
@@ -65,14 +64,12 @@ def write_report(path: Path, content: ReportContent) -> None:
         loader=jinja2.PackageLoader("sfd.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"duration": duration, "memory": memory, "percent": percent, "number": number}
-    schedule, followed = content.schedule, content.trajectory
     page = environment.get_template("report.html").render(
         content=content,
         version=__version__,
         cards=_cards(content.metrics),
         galleries=[_gallery(gallery) for gallery in content.galleries],
-        trajectory=figures.render(figures.trajectory(followed, schedule)) if followed and schedule else None,
-        schedule=figures.schedule(schedule) if schedule else None,
+        schedule=figures.schedule(content.schedule) if content.schedule else None,
         curves=[_curves(name, lines) for name, lines in content.logs.items() if lines],
         has_sfid=any(row.sfid is not None for row in content.metrics),
         doubts=list(dict.fromkeys(text for row in content.metrics for why in row.caveats.values() for text in why)),
@@ -134,16 +131,10 @@ def _gallery(gallery: Gallery) -> dict[str, Any]:
     """Draw a gallery's rows, each as one picture."""
     rows: list[dict[str, Any]] = []
     for name, images in gallery.rows:
-        shown = np.stack([_thumbnail(image) for image in images[:MAX_COLUMNS]])
+        shown = figures.scaled(images[:MAX_COLUMNS], MAX_SIDE)
         picture = figures.picture(image_grid(shown, len(shown), scale=1), shown.shape[1])
         rows.append({"name": name, "columns": len(shown), "picture": picture})
     return {"gallery": gallery, "rows": rows, "columns": max((row["columns"] for row in rows), default=1)}
-
-
-def _thumbnail(image: np.ndarray) -> np.ndarray:
-    if image.shape[0] <= MAX_SIDE:
-        return image
-    return np.asarray(Image.fromarray(image).resize((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS))
 
 
 def _curves(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

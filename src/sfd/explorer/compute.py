@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfd.editing import change_plan, edit, keep_plan, paint, swap_plans
 from sfd.editing.edits import mixed_noise
-from sfd.explorer.frames import COLUMNS, Run, Superseded, image_side, panels, plan_stream
+from sfd.explorer.frames import COLUMNS, MAX_PIXELS, MAX_SIDE, Run, Superseded, image_side, panels, plan_stream
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.generation.trajectory import schedule_curves
@@ -58,21 +58,23 @@ def check_model(model: Model) -> None:
         raise SFDError("this model was distilled and has no velocity at each time; explore its teacher instead")
 
 
-def facts(model: Model, name: str, **settings: Any) -> dict[str, Any]:
-    """What the page has to know of a model; `settings` replace its sampling defaults."""
+def facts(
+    model: Model, name: str, *, guiding: Model | None = None, side: int = MAX_SIDE, **settings: Any
+) -> dict[str, Any]:
+    """What the page has to know of a model; see `compute` for the arguments."""
     check_model(model)
     config = model.config(**settings)
     solver = config.solver if config.solver in SOLVERS else "multistep"
     scale = config.guidance
     scales = scale if isinstance(scale, dict) else dict.fromkeys(model.composite.names, scale)
-    guided = bool(model.classes) or config.guidance_from == "inside"
+    guided = bool(model.classes) or guiding is not None or config.guidance_from == "inside"
     return {
         "name": name,
         "classes": list(model.classes),
         "streams": list(model.composite.names),
         "plan": plan_stream(model),
         "columns": COLUMNS,
-        "side": {"semantic": model.composite[plan_stream(model)].grid, "image": image_side(model)},
+        "side": {"semantic": model.composite[plan_stream(model)].grid, "image": min(image_side(model), side)},
         "brush": brush_grid(model),
         "delta": trained_delta(model),
         "guided": guided,
@@ -84,15 +86,28 @@ def facts(model: Model, name: str, **settings: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compute(model: Model, request: Request, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def compute(
+    model: Model,
+    request: Request,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    guiding: Model | None = None,
+    side: int = MAX_SIDE,
+    pixels: int = MAX_PIXELS,
+    **settings: Any,
+) -> dict[str, Any]:
     """Draw what is asked for.
 
     Args:
         model: the generator.
         request: see `Request`.
-        stop: asked between steps; true ends the work by `Superseded`.
+        stop: called between steps; true ends the work by `Superseded`.
+        guiding: another model, to guide with.
+        side: pixels of an image's side at most.
+        pixels: of all pictures together at most; there are fewer frames instead.
+        settings: fields of `SamplingConfig` that differ from the model's own and that a request does not set.
     """
-    config = _config(model, request)
+    config = _config(model, request, guiding, settings)
     seeds, labels = [request.seed], [request.label]
     if request.mode == "swap-plans":
         seeds.append(request.other_seed)
@@ -100,7 +115,7 @@ def compute(model: Model, request: Request, stop: Callable[[], bool] = lambda: F
         labels = [None, None] if None in labels else labels
     titles = [_title(model, label, seed) for label, seed in zip(labels, seeds, strict=True)]
     source = Run(titles, initial_noise(seeds, model.composite), _indices(model, labels), model.schedule, stop)
-    how = config.model_dump(mode="json")
+    how = config.model_dump(mode="json") | {"guiding": guiding}
     latents = edit(model, source.noise, {}, _classes(labels), callback=source, **how)
     runs = [source]
     schedule = model.schedule if request.delta is None else _offset(model, request.delta)
@@ -111,7 +126,7 @@ def compute(model: Model, request: Request, stop: Callable[[], bool] = lambda: F
         edit(model, source.noise, {}, _classes(labels), schedule=schedule.spec, callback=again, **how)
         runs.append(again)
     return {
-        "panels": panels(model, runs, config),
+        "panels": panels(model, runs, config, guiding, side, pixels),
         "schedules": [_curves(model, run.schedule) for run in runs],
         "warning": _warning(model, schedule),
         "summary": f"{config.summary()}; {source.states[-1].nfe} function evaluations",
@@ -166,18 +181,19 @@ def _title(model: Model, label: int | None, seed: int) -> str:
     return f"{'no class' if label is None else model.classes[label]}, seed {seed}" if model.classes else f"seed {seed}"
 
 
-def _config(model: Model, request: Request) -> SamplingConfig:
+def _config(model: Model, request: Request, guiding: Model | None, settings: dict[str, Any]) -> SamplingConfig:
     for label in (request.label, request.other_label):
         if label is not None and label >= len(model.classes):
             raise SFDError(f"there is no class {label}; this model has {len(model.classes)}, from 0")
     scales, everywhere = set(request.guidance.values()), set(request.guidance) == set(model.composite.names)
     guidance = scales.pop() if everywhere and len(scales) == 1 else request.guidance
+    own = model.config(**settings)
     changed: dict[str, Any] = {"solver": request.solver, "steps": request.steps, "guidance": guidance, "batch_size": 8}
-    if request.solver != model.sampling.solver:
+    if request.solver != own.solver:
         changed["options"] = {}
-    if model.sampling.guidance_from == "guiding_model":
+    if own.guidance_from == "guiding_model" and guiding is None:
         changed["guidance_from"] = "null_class"
-    return model.config(**changed)
+    return model.config(**settings | changed)
 
 
 def _indices(model: Model, labels: list[int | None]) -> list[int]:

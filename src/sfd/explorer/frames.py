@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfd.evaluation.figures import picture, semantic_colours
+from sfd.evaluation.figures import picture, scaled, semantic_colours
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.latents import TEXTURE
@@ -21,6 +21,7 @@ from sfd.utils.errors import SFDError
 
 COLUMNS = 8  # frames in a row of a sheet
 MAX_FRAMES = 49
+MAX_SIDE = 256  # pixels of an image; larger ones are scaled down
 MAX_PIXELS = 1 << 25  # of all sheets of a result: large images get fewer frames
 MAX_STATES = 1000  # of one sampling; an adaptive solver may take any number of steps
 DECODED_AT_ONCE = 8  # images between two looks at whether to stop
@@ -59,20 +60,22 @@ def check(stop: Callable[[], bool]) -> None:
         raise Superseded
 
 
-def panels(model: Model, runs: Sequence[Run], config: SamplingConfig) -> list[dict[str, Any]]:
+def panels(
+    model: Model, runs: Sequence[Run], config: SamplingConfig, guiding: Model | None, side: int, pixels: int
+) -> list[dict[str, Any]]:
     """Make one record per image of all runs, as the page reads it.
 
     Sheets are pictures of all frames, `COLUMNS` in a row. Semantic colours are the same for all records.
     """
-    side = image_side(model)
+    side = min(side, image_side(model))
     count = sum(len(run.titles) for run in runs)
-    most = max(2, min(MAX_FRAMES, MAX_PIXELS // (2 * side**2 * count)))
+    most = max(2, min(MAX_FRAMES, pixels // (2 * side**2 * count)))
     found: list[dict[str, Any]] = []
     plans = []
     for number, run in enumerate(runs):
         chosen = evenly(run.states, most)
         x = torch.stack([state.x.to(model.device) for state in chosen])  # (F, B, N)
-        v = _velocities(model, run, chosen, config)
+        v = _velocities(model, run, chosen, config, guiding)
         remaining = torch.stack([model.composite.per_entry(1 - state.t.float()) for state in chosen]).to(x.device)
         estimates = x + remaining[:, None] * v
         norms = torch.stack([part.square().mean(-1).sqrt() for part in v.split(model.composite.sizes, -1)], -1)
@@ -84,8 +87,8 @@ def panels(model: Model, runs: Sequence[Run], config: SamplingConfig) -> list[di
                 "u": [round(state.u, 5) for state in chosen],
                 "t": [[round(t, 5) for t in state.t.tolist()] for state in chosen],
                 "velocity": [[round(norm, 4) for norm in each] for each in norms[:, index].tolist()],
-                "texture": sheet(_decode(model, x[:, index], config, run.stop)),
-                "estimate": sheet(_decode(model, estimates[:, index], config, run.stop)),
+                "texture": sheet(scaled(_decode(model, x[:, index], config, run.stop), side)),
+                "estimate": sheet(scaled(_decode(model, estimates[:, index], config, run.stop), side)),
             })  # fmt: skip
     colours = semantic_colours(np.concatenate(plans))
     for panel, pictures in zip(found, np.split(colours, np.cumsum([len(plan) for plan in plans])[:-1]), strict=True):
@@ -122,9 +125,11 @@ def sheet(images: np.ndarray) -> str:
     return picture(Image.fromarray(laid), height)
 
 
-def _velocities(model: Model, run: Run, states: Sequence[Progress], config: SamplingConfig) -> Tensor:
+def _velocities(
+    model: Model, run: Run, states: Sequence[Progress], config: SamplingConfig, guiding: Model | None
+) -> Tensor:
     """The network's guided velocity at each state, (F, B, N), also where a stream follows a given path."""
-    velocity = model.velocity_field(torch.tensor(run.labels, device=model.device), config)
+    velocity = model.velocity_field(torch.tensor(run.labels, device=model.device), config, guiding)
     found = []
     for state in states:
         check(run.stop)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sfd.explorer.compute import Request, compute, facts
+from sfd.explorer.frames import MAX_PIXELS, MAX_SIDE
 from sfd.generation.model import Model
 from sfd.utils.errors import SFDError
 
@@ -25,14 +26,36 @@ def render(known: dict[str, Any]) -> str:
     return page.replace("/*FACTS*/ null", text)
 
 
-def static_page(model: Model, labels: Sequence[int], seeds: Sequence[int], name: str, **settings: Any) -> str:
-    """One self-contained page of samples, each of `labels` with each of `seeds`; see `facts` for the settings."""
-    pairs = [(label, seed) for label in labels for seed in seeds]
-    if len(pairs) > MAX_STATIC:
-        raise SFDError(f"a page holds at most {MAX_STATIC} samples, not {len(pairs)}; choose fewer classes or seeds")
-    known = facts(model, name, **settings)
-    requests = [Request(label=label if model.classes else None, seed=seed, **known["start"]) for label, seed in pairs]
-    return render(known | {"results": [compute(model, request) for request in requests]})
+def static_page(
+    model: Model,
+    samples: Sequence[tuple[int, int]],
+    name: str,
+    *,
+    guiding: Model | None = None,
+    side: int = MAX_SIDE,
+    pixels: int = MAX_PIXELS,
+    **settings: Any,
+) -> str:
+    """One self-contained page of samples.
+
+    Args:
+        model: the generator.
+        samples: class and seed of each.
+        name: of the model, shown on the page.
+        guiding: another model, to guide with.
+        side: pixels of an image's side at most.
+        pixels: of all pictures together at most; samples get fewer frames instead.
+        settings: fields of `SamplingConfig` that differ from the model's own.
+    """
+    if len(samples) > MAX_STATIC:
+        raise SFDError(f"a page holds at most {MAX_STATIC} samples, not {len(samples)}; choose fewer classes or seeds")
+    known = facts(model, name, guiding=guiding, side=side, **settings)
+    pixels //= max(1, len(samples))
+    results = []
+    for label, seed in samples:
+        request = Request(label=label if model.classes else None, seed=seed, **known["start"])
+        results.append(compute(model, request, guiding=guiding, side=side, pixels=pixels, **settings))
+    return render(known | {"results": results})
 
 
 def is_page(path: Path) -> bool:

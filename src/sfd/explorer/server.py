@@ -60,7 +60,7 @@ class Worker:
         self._pool.shutdown(cancel_futures=True)
 
 
-def build_app(model: Model, known: dict[str, Any], port: int, worker: Worker) -> ASGIApp:
+def build_app(model: Model, known: dict[str, Any], port: int, worker: Worker, **settings: Any) -> ASGIApp:
     """Make the application: `GET /` is the page, `POST /compute` a drawing; nothing else exists."""
     from starlette.applications import Starlette
     from starlette.responses import HTMLResponse, JSONResponse
@@ -84,7 +84,7 @@ def build_app(model: Model, known: dict[str, Any], port: int, worker: Worker) ->
                 return refuse(f"a request may have {MAX_BODY} bytes", 413)
         try:
             asked = parse(Request, _record(body), "request")
-            return JSONResponse(await worker.run(lambda stop: compute(model, asked, stop)), headers=HEADERS)
+            return JSONResponse(await worker.run(lambda stop: compute(model, asked, stop, **settings)), headers=HEADERS)
         except SFDError as error:
             return refuse(str(error), 400)
         except Superseded:
@@ -139,7 +139,7 @@ def serve(model: Model, name: str, port: int, announce: Callable[[str], None], *
         name: of the model, shown on the page.
         port: on the loopback address; 0: any that is free.
         announce: is given the page's address once the server listens.
-        settings: the page's first values; see `facts`.
+        settings: fields of `SamplingConfig` that differ from the model's own; those with a control are its first value.
     """
     try:
         import starlette  # noqa: F401
@@ -160,9 +160,8 @@ def serve(model: Model, name: str, port: int, announce: Callable[[str], None], *
         port = listener.getsockname()[1]
         worker = Worker()
         options = {"log_level": "warning", "ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 2}
-        config = uvicorn.Config(
-            build_app(model, known, port, worker), limit_concurrency=MAX_CONNECTIONS, server_header=False, **options
-        )
+        app = build_app(model, known, port, worker, **settings)
+        config = uvicorn.Config(app, limit_concurrency=MAX_CONNECTIONS, server_header=False, **options)
         announce(f"http://{ADDRESS}:{port}/")
         try:
             uvicorn.Server(config).run(sockets=[listener])

@@ -11,15 +11,19 @@ import numpy as np
 import torch
 
 from sfd.evaluation.evaluate import Metrics
-from sfd.evaluation.report import Gallery, ReportContent, write_report
+from sfd.evaluation.report import MAX_SIDE, Gallery, ReportContent, write_report
+from sfd.explorer import image_side, static_page
 from sfd.generation.folder import read_images
 from sfd.generation.model import Model
-from sfd.generation.trajectory import Trajectory, follow_sample, schedule_curves
+from sfd.generation.trajectory import schedule_curves
 from sfd.run.assessment import SamplesStage
 from sfd.run.images import RunImages
 from sfd.run.recipe import Recipe, dump_recipe
 from sfd.run.stages import Run, RunFolder
 from sfd.training.log import read_line
+
+# Of the player: samples, frames of each, and pixels of all its pictures, which take 1 to 2 bytes each.
+MAX_PLAYED, FRAMES, PLAYER_PIXELS = 10, 25, 800_000
 
 
 def write_run_report(
@@ -42,7 +46,7 @@ def write_run_report(
         recipe=dump_recipe(run.recipe),
         galleries=[_gallery(stage) for stage in samples],
         schedule=schedule_curves(model),
-        trajectory=_trajectory(samples[0]),
+        player=_player(samples[0]),
         logs=_logs(run.folder),
         metrics=metrics,
         stages=run.folder.finished(),
@@ -50,12 +54,23 @@ def write_run_report(
     write_report(run.folder.report, content)
 
 
-def _trajectory(samples: SamplesStage) -> Trajectory | None:
-    """Follow the first sample of the class in the middle; a single stream has no phases to show."""
-    model, seed = samples.model, samples.run.recipe.evaluation.seed
+def _player(samples: SamplesStage) -> str | None:
+    """The explorer's page with the first sample of some classes; a single stream has no phases to show."""
+    model, first = samples.model, [row[0] for row in samples.shown()]
     if len(model.composite.streams) < 2:
         return None
-    return follow_sample(model, samples.settings, seed, model.labels[len(model.labels) // 2], samples.guiding())
+    side, seed = min(image_side(model), MAX_SIDE), samples.run.recipe.evaluation.seed
+    count = min(len(first), MAX_PLAYED, max(1, PLAYER_PIXELS // (2 * FRAMES * side**2)))
+    numbers = [first[i * len(first) // count] for i in range(count)]
+    return static_page(
+        model,
+        [(samples.labels[number], seed + number) for number in numbers],
+        samples.run.recipe.name,
+        guiding=samples.guiding(),
+        side=side,
+        pixels=PLAYER_PIXELS,
+        **samples.settings.model_dump(mode="json"),
+    )
 
 
 def _summary(recipe: Recipe, model: Model, metrics: Sequence[Metrics]) -> str:
