@@ -1,10 +1,14 @@
 """Every stage on real components, at a size that takes seconds."""
 
+import html
+import re
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from helpers.cli import done
 from helpers.compare import same_tensors
@@ -18,6 +22,7 @@ from sfd.generation.folder import read_images
 from sfd.generation.model import load_model
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
+from sfd.run.report_images import nearest
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 from tiny import write_recipe
@@ -30,6 +35,35 @@ def test_a_run_writes_previews_and_a_report(finished):
     assert "tiny" in page and "Fréchet distance" in page and "<iframe" in page
     names = sorted(p.name for p in (finished.folder.training / "previews").iterdir())
     assert names == ["real.png", "step-000000003.png", "step-000000006.png"]
+    assert all(f"<h3>step {step}</h3>" in page for step in (3, 6))
+    assert "Held-out images, and the same ones encoded and decoded" in page
+    assert "nearest among all 120 training images, by features of the evaluation classifier" in page
+
+
+def test_a_training_image_is_its_own_nearest(finished, copied):
+    out = copied()
+    samples, images = finished.samples[0], finished.images.training
+    for number, image in enumerate(images.load(range(20))):
+        Image.fromarray(image).save(out / "samples" / "guided" / f"{number:06d}.png")
+    moved = Pipeline(finished.recipe, out, CPU)
+    for evaluator in (moved.evaluator, Pipeline(without_classifier(finished), out, CPU).evaluator):
+        gallery = nearest(moved.samples[0], moved.images, evaluator, moved.semantic)
+        assert len(gallery.rows) == 8 and samples.variant in gallery.caption
+        for _, (sample, first, *_) in gallery.rows:
+            np.testing.assert_array_equal(sample, first)
+
+
+def without_classifier(finished):
+    return load_recipe(finished.folder.recipe, ["evaluation.classifier=null"])
+
+
+def test_a_report_says_what_to_do_next_by_commands_that_work(finished):
+    page = html.unescape(finished.folder.report.read_text())
+    commands = [shlex.split(command) for command in re.findall(r"<pre>sfd ([^<]+)</pre>", page)]
+    assert [command[0] for command in commands] == ["sample", "explore", "run", "run"]
+    for command in commands[2:]:
+        given = [argument.replace("FOLDER", "shapes") for argument in command]
+        assert f"init: {finished.folder.root}" in done(*given, "--dry-run", "--tflops", "1")
 
 
 def test_a_finished_run_is_not_repeated(finished):

@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sfd.data.grid import image_grid
 from sfd.evaluation import figures
@@ -70,8 +71,11 @@ def full_content():
         schedule=schedule(),
         player="<script>alert('own page')</script>",
         logs={"transformer": log},
+        previews=[("step 500", Image.fromarray(images(1, 64)[0]))],
         metrics=[row(), row("real training images", real=True, class_accuracy=0.98)],
         stages=[cost("transformer", 200, 1_200_000_000)],
+        skipped=[("cat/<a>.png", "the file is empty")],
+        next_steps=[("Sample", "sfd sample runs/a")],
     )
 
 
@@ -85,7 +89,7 @@ def page(tmp_path_factory):
 def test_a_report_is_self_contained_and_escaped(page):
     assert "A &lt;run&gt;" in page
     assert not re.search(r"""(src|href)=["'](?!data:image/|#)""", page)
-    assert "url(http" not in page and "@import" not in page and "<script" not in page
+    assert "url(http" not in page and "@import" not in page
 
 
 def test_phases_end_at_knots():
@@ -140,15 +144,27 @@ def test_a_report_of_an_unconditional_run_without_training(tmp_path):
     gallery = Gallery("Samples", "", [("", images(10)), ("", images(10)), ("", images(3))])
     write_report(tmp_path / "report.html", ReportContent("Title", "", {}, "", [gallery], metrics=metrics))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") == 3
+    assert page.count('class="zoom"') == 23
     assert "Training</h2>" not in page and "Class accuracy, " not in page
 
 
 def test_a_report_of_large_images_stays_small(tmp_path):
-    rows = [(str(label), images(10, 256)) for label in range(20)]
+    smooth = np.linspace(0, 255, 512 * 512 * 3).reshape(1, 512, 512, 3).astype(np.uint8).repeat(10, axis=0)
+    rows = [(str(label), smooth) for label in range(20)]
     content = ReportContent("T", "", {}, "", [Gallery("G", "", rows)])
     write_report(tmp_path / "report.html", content)
-    assert (tmp_path / "report.html").stat().st_size < 5e6
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 5e6 and 40 <= page.count('class="zoom"') < 200
+
+
+def test_images_can_be_enlarged_one_by_one(page):
+    assert page.count('class="zoom"') == 2 * 4 + 1
+    assert all(f'alt="Guided: ring, {number}"' in page for number in (1, 2, 3, 4)) and "<dialog>" in page
+
+
+def test_a_report_names_what_was_left_out_and_what_can_be_done(page):
+    assert "1 files could not be used" in page and "cat/&lt;a&gt;.png" in page and "the file is empty" in page
+    assert "<pre>sfd sample runs/a</pre>" in page
 
 
 def test_a_grid_shows_every_image_in_its_place():
@@ -157,6 +173,16 @@ def test_a_grid_shows_every_image_in_its_place():
     assert grid.shape == (18, 28, 4)
     np.testing.assert_array_equal(grid[10:18:2, 10:18:2, :3], shown[4])
     assert not grid[10:, 20:, 3].any()
+
+
+def test_rows_of_a_grid_have_labels_of_bounded_width():
+    shown = images(3, 32)
+    bare = np.asarray(image_grid(shown, columns=2, places=[0, 2, 3]))
+    labelled = np.asarray(image_grid(shown, columns=2, places=[0, 2, 3], labels=["disk", "a long name of a class" * 9]))
+    margin = labelled.shape[1] - bare.shape[1]
+    np.testing.assert_array_equal(labelled[:, margin:], bare)
+    assert 96 < margin < 230 and not bare[:96, 100:, 3].any()
+    assert labelled[:96, :margin, 3].any() and labelled[100:, :margin, 3].any()
 
 
 def test_equal_latents_have_equal_colours():

@@ -24,7 +24,6 @@ from sfd.utils.device import choose_device
 from sfd.utils.distributed import local_device
 from sfd.utils.errors import SFDError
 
-MAX_GRID_IMAGES = 400
 TRAJECTORY_GUIDANCE = 2.0
 SOFTWARE = "sfd trajectory"  # in the metadata of the PNG
 
@@ -57,11 +56,9 @@ def sample_images(
     if missing:
         click.echo(f"rank {distributed.rank()} is done; {missing} of {len(pairs)} images in {out} are not made yet")
         return
-    if len(pairs) <= MAX_GRID_IMAGES:
-        write_grid(out, range(len(pairs)), columns=len(labels) if in_turn else len(chosen_seeds))
-    else:
-        click.echo(f"no grid.png: {len(pairs)} images are more than the {MAX_GRID_IMAGES} that one shows", err=True)
-    click.echo(f"{len(pairs)} images in {out}")
+    shown = write_grid(out, labels_of, loaded.classes)
+    part = f"; grid.png shows {shown} of them" if shown < len(pairs) else ""
+    click.echo(f"{len(pairs)} images in {out}{part}")
 
 
 def draw_trajectory(

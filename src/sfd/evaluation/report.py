@@ -9,18 +9,18 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from PIL import Image
 
 from sfd import __version__
-from sfd.data.grid import image_grid
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
 from sfd.generation.trajectory import ScheduleCurves
 from sfd.utils import files
 from sfd.utils.units import duration, memory
 
-MAX_ROWS = 24  # classes shown of a gallery
-MAX_COLUMNS = 10  # images shown of a class
-MAX_SIDE = 128  # pixels of an image in the report; larger ones are scaled down
+MAX_SIDE = 256  # pixels of an image in the report; larger ones are scaled down
+MAX_PIXELS = 5_000_000  # of a gallery; of more, the last rows are left out
+MAX_SKIPPED = 100  # files that are named
 # Log entries that get no curve; those with a slash are parts of others.
 UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped", "ema_distance"}
 UNDRAWN |= {"images_per_second", "checkpoint_pause", "waiting"}
@@ -35,11 +35,13 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Gallery:
-    """Samples in rows of one class each."""
+    """Images in rows, each of which can be enlarged."""
 
-    title: str  # "Guided"
+    title: str  # "Guided samples"
     caption: str  # how they were made
-    rows: Sequence[tuple[str, np.ndarray]]  # name of the class, or "", and images: uint8 (N, S, S, 3)
+    rows: Sequence[tuple[str, np.ndarray]]  # name (of the class), or "", and images: uint8 (N, S, S, 3)
+    framed: bool = False  # the first image of each row is another kind than the rest
+    folded: bool = False  # shown on request
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,11 @@ class ReportContent:
     schedule: ScheduleCurves | None = None
     player: str | None = None  # page of the explorer with some of the samples
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # part's name to lines of its log
+    previews: Sequence[tuple[str, Image.Image]] = ()  # "step 500" and a grid of samples, in order
     metrics: Sequence[Metrics] = ()  # the row that matters most first; real images, if any, last
     stages: Sequence[Mapping[str, Any]] = ()  # records of the stages, with their time and memory
+    skipped: Sequence[tuple[str, str]] = ()  # file that could not be used, and why
+    next_steps: Sequence[tuple[str, str]] = ()  # what to do next, and the command
 
 
 def write_report(path: Path, content: ReportContent) -> None:
@@ -70,11 +75,13 @@ def write_report(path: Path, content: ReportContent) -> None:
         cards=_cards(content.metrics),
         galleries=[_gallery(gallery) for gallery in content.galleries],
         schedule=figures.schedule(content.schedule) if content.schedule else None,
+        previews=[(name, figures.picture(grid, grid.height)) for name, grid in content.previews],
         curves=[_curves(name, lines) for name, lines in content.logs.items() if lines],
         has_sfid=any(row.sfid is not None for row in content.metrics),
         doubts=list(dict.fromkeys(text for row in content.metrics for why in row.caveats.values() for text in why)),
         classes=list(dict.fromkeys(name for row in content.metrics for name in row.accuracy_by_class)),
         protocols=list(dict.fromkeys(_protocol(row) for row in content.metrics)),
+        skipped=content.skipped[:MAX_SKIPPED],
         total_seconds=sum(stage["seconds"] for stage in content.stages),
         device_memory=max((stage["peak_device_memory_bytes"] for stage in content.stages), default=0),
     )
@@ -128,13 +135,19 @@ def _protocol(row: Metrics) -> str:
 
 
 def _gallery(gallery: Gallery) -> dict[str, Any]:
-    """Draw a gallery's rows, each as one picture."""
-    rows: list[dict[str, Any]] = []
+    """Encode a gallery's images, each as a picture of its own."""
+    rows: list[tuple[str, list[str]]] = []
+    pixels = 0
     for name, images in gallery.rows:
-        shown = figures.scaled(images[:MAX_COLUMNS], MAX_SIDE)
-        picture = figures.picture(image_grid(shown, len(shown), scale=1), shown.shape[1])
-        rows.append({"name": name, "columns": len(shown), "picture": picture})
-    return {"gallery": gallery, "rows": rows, "columns": max((row["columns"] for row in rows), default=1)}
+        shown = figures.scaled(images, MAX_SIDE)
+        pixels += shown.size // 3
+        if rows and pixels > MAX_PIXELS:
+            break
+        rows.append((name, [figures.picture(Image.fromarray(image), len(image)) for image in shown]))
+    side = min((images.shape[1] for _, images in gallery.rows), default=0)
+    columns = max((len(pictures) for _, pictures in rows), default=1)
+    coarse = side <= figures.MAX_PNG_SIDE  # shown larger than they are
+    return {"gallery": gallery, "rows": rows, "columns": columns, "coarse": coarse, "named": any(n for n, _ in rows)}
 
 
 def _curves(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sfd.utils.errors import SFDError
 from sfd.utils.progress import bar, say
 
 RECORD, GRID = "samples.json", "grid.png"
+GRID_COLUMNS, GRID_ROWS, GRID_IMAGES = 10, 24, 100  # images in a row, classes, images of few classes
 WRITERS = 4  # threads that compress and write images while the next batch is computed
 
 
@@ -139,10 +140,36 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, **record.get("sampling", {}), "sampling": None}
 
 
-def write_grid(folder: Path, numbers: Sequence[int], columns: int) -> None:
-    """Show some images of a folder as one picture, `grid.png`."""
+def grid_rows(labels: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Choose the images that a grid shows: (class, numbers of its images) of each row, at most GRID_COLUMNS of them.
+
+    Of many classes some are shown, evenly chosen; few classes get several rows each.
+
+    Args:
+        labels: class of each image.
+    """
+    by_class: dict[int, list[int]] = {}
+    for number, label in enumerate(labels):
+        by_class.setdefault(label, []).append(number)
+    classes, rows = list(by_class), min(len(by_class), GRID_ROWS)
+    each = max(GRID_COLUMNS, GRID_IMAGES // rows)
+    return [
+        (label, by_class[label][:each][first : first + GRID_COLUMNS])
+        for label in (classes[i * len(classes) // rows] for i in range(rows))
+        for first in range(0, min(each, len(by_class[label])), GRID_COLUMNS)
+    ]
+
+
+def write_grid(folder: Path, labels: Sequence[int], classes: Sequence[str]) -> int:
+    """Show images of a folder as one picture, `grid.png`, with the class of each row; return their number."""
+    rows = grid_rows(labels)
+    columns = max(len(numbers) for _, numbers in rows)
+    places = [row * columns + column for row, (_, numbers) in enumerate(rows) for column in range(len(numbers))]
+    names = [(*classes, "")[label] for label, _ in rows]  # the last one is the null class
+    images = read_images(folder, [number for _, numbers in rows for number in numbers])
     with files.atomic_write(folder / GRID, shared=True) as partial:
-        image_grid(read_images(folder, numbers), columns=columns).save(partial, "PNG")
+        image_grid(images, columns, labels=names, places=places).save(partial, "PNG")
+    return len(places)
 
 
 def read_images(folder: Path, numbers: Sequence[int]) -> np.ndarray:

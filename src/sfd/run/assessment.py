@@ -10,7 +10,6 @@ from typing import Any, Literal
 from sfd.evaluation.evaluate import Metrics, evaluate, evaluate_real, read_metrics
 from sfd.evaluation.extractors.classifier import ClassifierExtractor, load_classifier
 from sfd.evaluation.reference import RealImages, Reference, reference_of
-from sfd.evaluation.report import MAX_COLUMNS, MAX_ROWS
 from sfd.evaluation.samples import load_samples
 from sfd.generation.config import SamplingConfig
 from sfd.generation.folder import image_path, write_grid, write_samples
@@ -134,17 +133,7 @@ class SamplesStage(Stage):
         write_samples(self.folder, self.model, labels, seeds, self.settings, guiding=self.guiding())
         distributed.barrier()  # after a change of their number one rank may be hours behind the others
         if distributed.is_main_process():
-            rows = self.shown()
-            write_grid(self.folder, [number for row in rows for number in row], columns=len(rows[0]))
-
-    def shown(self) -> list[list[int]]:
-        """Numbers of the images that grids show: the first of each class, one row per class, as fit a page."""
-        each, labels = self.run.recipe.evaluation.samples_per_class, self.model.labels
-        if len(labels) == 1:
-            return [list(range(each))[i : i + MAX_COLUMNS] for i in range(0, min(each, MAX_COLUMNS**2), MAX_COLUMNS)]
-        rows = min(len(labels), MAX_ROWS)
-        classes = [i * len(labels) // rows for i in range(rows)]
-        return [[c * each + i for i in range(min(each, MAX_COLUMNS))] for c in classes]
+            write_grid(self.folder, labels, self.model.classes)
 
 
 class MetricsStage(Stage):

@@ -84,7 +84,8 @@ class Pipeline:
         metrics = MetricsStage(self.run, samples, self.evaluator, self.images)
         metrics.make()
         if distributed.is_main_process():
-            write_run_report(self.run, samples, metrics.metrics(), self.images, len(self.latents.latents))
+            measured, count = metrics.metrics(), len(self.latents.latents)
+            write_run_report(self.run, samples, measured, self.images, count, self.evaluator, self.semantic)
 
     @property
     def model(self) -> Model:
