@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
-import importlib.util
 import io
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.browser import chromium, matches, open_page, settled, shown, slide
 from helpers.cli import done, refused, sfd
 from helpers.random_model import TEXTURE, random_model
-from sfd.editing import change_plan, edit, keep_plan, paint, swap_plans
+from sfd.editing import change_plan, edit, interpolate_plans, keep_plan, paint, sdedit, swap_plans
+from sfd.evaluation.report import ReportContent, write_report
 from sfd.explorer import Request, Superseded, compute, facts, static_page
+from sfd.explorer.compute import OF_TWO
 from sfd.explorer.frames import COLUMNS
 from sfd.explorer.server import Worker
 from sfd.latents import CompositeLatent
@@ -32,12 +32,6 @@ from sfd.utils.config import parse
 from sfd.utils.errors import SFDError
 
 STEPS = 6
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_server = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("starlette", "uvicorn"))),
-    reason="starlette and uvicorn are not installed (the extra `explore`)",
-)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package `chromium`)")
 
 
 @pytest.fixture(scope="module")
@@ -78,27 +72,32 @@ def test_frames_are_the_states_of_the_trajectory(model):
     assert np.array_equal(frames(panel, "estimate")[-1], frames(panel, "texture")[-1])
 
 
-BRUSH = [1, 0, 0, 0]
+OTHER, BRUSH, KEPT = {"other_label": 1, "other_seed": 5}, (1, 0, 0, 0), {"texture": 0.4, "semantic": 1.0}
+SOURCES = {mode: ([0, 1], [0, 5]) for mode in OF_TWO}  # classes and seeds; the others edit one sample
 EDITS = {
-    "keep-plan": lambda m, x: keep_plan(m, x.expand(2, -1), [5, 6], plan_seeds=[0, 0], classes=1, steps=STEPS),
+    "keep-plan": lambda m, x: keep_plan(m, twice(x), [5, 6], plan_seeds=[0, 0], classes=1, steps=STEPS),
     "change-plan": lambda m, x: change_plan(m, [0, 0], [5, 6], classes=1, steps=STEPS),
-    "paint": lambda m, x: paint(m, x.expand(2, -1), torch.tensor(BRUSH).view(2, 2), [5, 6], classes=1, steps=STEPS),
+    "swap-plans": lambda m, x: swap_plans(m, x, [0, 5], classes=[1, 0], steps=STEPS),
+    "interpolate": lambda m, x: interpolate_plans(m, x, 0, count=2, plan_seeds=[0, 5], steps=STEPS),
+    "sdedit": lambda m, x: sdedit(m, twice(x[1]), KEPT, [6, 7], plans=twice(x[0]), classes=0, steps=STEPS),
+    "paint": lambda m, x: paint(m, twice(x), torch.tensor(BRUSH).view(2, 2), [5, 6], classes=1, steps=STEPS),
 }
+
+
+def twice(x):
+    return x.view(1, -1).expand(2, -1)
+
+
+def edited(model, mode):
+    """Images of the sources and of the results."""
+    sources = sampled(model, *SOURCES.get(mode, (0, [0])))
+    return model.decode(torch.cat([sources, EDITS[mode](model, sources)]))
 
 
 @pytest.mark.parametrize("mode", EDITS)
 def test_edits_are_those_of_the_library(model, mode):
-    brush = tuple(BRUSH) if mode == "paint" else ()
-    request = Request(mode=mode, label=0, other_label=1, other_seed=5, steps=STEPS, brush=brush)
-    source = sampled(model)
-    assert np.array_equal(last(compute(model, request)), model.decode(torch.cat([source, EDITS[mode](model, source)])))
-
-
-def test_two_samples_swap_plans(model):
-    request = Request(mode="swap-plans", label=0, other_label=2, other_seed=5, steps=STEPS)
-    sources = sampled(model, [0, 2], [0, 5])
-    swapped = swap_plans(model, sources, [0, 5], classes=[2, 0], steps=STEPS)
-    assert np.array_equal(last(compute(model, request)), model.decode(torch.cat([sources, swapped])))
+    request = Request(mode=mode, label=0, steps=STEPS, brush=BRUSH, start=KEPT, **OTHER)
+    assert np.array_equal(last(compute(model, request)), edited(model, mode))
 
 
 @pytest.mark.parametrize(("delta", "warned"), [(0.3, False), (0.0, True), (1.0, True)])
@@ -145,9 +144,10 @@ def test_the_newest_request_wins():
 
 
 OUT_OF_BOUNDS = {
-    "steps": {"steps": 101}, "count": {"count": 5}, "seed": {"seed": -1}, "delta": {"delta": 9.0},
+    "steps": {"steps": 101}, "count": {"count": 7}, "seed": {"seed": -1}, "delta": {"delta": 9.0},
     "solver": {"solver": "sde"},
     "guidance": {"guidance": {"texture": 99.0}}, "stream": {"guidance": {"sound": 2.0}}, "class": {"label": 3},
+    "time": {"mode": "sdedit", "start": {"texture": 1.5}}, "ends": {"mode": "interpolate", "count": 1},
     "brush": {"mode": "paint", "brush": [1]}, "empty": {"mode": "paint", "brush": [0, 0, 0, 0]},
     "path": {"path": "/etc"},
 }  # fmt: skip
@@ -186,6 +186,8 @@ def folder(tmp_path_factory, model):
 @pytest.fixture(scope="module")
 def address(folder):
     """A server as a user starts it; Ctrl-C ends it."""
+    for needed in ("starlette", "uvicorn"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed (the extra `explore`)")
     command = [sys.executable, "-m", "sfd", "explore", str(folder), "--port", "0", "--steps", str(STEPS)]
     process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True)
     try:
@@ -204,7 +206,6 @@ def ask(address, method="POST", path="/compute", body="{}", **headers):
     return answer.status, answer.read()
 
 
-@needs_server
 def test_the_server_answers_its_own_page(address, model):
     own = address.rstrip("/")
     status, text = ask(address, body=json.dumps({"label": 1, "steps": STEPS}), Origin=own, Sec_Fetch_Site="same-origin")
@@ -222,13 +223,11 @@ FOREIGN = {
 }  # fmt: skip
 
 
-@needs_server
 @pytest.mark.parametrize(("given", "status"), FOREIGN.values(), ids=FOREIGN)
 def test_what_is_foreign_or_malformed_is_refused(address, given, status):
     assert ask(address, **given)[0] == status
 
 
-@needs_server
 def test_a_port_that_is_taken_is_named(address, folder):
     port = str(urlsplit(address).port)
     refused(sfd("explore", folder, "--port", port, "--device", "cpu"), port, "--port")
@@ -243,53 +242,15 @@ def test_only_own_pages_are_replaced(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+    with chromium() as opened:
         yield opened
-        opened.close()
-
-
-def open_page(browser, address, **options):
-    """A page that has drawn its first sample; errors of its script fail the test."""
-    page = browser.new_page(**options)
-    page.failures = []
-    page.on("pageerror", lambda error: page.failures.append(str(error)))
-    page.set_default_timeout(120_000)
-    page.goto(address)
-    return settled(page)
-
-
-def settled(page, state="ready"):
-    page.wait_for_selector(f"body[data-state={state}]")
-    assert not page.failures
-    return page
 
 
 @pytest.fixture
 def page(browser, address):
-    opened = open_page(browser, address)
+    opened = settled(open_page(browser, address))
     yield opened
     opened.close()
-
-
-def shown(page, row="texture"):
-    """What the canvases of a row hold, uint8 (panels, S, S, 3)."""
-    script = """row => [...document.querySelectorAll(`#panels canvas[data-row=${row}]`)].map(
-        canvas => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data])"""
-    return np.array([np.reshape(each, (-1, 4)) for each in page.evaluate(script, row)], np.uint8)[..., :3]
-
-
-def matches(page, images, row="texture"):
-    return np.array_equal(shown(page, row), images.reshape(len(images), -1, 3))
-
-
-def slide(page, name, value):
-    page.locator(f"#{name}").evaluate(
-        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', {bubbles: true})) }",
-        str(value),
-    )
 
 
 CONTROLS = {
@@ -303,8 +264,6 @@ CONTROLS = {
 }  # fmt: skip
 
 
-@needs_server
-@needs_browser
 @pytest.mark.parametrize(("change", "expected"), CONTROLS.values(), ids=CONTROLS)
 def test_each_control_draws_what_the_library_samples(page, model, change, expected):
     assert matches(page, model.decode(sampled(model)))
@@ -312,8 +271,6 @@ def test_each_control_draws_what_the_library_samples(page, model, change, expect
     assert matches(settled(page), model.decode(expected(model)))
 
 
-@needs_server
-@needs_browser
 def test_the_offset_is_a_slider_with_both_ends(page, model):
     noise = initial_noise([0], model.composite)
     for change, delta in (
@@ -330,8 +287,6 @@ def test_the_offset_is_a_slider_with_both_ends(page, model):
     assert len(shown(settled(page))) == 1 and not page.is_visible("#warning")
 
 
-@needs_server
-@needs_browser
 @pytest.mark.parametrize("mode", EDITS)
 def test_each_edit_draws_what_the_library_edits(page, model, mode):
     page.click(f"[data-mode={mode}]")
@@ -340,25 +295,20 @@ def test_each_edit_draws_what_the_library_edits(page, model, mode):
     if mode == "paint":
         settled(page, "error")
         page.locator(".brush button").first.click()
-    source = sampled(model)
-    assert matches(settled(page), model.decode(torch.cat([source, EDITS[mode](model, source)])))
-    page.fill("#count", "1")
-    assert len(shown(settled(page))) == 2
+    if mode != "swap-plans":
+        page.fill("#count", "2")
+    assert matches(settled(page), edited(model, mode))
 
 
-@needs_server
-@needs_browser
-def test_plans_are_swapped_on_the_page(page, model):
-    page.click("[data-mode=swap-plans]")
-    page.fill("#other_seed", "5")
-    page.select_option("#other_label", "2")
-    sources = sampled(model, [0, 2], [0, 5])
-    swapped = swap_plans(model, sources, [0, 5], classes=[2, 0], steps=STEPS)
-    assert matches(settled(page), model.decode(torch.cat([sources, swapped])))
+def test_each_stream_is_kept_until_a_time(page, model):
+    page.click("[data-mode=sdedit]")
+    slide(page, "start-texture", 0.8)
+    slide(page, "start-semantic", 0)
+    sources = sampled(model, [0, 0], [0, 1])
+    kept = sdedit(model, twice(sources[1]), {"texture": 0.8}, [2, 3], classes=0, steps=STEPS)
+    assert matches(settled(page), model.decode(torch.cat([sources, kept])))
 
 
-@needs_server
-@needs_browser
 def test_the_brush_works_by_keyboard_and_is_cleared(page, model):
     page.click("[data-mode=paint]")
     settled(page, "error")
@@ -374,8 +324,6 @@ def test_the_brush_works_by_keyboard_and_is_cleared(page, model):
     assert len(shown(settled(page, "error"))) == 1
 
 
-@needs_server
-@needs_browser
 def test_frames_scrub_by_slider_keyboard_and_curves(page, model):
     states = model.trajectory(0, seeds=0, steps=STEPS)
     slide(page, "u", 0)
@@ -394,16 +342,12 @@ def test_frames_scrub_by_slider_keyboard_and_curves(page, model):
     assert page.evaluate("performance.now() - begun") < 3000  # 30 pictures a second
 
 
-@needs_server
-@needs_browser
 def test_of_many_changes_the_last_one_is_shown(page, model):
     for seed in range(1, 9):
         page.fill("#seed", str(seed))
     assert matches(settled(page), model.decode(sampled(model, seeds=[8])))
 
 
-@needs_server
-@needs_browser
 def test_what_is_out_of_bounds_is_said_on_the_page(page, model):
     page.fill("#steps", "1000")
     assert "Steps" in settled(page, "error").inner_text("#status")
@@ -413,24 +357,21 @@ def test_what_is_out_of_bounds_is_said_on_the_page(page, model):
     assert matches(settled(page), model.decode(sampled(model, steps=9)))
 
 
-@needs_server
-@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_a_phone(browser, address, scheme):
-    page = open_page(browser, address, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page = settled(open_page(browser, address, viewport={"width": 390, "height": 844}, color_scheme=scheme))
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] > 128")
     assert light == (scheme == "light")
     page.close()
 
 
-@needs_browser
 def test_a_static_page_opens_from_disk(browser, folder, model, tmp_path):
     out = tmp_path / "page.html"
     options = ("--classes", "disk,star", "--seeds", "0,4", "--steps", STEPS, "--device", "cpu")
     done("explore", folder, "--static", out, *options)
     done("explore", folder, "--static", out, *options)  # an earlier page is replaced
-    page = open_page(browser, out.as_uri())
+    page = settled(open_page(browser, out.as_uri()))
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     assert matches(page, model.decode(sampled(model)))
@@ -438,4 +379,15 @@ def test_a_static_page_opens_from_disk(browser, folder, model, tmp_path):
     assert matches(page, model.decode(sampled(model, 2, [4])))
     page.keyboard.press("Home")
     assert page.is_hidden("#controls") and not [url for url in requests if not url.startswith("data:")]
+    page.close()
+
+
+def test_a_report_contains_the_player_at_its_whole_height(browser, model, tmp_path):
+    player = static_page(model, [(0, 0), (2, 4)], "run", side=4, pixels=10_000, steps=STEPS)
+    write_report(tmp_path / "report.html", ReportContent("T", "", {}, "", player=player))
+    page = open_page(browser, (tmp_path / "report.html").as_uri())
+    frame = page.frame_locator("iframe").locator("body")
+    frame.locator("#panels canvas").first.wait_for()
+    assert frame.evaluate("body => innerHeight >= body.scrollHeight") and frame.locator("header").is_hidden()
+    assert frame.locator("canvas[data-row=texture]").evaluate("canvas => canvas.width") == 4
     page.close()

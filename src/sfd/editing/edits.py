@@ -216,12 +216,16 @@ def interpolate_plans(
     """
     if len(latents) != 2 or count < 2:
         raise SFDError(f"an interpolation needs 2 plans and 2 images or more, got {len(latents)} and {count}")
-    noises = mixed_noise(model.composite, [seed, seed], plan_seeds)
-    ends = [model.composite.unpack(x) for x in (noises, latents)]
+    noise = between(mixed_noise(model.composite, [seed, seed], plan_seeds), count, model.composite)
+    targets = model.composite.unpack(between(latents, count, model.composite))
+    paths = {name: Follow(targets[name]) for name in plan_streams(model.composite)}
+    return edit(model, noise, paths, classes, **settings)
+
+
+def between(ends: Tensor, count: int, composite: CompositeLatent) -> Tensor:
+    """Interpolate from ends[0] to ends[1], (2, N), each stream on the sphere: (count, N)."""
     steps = torch.linspace(0, 1, count)
-    noise, target = ({name: _on_sphere(part, steps) for name, part in streams.items()} for streams in ends)
-    paths = {name: Follow(target[name]) for name in plan_streams(model.composite)}
-    return edit(model, model.composite.pack(noise), paths, classes, **settings)
+    return composite.pack({name: _on_sphere(part, steps) for name, part in composite.unpack(ends).items()})
 
 
 def mixed_noise(composite: CompositeLatent, seeds: Sequence[int], plan_seeds: Sequence[int] | None = None) -> Tensor:

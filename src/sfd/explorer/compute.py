@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from sfd.editing import change_plan, edit, keep_plan, paint, swap_plans
-from sfd.editing.edits import mixed_noise
+from sfd.editing import change_plan, edit, interpolate_plans, keep_plan, mixed_noise, paint, sdedit, swap_plans
+from sfd.editing.edits import between
 from sfd.explorer.frames import COLUMNS, MAX_PIXELS, MAX_SIDE, Run, Superseded, image_side, panels, plan_stream
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
@@ -25,12 +26,13 @@ from sfd.utils.errors import SFDError
 __all__ = ["Request", "Superseded", "compute", "facts"]
 
 MAX_SEED = (1 << 32) - 1 - 8  # the seeds of several results follow one another
-MAX_STEPS, MAX_COUNT, MAX_DELTA, MAX_SCALE = 100, 4, 1.5, 10.0
+MAX_STEPS, MAX_COUNT, MAX_DELTA, MAX_SCALE = 100, 6, 1.5, 10.0
 MAX_BRUSH_GRID = 64
 SEEN = 0.01  # distance between pairs of times below which a schedule is the one that training showed
 Solver = Literal["euler", "heun", "multistep", "dopri5"]
 SOLVERS = get_args(Solver)  # those that follow a given path
-Mode = Literal["sample", "keep-plan", "change-plan", "swap-plans", "paint"]
+Mode = Literal["sample", "keep-plan", "change-plan", "swap-plans", "interpolate", "sdedit", "paint"]
+OF_TWO = ("swap-plans", "interpolate", "sdedit")  # edits of two samples
 
 
 class Request(Settings):
@@ -46,6 +48,9 @@ class Request(Settings):
     steps: int = Field(25, ge=1, le=MAX_STEPS)
     guidance: dict[str, Annotated[float, Field(ge=0, le=MAX_SCALE)]] = Field({}, description="scale by stream")
     delta: float | None = Field(None, ge=0, le=MAX_DELTA, description="another offset than the model's own")
+    start: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description="sdedit: time until which a stream follows its source; 0 where it is left out"
+    )
     keep_texture: bool = Field(True, description="paint: keep the texture too where the brush did not go")
     brush: tuple[Annotated[int, Field(ge=0, le=1)], ...] = Field((), max_length=MAX_BRUSH_GRID**2)
 
@@ -109,7 +114,7 @@ def compute(
     """
     config = _config(model, request, guiding, settings)
     seeds, labels = [request.seed], [request.label]
-    if request.mode == "swap-plans":
+    if request.mode in OF_TWO:
         seeds.append(request.other_seed)
         labels = [request.label, request.other_label]
         labels = [None, None] if None in labels else labels
@@ -142,39 +147,37 @@ def _edited(
     stop: Callable[[], bool],
     how: dict[str, Any],
 ) -> Run:
-    """The results of an edit of the sources' latents."""
-    own = [request.seed] * request.count
-    fresh = [request.other_seed + index for index in range(request.count)]
-    classes, both = [request.other_label] * request.count, [request.seed, request.other_seed]
-    textures, plans = {
-        "keep-plan": (fresh, own), "change-plan": (own, fresh), "paint": (fresh, fresh),
-        "swap-plans": (both, both[::-1]),
-    }[request.mode]  # fmt: skip
-    if request.mode == "swap-plans":
-        classes = labels[::-1]
-    noise, titles = mixed_noise(model.composite, textures, plans), _titles(request, textures, plans)
-    run = Run(titles, noise, _indices(model, classes), schedule, stop)
-    how = how | {"schedule": schedule.spec, "callback": run, "classes": _classes(classes)}
-    repeated = latents.expand(len(textures), -1)
+    """The results of an edit of the samples `latents`."""
+    count, streams, both = request.count, model.composite, [request.seed, request.other_seed]
+    own, fresh = [request.seed] * count, [request.other_seed + k for k in range(count)]
+    classes, repeated = [request.other_label] * count, latents[:1].expand(count, -1)
+    draw: Callable[..., Tensor]
     if request.mode == "keep-plan":
-        keep_plan(model, repeated, textures, plan_seeds=plans, **how)
+        noise, titles = mixed_noise(streams, fresh, own), [f"same plan, texture of seed {seed}" for seed in fresh]
+        draw = partial(keep_plan, model, repeated, fresh, plan_seeds=own)
     elif request.mode == "change-plan":
-        change_plan(model, textures, plans, **how)
+        noise, titles = mixed_noise(streams, own, fresh), [f"same texture noise, plan of seed {seed}" for seed in fresh]
+        draw = partial(change_plan, model, own, fresh)
     elif request.mode == "swap-plans":
-        swap_plans(model, latents, textures, **how)
+        noise, classes = mixed_noise(streams, both, both[::-1]), labels[::-1]
+        titles = [f"texture of seed {a}, plan of seed {b}" for a, b in (both, both[::-1])]
+        draw = partial(swap_plans, model, latents, both)
+    elif request.mode == "interpolate":
+        noise, classes = between(mixed_noise(streams, both[:1] * 2, both), count, streams), [None] * count
+        titles = [f"{k / max(1, count - 1):.0%} of the way to the second plan" for k in range(count)]
+        draw = partial(interpolate_plans, model, latents, request.seed, count=count, plan_seeds=both)
+    elif request.mode == "sdedit":
+        seeds = [seed + 1 for seed in fresh]  # the second sample has the noise of `other_seed`
+        noise, classes = mixed_noise(streams, seeds), labels[:1] * count
+        titles = [f"first plan, second texture, noise of seed {seed}" for seed in seeds]
+        draw = partial(sdedit, model, latents[1:].expand(count, -1), request.start, seeds, plans=repeated)
     else:
-        paint(model, repeated, _brush(model, request.brush), textures, keep_texture=request.keep_texture, **how)
+        noise, titles = mixed_noise(streams, fresh), [f"painted, seed {seed}" for seed in fresh]
+        brush = _brush(model, request.brush)
+        draw = partial(paint, model, repeated, brush, fresh, keep_texture=request.keep_texture)
+    run = Run(titles, noise, _indices(model, classes), schedule, stop)
+    draw(schedule=schedule.spec, callback=run, classes=_classes(classes), **how)
     return run
-
-
-def _titles(request: Request, textures: list[int], plans: list[int]) -> list[str]:
-    if request.mode == "keep-plan":
-        return [f"same plan, texture of seed {seed}" for seed in textures]
-    if request.mode == "change-plan":
-        return [f"same texture noise, plan of seed {seed}" for seed in plans]
-    if request.mode == "swap-plans":
-        return [f"texture of seed {a}, plan of seed {b}" for a, b in zip(textures, plans, strict=True)]
-    return [f"painted, seed {seed}" for seed in textures]
 
 
 def _title(model: Model, label: int | None, seed: int) -> str:
