@@ -267,9 +267,22 @@ def test_export_and_back_keeps_the_model(exported, tmp_path):
     assert "trust_remote_code=True" in (exported / "README.md").read_text()
 
 
-def test_a_distilled_model_is_refused():
-    with pytest.raises(SFDError, match="distilled"):
-        from_model(random_model(0, network={"flow_map": (0.0, 0.5, 1.0)}))
+def test_a_distilled_model_samples_in_its_numbers_of_steps(tmp_path):
+    arguments = ["export", str(ROOT / "models/shapes-few"), str(tmp_path / "few"), "--format", "diffusers"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    few, pipeline = sfd.load("shapes-few", device="cpu"), quiet(SFDPipeline.from_pretrained(tmp_path / "few"))
+    for steps in (None, 1, 2, 4, 8):
+        how = {"generator": seeded(3, 4), "num_inference_steps": steps, "output_type": "latent"}
+        expected = few.sample(["star", "heart"], seeds=[3, 4], output="latent", **{"steps": steps} if steps else {})
+        assert (pipeline(["star", "heart"], **how).images - expected).abs().max() < 1e-4
+        assert pipeline.num_timesteps == (steps or 4)
+    for wrong in ({"num_inference_steps": 3}, {"guidance_scale": 2.0}):
+        with pytest.raises(SFDError, match="distilled"):
+            pipeline("star", **wrong)
+    with pytest.raises(SFDError, match="flow_map"):
+        SFDScheduler.from_config(pipeline.scheduler.config, solver="heun")
+    assert to_model(pipeline).identity == few.identity
 
 
 def test_a_published_autoencoder_is_that_of_diffusers(model, tmp_path):

@@ -18,17 +18,12 @@ from sfd.generation.model import Model
 from sfd.latents import TEXTURE
 from sfd.models.component import Component
 from sfd.utils.config import parse
-from sfd.utils.errors import SFDError
 
 INDEX = "model_index.json"
 
 
 def from_model(model: Model) -> SFDPipeline:
     """Make a pipeline; a solver that the scheduler lacks is replaced by its default, the multistep method."""
-    if model.transformer.config.flow_map:
-        raise SFDError(
-            "the scheduler for diffusers takes no distilled models; export the model that this one learnt from"
-        )
     with torch.device("meta"):
         transformer = SFDTransformer(architecture=model.transformer.config.model_dump(mode="json"))
     transformer.dit = model.transformer
@@ -41,6 +36,7 @@ def from_model(model: Model) -> SFDPipeline:
         solver=sampling.solver if sampling.solver in EVALUATIONS else "multistep",
         solver_order=sampling.options.get("order", 3),
         shift=sampling.shift,
+        flow_map=list(model.transformer.config.flow_map),
     )
     return SFDPipeline(
         transformer.eval(),

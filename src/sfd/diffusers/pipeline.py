@@ -17,7 +17,7 @@ from sfd.data.classes import find_class
 from sfd.diffusers.autoencoder import SFDAutoencoder
 from sfd.diffusers.scheduler import SFDScheduler
 from sfd.diffusers.transformer import SFDTransformer
-from sfd.generation.config import SamplingConfig
+from sfd.generation.config import FLOW_MAP, SamplingConfig
 from sfd.guidance import GuidedVelocity, VelocityField, guide
 from sfd.latents import TEXTURE
 from sfd.sampling import initial_noise
@@ -116,7 +116,7 @@ class SFDPipeline(DiffusionPipeline):
 
         Args:
             class_labels: names or numbers, one per image or one for all; None: the null class.
-            num_inference_steps: None: the model's default, as for the next three.
+            num_inference_steps: None: the model's default, as for the next three. A distilled model has no guidance.
             guidance_scale: for all streams, or by stream; 1: none.
             guidance_interval: stream times within which to guide, for all streams or by stream.
             guidance_from: null_class, or inside: the network's second head.
@@ -204,6 +204,8 @@ class SFDPipeline(DiffusionPipeline):
         values = {name: self.config["sampling"].get(name) if value is None else value for name, value in given.items()}
         settings = parse(SamplingConfig, {n: v for n, v in values.items() if v is not None}, "pipeline")
         config, source = self.transformer.dit.config, settings.guidance_from
+        if config.flow_map:
+            settings.model_copy(update={"solver": FLOW_MAP}).check_flow_map(config.flow_map)
         sources = {"null_class": config.num_classes > 0, "inside": config.guide_block is not None}
         if settings.guides and not sources.get(source):
             able = " or ".join(name for name, there in sources.items() if there) or "nothing; set guidance_scale to 1"
@@ -234,7 +236,8 @@ class SFDPipeline(DiffusionPipeline):
         null = torch.full_like(labels, self.transformer.null_class)
 
         def cond(x: Tensor, t: Tensor) -> Tensor:
-            return cast(Tensor, self.transformer(x, t, labels).sample)
+            ends = self.scheduler.end_times() if self.transformer.dit.config.flow_map else None
+            return cast(Tensor, self.transformer(x, t, labels, ends=ends).sample)
 
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             if settings.guidance_from == "inside":

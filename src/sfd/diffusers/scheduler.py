@@ -2,6 +2,7 @@
 
 For stream k, dx_k/du = τ_k′(u)·v_k (`sfd.sampling`). The scheduler owns u: where its steps lie between the knots, what
 each stream's time and rate are there, and how a velocity becomes the next state. Results are those of `sfd.integrate`.
+Of a distilled model it takes the steps of `sfd.flow_map.take_steps`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from sfd.sampling import SmoothInterval, smooth_intervals, time_grids
+from sfd.flow_map import coarsen
+from sfd.sampling import SmoothInterval, smooth_intervals, time_grids, undivided
 from sfd.schedule import Schedule, StreamTimes, build_schedule
 from sfd.solvers import SOLVERS, History, add_integral
 from sfd.utils.errors import SFDError, unknown
 
-EVALUATIONS = {"euler": 1, "heun": 2, "multistep": 1}  # of the network in a step
+EVALUATIONS = {"euler": 1, "heun": 2, "multistep": 1, "flow_map": 1}  # of the network in a step
 
 
 class Evaluation(NamedTuple):
@@ -49,6 +51,7 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
         solver: str = "multistep",
         solver_order: int = 3,
         shift: float = 1.0,
+        flow_map: Sequence[float] = (),
     ) -> None:
         """Store the schedule.
 
@@ -56,17 +59,22 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
             streams: names of the K streams in packed order.
             sizes: number of entries of each.
             schedule: its name and options, as for `sfd.build_schedule`.
-            solver: euler, heun or multistep.
+            solver: euler, heun or multistep; of a distilled model flow_map.
             solver_order: 2 or 3, of the multistep method.
             shift: time shift of the steps, from 0.01 to 100; less than 1 puts more of them near noise.
+            flow_map: base times of a distilled model's finest steps, both ends included; (): it predicts velocities.
         """
         if solver not in EVALUATIONS:
             raise unknown("solver of the scheduler", solver, EVALUATIONS)
         if solver_order not in (2, 3):
             raise SFDError(f"solver_order must be 2 or 3, got {solver_order}")
+        if (solver == "flow_map") != bool(flow_map):
+            raise SFDError(
+                f"solver is {solver}, but distilled models take flow_map, and only they; leave it as exported"
+            )
         self.schedule: Schedule = build_schedule(schedule, streams)
         self.order = EVALUATIONS[solver]
-        self.set_timesteps(max(25, len(self.schedule.segments)))
+        self.set_timesteps(len(flow_map) - 1 if flow_map else max(25, len(self.schedule.segments)))
 
     def set_timesteps(
         self,
@@ -78,13 +86,17 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
         """Lay out the steps.
 
         Args:
-            num_inference_steps: at least one per smooth interval.
+            num_inference_steps: at least one per smooth interval; a distilled model knows its own numbers.
             device: of `timesteps`.
             jumps: for each stream, the times at which the velocity jumps; see `sfd.sampling.smooth_intervals`.
         """
         solver, shift = self.config["solver"], self.config["shift"]
-        intervals = smooth_intervals(self.schedule, jumps)
-        grids = time_grids(intervals, SOLVERS[solver], num_inference_steps, shift)
+        if self.config["flow_map"]:
+            intervals = [undivided(self.schedule)]
+            grids = [list(coarsen(self.config["flow_map"], num_inference_steps))]
+        else:
+            intervals = smooth_intervals(self.schedule, jumps)
+            grids = time_grids(intervals, SOLVERS[solver], num_inference_steps, shift)
         self.evaluations = [
             Evaluation(u, start, end, interval, start == grid[0], u == (end if self.order == 2 else start))
             for interval, grid in zip(intervals, grids, strict=True)
@@ -110,8 +122,16 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
         return self.evaluations[self._index]
 
     def stream_times(self) -> StreamTimes:
-        """Time and rate (K,) of each stream at the next evaluation, float64, on the CPU."""
-        return self.schedule.at(torch.tensor(self.evaluation.u, dtype=torch.float64), self.evaluation.interval.segment)
+        """Time and rate (K,) of each stream at the next evaluation, float64, on the CPU; a flow map has mean rates."""
+        now = self.evaluation
+        found = self.schedule.at(torch.tensor(now.u, dtype=torch.float64), now.interval.segment)
+        if self.config["flow_map"]:
+            return StreamTimes(found.time, (self.end_times() - found.time) / (now.end - now.start))
+        return found
+
+    def end_times(self) -> Tensor:
+        """Time (K,) of each stream at the end of the step, which a flow map is given, float64, on the CPU."""
+        return self.schedule.at(torch.tensor(self.evaluation.end, dtype=torch.float64)).time
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Give the input back: the network takes states as they are."""
@@ -144,6 +164,8 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
 
     def _euler(self, dxdu: Tensor, x: Tensor, now: Evaluation) -> Tensor:
         return x + (now.end - now.start) * dxdu
+
+    _flow_map = _euler
 
     def _heun(self, dxdu: Tensor, x: Tensor, now: Evaluation) -> Tensor:
         h = now.end - now.start

@@ -77,6 +77,7 @@ class SFDTransformer(ModelMixin, ConfigMixin):
         timestep: Tensor,
         class_labels: Tensor,
         second_head: bool = False,
+        ends: Tensor | None = None,
         return_dict: bool = True,
     ) -> VelocityOutput | tuple[Tensor, ...]:
         """Predict the velocity.
@@ -86,11 +87,14 @@ class SFDTransformer(ModelMixin, ConfigMixin):
             timestep: (K,) or (B, K), each stream's own time: 0 is noise, 1 is data.
             class_labels: (B,) int64; the number of classes is the null class.
             second_head: also give the second head's velocity.
+            ends: (K,) or (B, K), of a distilled model: each stream's time at the end of the step.
             return_dict: give a record; False: a tuple.
         """
         x = hidden_states.float()
-        times = to_device(timestep.to(x.dtype), x.device).expand(len(x), -1)
-        given = self.dit(x, times, class_labels.to(x.device), second_head=second_head)
+        times, end = (
+            None if t is None else to_device(t.to(x.dtype), x.device).expand(len(x), -1) for t in (timestep, ends)
+        )
+        given = self.dit(x, times, class_labels.to(x.device), ends=end, second_head=second_head)
         output = VelocityOutput(sample=given.velocity, guiding=given.guiding)
         return output if return_dict else output.to_tuple()
 
