@@ -7,6 +7,7 @@ Of a distilled model it takes the steps of `sfd.flow_map.take_steps`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from sfd.schedule import Schedule, StreamTimes, build_schedule
 from sfd.solvers import SOLVERS, History, add_integral
 from sfd.utils.errors import SFDError, unknown
 
+logger = logging.getLogger(__name__)
 EVALUATIONS = {"euler": 1, "heun": 2, "multistep": 1, "flow_map": 1}  # of the network in a step
 
 
@@ -86,7 +88,8 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
         """Lay out the steps.
 
         Args:
-            num_inference_steps: at least one per smooth interval; a distilled model knows its own numbers.
+            num_inference_steps: at least one per smooth interval (fewer are raised to that, with a warning); a
+                distilled model knows its own numbers.
             device: of `timesteps`.
             jumps: for each stream, the times at which the velocity jumps; see `sfd.sampling.smooth_intervals`.
         """
@@ -95,7 +98,10 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
             intervals = [undivided(self.schedule)]
             grids = [list(coarsen(self.config["flow_map"], num_inference_steps))]
         else:
-            intervals = smooth_intervals(self.schedule, jumps)
+            intervals, given = smooth_intervals(self.schedule, jumps), num_inference_steps
+            if 0 < given < len(intervals):
+                num_inference_steps = len(intervals)
+                logger.warning(f"{num_inference_steps} steps are taken instead of {given}: one per smooth interval")
             grids = time_grids(intervals, SOLVERS[solver], num_inference_steps, shift)
         self.evaluations = [
             Evaluation(u, start, end, interval, start == grid[0], u == (end if self.order == 2 else start))
