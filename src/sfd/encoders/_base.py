@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from torch import Tensor
 
-from sfd.encoders._hub import without_torchvision
 from sfd.models import component
 from sfd.models.component import Component
 from sfd.models.compressor import Compressor
@@ -83,7 +82,7 @@ def encoder_module(name: str) -> ModuleType:
 
 def load_encoder(folder: Path, *kinds: str) -> Component:
     """Load the component in `folder`, in eval mode, without gradients, on the CPU; `kinds`: both, unless given."""
-    return component.load(folder, kinds or (TEXTURE, SEMANTIC), encoder_module)
+    return component.load(folder, kinds or (TEXTURE, SEMANTIC), "sfd.encoders")
 
 
 def open_texture(source: str | Path) -> TextureEncoder:
@@ -146,14 +145,13 @@ def planned_encoder(name: str, source: str | None, folder: str | None, given: di
         given: fields of its `Config`.
     """
     if folder is not None:
-        return cast(EncoderConfig, component.read_config(Path(folder), (TEXTURE, SEMANTIC), encoder_module))
+        return cast(EncoderConfig, component.read_config(Path(folder), (TEXTURE, SEMANTIC), "sfd.encoders"))
     module = encoder_module(name)
     return cast(EncoderConfig, module.planned(source, given) if source else parse(module.Config, given))
 
 
 def autoencoder_class() -> type[AutoencoderKL]:
     """Import diffusers' `AutoencoderKL`; it takes seconds, so only where it is needed."""
-    with without_torchvision():
-        from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL
 
     return AutoencoderKL

@@ -6,14 +6,11 @@ it). Weights must be safetensors: pickled ones can run code.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sfd.models.component import misfit
-from sfd.utils import files
+from sfd.utils import files, hub
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
 
@@ -45,7 +42,7 @@ def fetch(source: str, weights: str) -> Path:
     """
     pattern, folder = f"{weights}*.safetensors", local(source)
     if folder is None or not (Path(source).is_dir() or any(folder.glob(pattern))):
-        folder = _download(source, [CONFIG_FILE, pattern, f"{pattern}.index.json"])
+        folder = hub.fetch(source, allow_patterns=[CONFIG_FILE, pattern, f"{pattern}.index.json"])
     found = sorted(folder.glob(pattern))
     if not found:
         raise SFDError(
@@ -58,26 +55,11 @@ def fetch(source: str, weights: str) -> Path:
     return folder
 
 
-def _download(source: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except HFValidationError:
-        raise absent(source) from None
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise absent(source, f", and downloading it failed ({reason})") from None
-
-
-def absent(source: str, reason: str = "") -> SFDError:
+def absent(source: str) -> SFDError:
     """Build the error for a model that is not on this machine."""
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        return SFDError(f"there is no folder {source}; give a folder, or a model's name on the hub (OWNER/NAME)")
     return SFDError(
-        f"{source} is neither a folder nor a model in the hub's local cache{reason}; if it is a hub name, run "
-        f"`hf download {source}` where there is a network"
+        f"{source} is neither a folder nor in the hub's local cache; give a folder, or the name of a model on the hub, "
+        f"and run `hf download {source}` where there is a network"
     )
 
 
@@ -108,27 +90,11 @@ def load(network: Any, folder: Path, **options: Any) -> Any:
         raise SFDError(f"{folder} cannot be loaded ({reason}); make or fetch its files again") from None
     # Heads and decoders may be left over, but nothing of the network itself.
     own = {name for name, _ in net.named_children()}
-    problems = {
-        "missing": found["missing_keys"],
-        "unexpected": [name for name in found["unexpected_keys"] if name.partition(".")[0] in own],
-        "misshapen": [str(key) for key in found["mismatched_keys"]],
-    }
-    if differences := misfit(problems):
-        raise SFDError(f"{folder}: the weights do not fit {CONFIG_FILE} ({differences}); use the files of one model")
+    unexpected = [name for name in found["unexpected_keys"] if name.partition(".")[0] in own]
+    wrong = sorted(map(str, [*found["missing_keys"], *unexpected, *found["mismatched_keys"]]))
+    if wrong:
+        raise SFDError(
+            f"{folder}: the weights do not fit {CONFIG_FILE} (missing, unexpected or of another shape: "
+            f"{', '.join(wrong[:4])}); use the files of one model"
+        )
     return net
-
-
-@contextmanager
-def without_torchvision() -> Iterator[None]:
-    """Import diffusers or transformers as if torchvision were not installed.
-
-    They import it if they find it, though nothing here uses it, and one that was built for another PyTorch fails.
-    """
-    if "torchvision" in sys.modules:
-        yield
-        return
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torchvision"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfd.encoders._base import SEMANTIC, check_divisible
-from sfd.models.component import Component, require_match, shapes
+from sfd.models.component import Component, fill
 from sfd.models.efficientnet_lite import STAGES, VARIANTS, EfficientNetLite, folded, stages
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
@@ -118,8 +118,7 @@ def load_published(network: EfficientNetLite, source: str) -> None:
     except Exception as error:  # damaged files are met with errors of nearly every type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SFDError(f"{path} holds no published weights of an EfficientNet-Lite ({reason})") from None
-    require_match(tensors, shapes(network), str(path))
-    network.load_state_dict(tensors)
+    fill(network, tensors, str(path))
 
 
 def _variant(source: str, given: Mapping[str, Any]) -> Any:

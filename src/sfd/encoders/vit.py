@@ -8,8 +8,7 @@ encoded separately. Features are the patch tokens after the final norm; class an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -144,47 +143,29 @@ def pretrained(source: str, given: Mapping[str, Any]) -> VisionTransformer:
     """Load a published encoder (a folder in transformers' format, or a hub name), in eval mode; see `planned`."""
     folder = _hub.fetch(source, WEIGHTS)
     config = planned(str(folder), given)
-    with _hub.without_torchvision(), _quiet():
-        from transformers import AutoModel
+    from transformers import AutoModel
 
-        net = _hub.load(AutoModel, folder, dtype=torch.float32)
+    net = _hub.load(AutoModel, folder, dtype=torch.float32)
     return VisionTransformer(config, net).finished()
 
 
 def _network(config: Config) -> Any:
-    with _hub.without_torchvision():
-        from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel
 
-        return AutoModel.from_config(AutoConfig.for_model(**config.model_dump(include=set(NETWORK))))
+    return AutoModel.from_config(AutoConfig.for_model(**config.model_dump(include=set(NETWORK))))
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
     """Take the fields of `Config` from a transformers `config.json`, which leaves out the library's defaults."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     path = folder / _hub.CONFIG_FILE
     kind = str(files.read_json(path, "model in the transformers format").get("model_type"))
     if kind not in MODEL_TYPES:
         raise SFDError(f"{path}: {unknown('supported model_type', kind, MODEL_TYPES)}")
-    with _hub.without_torchvision():
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
     try:
         full = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise SFDError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     return {"num_register_tokens": 0, **{name: getattr(full, name) for name in NETWORK if hasattr(full, name)}}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's progress bars and reports away: what they would say becomes an error here."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

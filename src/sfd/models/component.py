@@ -8,17 +8,15 @@ agree), computed when the weights are made. A saved component carries it along, 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from sfd.utils import files
+from sfd.utils import files, registry
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
 from sfd.utils.hub import HubFolder
@@ -84,13 +82,10 @@ class Component(nn.Module, HubFolder):
     @classmethod
     def from_folder(cls: type[Own], folder: Path) -> Own:
         """Load a component of this class; see `load`."""
-
-        def find(name: str) -> ModuleType:
-            if name != cls.name:
-                raise SFDError(f"{folder} holds the {cls.kind} {name!r}, not {cls.name!r}; load it by its own class")
-            return importlib.import_module(cls.__module__)
-
-        return cast(Own, load(folder, (cls.kind,), find))
+        found = load(folder, (cls.kind,), cls.__module__.rpartition(".")[0])
+        if found.name != cls.name:
+            raise SFDError(f"{folder} holds the {cls.kind} {found.name!r}, not {cls.name!r}; load it by its own class")
+        return cast(Own, found)
 
     def card(self) -> str:
         """Write the text of the model card."""
@@ -105,28 +100,28 @@ class Component(nn.Module, HubFolder):
         )
 
 
-def load(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]) -> Component:
+def load(folder: Path, kinds: tuple[str, ...], package: str) -> Component:
     """Load a component, in eval mode, without gradients, on the CPU, as float32.
 
     Args:
         folder: holds `config.json` and `model.safetensors`.
         kinds: the kinds of component that are accepted.
-        find: gives the module of a component's name; the module has a `Config` and `build(config)`.
+        package: has a module of the component's name, with a `Config` and `build(config)`.
     """
-    about, config, build = _described(folder, kinds, find, "sha256")
+    about, config, build = _described(folder, kinds, package, "sha256")
     tensors = read_weights(folder / WEIGHTS_FILE, about["sha256"])
     component: Component = assemble(lambda: build(config), tensors, str(folder))
     component.saved_identity = about["identity"]
     return component
 
 
-def read_config(folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType]) -> Settings:
+def read_config(folder: Path, kinds: tuple[str, ...], package: str) -> Settings:
     """Read a component's configuration alone; see `load`."""
-    return _described(folder, kinds, find)[1]
+    return _described(folder, kinds, package)[1]
 
 
 def _described(
-    folder: Path, kinds: tuple[str, ...], find: Callable[[str], ModuleType], *needed: str
+    folder: Path, kinds: tuple[str, ...], package: str, *needed: str
 ) -> tuple[dict[str, Any], Settings, Callable[[Settings], Component]]:
     """Read `config.json`: all of it, the configuration in it, and what builds the component."""
     path, wanted = folder / CONFIG_FILE, " or ".join(kinds)
@@ -136,7 +131,7 @@ def _described(
         raise SFDError(f"{path} describes no {wanted}: it lacks {', '.join(missing)}; restore the file")
     if about["kind"] not in kinds:
         raise SFDError(f"{folder} holds a {about['kind']} ({about['name']}), but a {wanted} was expected")
-    module = find(about["name"])
+    module = registry.find(package, about["name"], about["kind"])
     return about, parse(module.Config, about["config"], str(path)), module.build
 
 
@@ -167,40 +162,18 @@ def assemble(build: Callable[[], Network], tensors: Mapping[str, Tensor], where:
     """
     with torch.device("meta"):
         network = build()
-    require_match(tensors, shapes(network), where)
     # Copied: a file's tensors share one mapped block of memory.
     own = {n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for n, t in tensors.items()}
-    network.load_state_dict(own, assign=True)
+    fill(network, own, where)
     return network.eval().requires_grad_(False)
 
 
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a module's state."""
-    return {name: tuple(t.shape) for name, t in module.state_dict().items()}
-
-
-def differences(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """List the tensors that are "missing", "unexpected" and "misshapen", by comparing names and shapes."""
-    both = sorted(expected.keys() & given.keys())
-    return {
-        "missing": sorted(expected.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - expected.keys()),
-        "misshapen": [f"{n} {given[n]} for {expected[n]}" for n in both if given[n] != expected[n]],
-    }
-
-
-def misfit(problems: Mapping[str, Sequence[str]], limit: int = 4) -> str:
-    """Name the first few tensors of each kind of problem; "" if there is none."""
-    parts = []
-    for label, names in problems.items():
-        if names:
-            more = f" and {len(names) - limit} more" if len(names) > limit else ""
-            parts.append(f"{label}: {', '.join(sorted(names)[:limit])}{more}")
-    return "; ".join(parts)
-
-
-def require_match(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse tensors that are not those expected; `where` (a file, a kind of network) is named first."""
-    problems = misfit(differences({name: tuple(t.shape) for name, t in tensors.items()}, expected))
-    if problems:
-        raise SFDError(f"{where}: the weights do not fit the configuration ({problems}); use the files of one model")
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Give a network all of its weights; `where` they come from is named in errors."""
+    try:
+        network.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise SFDError(
+            f"{where}: the weights do not fit the configuration ({reason}); use files of one model"
+        ) from None

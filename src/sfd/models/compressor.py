@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import cast
 
 from torch import Tensor
 
 from sfd.models import component
 from sfd.models.component import Component
-from sfd.utils.errors import SFDError, unknown
+from sfd.utils.errors import SFDError
 
 KIND = "compressor"
-COMPRESSORS = ("semvae", "pca")  # modules of sfd.models
 
 
 class Compressor(Component):
@@ -40,10 +37,4 @@ def check_channels(given: int, expected: int) -> None:
 
 def load_compressor(folder: Path) -> Compressor:
     """Load the compressor in `folder`, in eval mode, without gradients, on the CPU."""
-    return cast(Compressor, component.load(folder, (KIND,), _module))
-
-
-def _module(name: str) -> ModuleType:
-    if name not in COMPRESSORS:
-        raise unknown(KIND, name, COMPRESSORS)
-    return importlib.import_module(f"sfd.models.{name}")
+    return cast(Compressor, component.load(folder, (KIND,), "sfd.models"))

@@ -70,4 +70,7 @@ def fetch(name: str, **options: Any) -> Path:
         return Path(snapshot_download(name, **options))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SFDError(f"{name} is neither a folder nor to be had from the hub ({reason})") from None
+        raise SFDError(
+            f"{name} is neither a folder nor to be had from the hub ({reason}); run `hf download {name}` where there "
+            "is a network"
+        ) from None

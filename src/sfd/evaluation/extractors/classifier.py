@@ -10,7 +10,7 @@ import torch
 
 from sfd.data.images import ImageSource, to_tensor
 from sfd.evaluation.extractors._base import Extraction
-from sfd.models import classifier, component
+from sfd.models import component
 from sfd.models.classifier import ROTATIONS, Classifier
 from sfd.training.tasks.classifier import ClassifierSettings
 from sfd.utils.device import full_float32
@@ -47,7 +47,7 @@ class ClassifierExtractor:
 
 def load_classifier(folder: Path, device: torch.device) -> ClassifierExtractor:
     """Read a saved `Classifier`."""
-    network = component.load(folder, (Classifier.kind,), lambda name: classifier)
+    network = component.load(folder, (Classifier.kind,), "sfd.models")
     return ClassifierExtractor(cast(Classifier, network.to(device)))
 
 
