@@ -72,7 +72,6 @@ def test_an_output_folder_that_cannot_be_created_is_refused(recipe, tmp_path):
         (["guidance={semantics: 2}"], "did you mean 'semantic'"),
         (["--guidance", "2", "interval=[0.9, 0.1]"], "interval"),
         (["--guiding-model", "nowhere"], "nowhere"),
-        (["--weak", "nowhere"], "--guiding-model"),
         (["options=[1"], "not valid YAML"),
         (["budget=equal"], "budget"),
     ],

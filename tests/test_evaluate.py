@@ -51,8 +51,6 @@ def test_class_accuracy_is_the_share_recognised_as_their_class():
     shown[:5] = 3  # half of class 0 look like class 3
     result = evaluate(signed(IMAGES, shown), labels, REFERENCE, name="samples")
     assert result.class_accuracy == pytest.approx(0.95)
-    assert result.accuracy_by_class["disk"] == pytest.approx(0.5)
-    assert result.accuracy_by_class["star"] == 1
     assert result.balanced
 
 

@@ -44,7 +44,7 @@ def golden_keys(name: str) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_can_be_planned(name):
-    assert "on one device, for the transformer only, at 400 TFLOP/s" in describe(recipe(name), CPU, tflops=400)
+    assert "on one device, for the transformer only, at 40% of" in describe(recipe(name), CPU)
     assert not name.startswith("imagenet256/") or name in SHARED or "fid" in recipe(name).published
 
 

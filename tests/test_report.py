@@ -39,7 +39,6 @@ def row(name="guided", **changes):
         "inception_score": 1.9,
         "class_accuracy": 0.71,
         "sfid": None,
-        "accuracy_by_class": {"disk": 0.6, "ring": 0.82},
         "protocol": PROTOCOL,
         "sampling": {"solver": "heun", "interval": None},
     }
@@ -121,7 +120,7 @@ def test_a_report_shows_metrics_with_their_protocol(page):
 
 def test_a_report_of_stored_moments_has_no_precision(tmp_path):
     protocol = PROTOCOL.model_copy(update={"extractor": "inception", "stored_moments": True, "reference_count": 0})
-    changes = {"sfid": 6.14, "precision": None, "recall": None, "class_accuracy": None, "accuracy_by_class": {}}
+    changes = {"sfid": 6.14, "precision": None, "recall": None, "class_accuracy": None}
     metrics = [row(**changes, protocol=protocol, not_comparable=("few samples",))]
     write_report(tmp_path / "report.html", ReportContent("T", "", {}, "", metrics=metrics))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -140,7 +139,7 @@ def test_an_unreliable_metric_is_marked(tmp_path):
 
 
 def test_a_report_of_an_unconditional_run_without_training(tmp_path):
-    metrics = [row(class_accuracy=None, inception_score=None, accuracy_by_class={}, balanced=False)]
+    metrics = [row(class_accuracy=None, inception_score=None, balanced=False)]
     gallery = Gallery("Samples", "", [("", images(10)), ("", images(10)), ("", images(3))])
     write_report(tmp_path / "report.html", ReportContent("Title", "", {}, "", [gallery], metrics=metrics))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

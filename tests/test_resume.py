@@ -139,6 +139,16 @@ def test_a_default_written_out_changes_nothing(finished, tiny):
     assert refusals(same, finished.folder.root) == {}
 
 
+def test_a_field_that_an_older_record_lacks_counts_as_its_default(copied, tiny):
+    out = copied("training")
+    record = files.read_json(out / "training" / "stage.json", "stage")
+    del record["recipe"]["loss"]["arrived"], record["recipe"]["streams"]["semantic"]["patch_size"]
+    files.write_json(out / "training" / "stage.json", record)
+    pipeline.Pipeline(tiny, out, CPU).transformer.check_recipe()
+    with pytest.raises(SFDError, match=r"loss.arrived was 1.0 before and is 0.8 now"):
+        pipeline.Pipeline(changed(tiny, "loss.arrived", 0.8), out, CPU).transformer.check_recipe()
+
+
 def stop(run, name):
     """Mark a finished stage as unfinished."""
     path = run / name / "stage.json"

@@ -79,6 +79,9 @@ def test_an_existing_path_takes_precedence_over_a_name(tmp_path, monkeypatch):
     assert find_recipe("shapes") == shipped("recipe")["shapes"]  # a folder is no recipe
     write_recipe(tmp_path).rename("cifar10")
     assert find_recipe("cifar10") == Path("cifar10")
+    for find, given in ((find_recipe, "./shapes-demo.yaml"), (find_recipe, "./shapes-demo"), (find_model, "./photos")):
+        with pytest.raises(SFDError, match=f"there is no (recipe|model) {tmp_path}"):
+            find(given)
 
 
 def test_a_recipe_extends_a_shipped_one(tmp_path):

@@ -15,17 +15,9 @@ import click
 from sfd.utils import distributed
 from sfd.utils.errors import Interrupted, SFDError
 
-RENAMED = {"strip": "trajectory"}
-
 
 class Group(click.Group):
     """A command group that turns an SFDError into one sentence and exit code 2."""
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Find a command; refuse the name of one that was renamed."""
-        if cmd_name in RENAMED:
-            raise SFDError(f"the command `sfd {cmd_name}` is now `sfd {RENAMED[cmd_name]}`")
-        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; Ctrl-C at any point gives its own message and exit code."""

@@ -29,11 +29,6 @@ for command in stages.COMMANDS:
     main.add_command(command)
 
 
-def _renamed(context: click.Context, option: click.Parameter, value: object) -> None:
-    if value is not None:
-        raise SFDError("the option --weak is now --guiding-model")
-
-
 @main.command()
 @click.argument("model", type=FOLDER)
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
@@ -47,7 +42,6 @@ def _renamed(context: click.Context, option: click.Parameter, value: object) -> 
 @click.option(
     "--guiding-model", type=FOLDER, help="a less trained model, for AutoGuidance; sets guidance_from=guiding_model"
 )
-@click.option("--weak", hidden=True, expose_value=False, callback=_renamed)
 @device_option
 def sample(**arguments: Any) -> None:
     """Sample images from a MODEL directory, a run's folder or a shipped model.

@@ -11,7 +11,6 @@ import click
 
 from sfd.cli.options import FOLDER, MAX_HOURS_HELP, device_option
 from sfd.utils import distributed
-from sfd.utils.errors import SFDError
 
 if TYPE_CHECKING:
     from sfd.run.pipeline import Pipeline
@@ -29,11 +28,6 @@ def recipe_command(function: Command) -> Command:
         click.option("--strict", is_flag=True, help="stop at a broken image instead of skipping it"),
         click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP),
         click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates, and exit"),
-        click.option(
-            "--tflops",
-            type=click.FloatRange(min=0, min_open=True),
-            help="TFLOP/s of training, for --dry-run",
-        ),
         device_option,
     )
     for decorator in reversed(decorators):
@@ -49,7 +43,6 @@ def _stage(
     strict: bool,
     max_hours: float | None,
     dry_run: bool,
-    tflops: float | None,
     device: str,
 ) -> None:
     """Validate the recipe, lock the run's folder and make stages."""
@@ -66,13 +59,11 @@ def _stage(
             check(resolved)
         return resolved
 
-    if tflops is not None and not dry_run:
-        raise SFDError("--tflops only affects the estimate of --dry-run; give both")
     if dry_run:
         from sfd.run.estimate import describe
 
         if distributed.is_main_process():
-            click.echo(describe(read(), choose_device(device), tflops))
+            click.echo(describe(read(), choose_device(device)))
         return
     name = distributed.init(device)
     resolved = distributed.decide(read)

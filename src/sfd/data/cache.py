@@ -73,5 +73,5 @@ def map_ranges(title: str, count: int, function: Callable[[range], Result]) -> l
     with bar(title, count) as progress, closing(ahead(function, ranges, min(16, os.cpu_count() or 1))) as found:
         for part, result in zip(ranges, found, strict=True):
             results.append(result)
-            progress.advance(len(part))
+            progress.update(len(part))
     return results

@@ -97,7 +97,7 @@ class LatentWriter:
         own = [number for number in distributed.rank_slice(range(self._count)) if number in missing]
         with bar("encoding latents", sum(len(self._indices(number)) for number in own)) as shown:
             for number in own:
-                self._write_shard(number, self._encode_shard(self._indices(number), shown.advance))
+                self._write_shard(number, self._encode_shard(self._indices(number), shown.update))
         distributed.barrier()
         if distributed.has_group() and not distributed.is_main_process():
             return

@@ -219,7 +219,7 @@ def _compute_statistics(headers: list[Header], name: str) -> tuple[Tensor, Tenso
         for header in headers:
             for rows in files.read_tensors(header.path)[key].split(_ROWS):
                 statistics.add(rows)
-                shown.advance(len(rows))
+                shown.update(len(rows))
             if not torch.isfinite(statistics.std).all():
                 raise SFDError(f"{header.path}: {key} holds values that are not finite; extract it again")
     if not (statistics.std > 0).all():
@@ -270,7 +270,7 @@ def write_published(latents: LatentSet, out: Path, shard_size: int = 10_000) -> 
                     flips = np.full(len(indices), suffix == FLIP)
                     tensors[KEYS[name] + suffix] = latents.read(name, indices, flips).to(dtype)
             files.write_tensors(partial / f"latents_rank00_shard{number:0{digits}d}.safetensors", tensors)
-            shown.advance(len(indices))
+            shown.update(len(indices))
         for name, record in latents.manifest.streams.items():
             shape = (1, record.channels, 1, 1)
             statistics = {"mean": torch.tensor(record.mean).view(shape), "std": torch.tensor(record.std).view(shape)}

@@ -63,7 +63,7 @@ def write_trajectories(
             parts = []
             for y, x in zip(chosen.split(batch_size), noise.split(batch_size), strict=True):
                 parts.append(follow(y, x).float())
-                shown.advance(len(x))
+                shown.update(len(x))
             files.write_tensors(paths[number], {"labels": chosen, "states": torch.cat(parts)})
 
 

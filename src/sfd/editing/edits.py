@@ -63,17 +63,8 @@ def edit(
         x = noise[batch].to(model.device)
         velocity = model.velocity_field(torch.tensor(labels[batch], device=model.device), config, guiding)
         of_batch = {name: _of_batch(path, batch) for name, path in paths.items()}
-        result = integrate(
-            follow(velocity, x, model.composite, of_batch),
-            x,
-            chosen,
-            model.composite,
-            solver=config.solver,
-            steps=config.steps,
-            options=config.options,
-            shift=config.shift,
-            callback=callback,
-        )
+        followed = follow(velocity, x, model.composite, of_batch)
+        result = integrate(followed, x, chosen, model.composite, **config.integration, callback=callback)
         found.append(result.x.cpu())
     return torch.cat(found)
 

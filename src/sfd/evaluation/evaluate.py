@@ -40,7 +40,6 @@ class Metrics(Settings):
     recall: float | None
     inception_score: float | None  # under the extractor's classes
     class_accuracy: float | None  # share of samples whose class the extractor predicts
-    accuracy_by_class: dict[str, float]
     intervals: dict[str, tuple[float, float]]  # 95 % bootstrap interval, by metric
     caveats: dict[str, tuple[str, ...]]  # why a metric cannot be trusted, by metric; only those that cannot
     not_comparable: tuple[str, ...] = ()  # why the numbers cannot be compared with published ones
@@ -54,7 +53,9 @@ class Metrics(Settings):
 
 def read_metrics(path: Path) -> Metrics:
     """Read what `Metrics.write` wrote."""
-    return parse(Metrics, files.read_json(path, "folder of metrics"), str(path))
+    values = files.read_json(path, "folder of metrics")
+    values.pop("accuracy_by_class", None)  # an earlier version wrote it
+    return parse(Metrics, values, str(path))
 
 
 def evaluate(
@@ -84,10 +85,6 @@ def evaluate(
     classes = tuple(reference.extractor.classes)
     truth = None if labels is None or not classes else _checked(labels, len(seen.features), classes)
     estimates = dict(_measured(seen, truth, reference))
-    by_class = {}
-    if truth is not None and seen.probabilities is not None:
-        right = seen.probabilities.argmax(axis=1) == truth
-        by_class = {c: float(right[truth == i].mean()) for i, c in enumerate(classes) if (truth == i).any()}
     values: dict[str, Any] = {metric: estimates[metric].value if metric in estimates else None for metric in METRICS}
     return Metrics(
         name=name,
@@ -95,7 +92,6 @@ def evaluate(
         n_samples=len(seen.features),
         balanced=balanced(truth, len(classes)),
         **values,
-        accuracy_by_class=by_class,
         intervals={metric: (estimate.low, estimate.high) for metric, estimate in estimates.items()},
         caveats={metric: why for metric in estimates if (why := _caveats(metric, seen, reference))},
         protocol=reference.protocol,

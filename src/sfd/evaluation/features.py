@@ -71,7 +71,7 @@ def extract(
             batch = range(start, min(start + batch_size, chunk.stop))
             pixels = images[batch.start : batch.stop] if isinstance(images, np.ndarray) else images.load(batch)
             seen.append(extractor.extract(pixels))
-            shown.advance(len(batch))
+            shown.update(len(batch))
         return _concatenate(seen)
 
     if cache is None or isinstance(images, np.ndarray):

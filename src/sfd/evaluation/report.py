@@ -79,7 +79,6 @@ def write_report(path: Path, content: ReportContent) -> None:
         curves=[_curves(name, lines) for name, lines in content.logs.items() if lines],
         has_sfid=any(row.sfid is not None for row in content.metrics),
         doubts=list(dict.fromkeys(text for row in content.metrics for why in row.caveats.values() for text in why)),
-        classes=list(dict.fromkeys(name for row in content.metrics for name in row.accuracy_by_class)),
         protocols=list(dict.fromkeys(_protocol(row) for row in content.metrics)),
         skipped=content.skipped[:MAX_SKIPPED],
         total_seconds=sum(stage["seconds"] for stage in content.stages),

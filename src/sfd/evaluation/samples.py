@@ -44,7 +44,7 @@ class NumberedImages:
             for path in self.paths:
                 data = path.read_bytes()
                 contents.append((path.name, len(data), zlib.crc32(data)))
-                shown.advance()
+                shown.update()
         return stable_hash("png", files=contents)
 
     def __len__(self) -> int:
@@ -132,7 +132,7 @@ def pack(samples: Samples, out: Path) -> None:
                 for start in range(0, len(images), BATCH):
                     batch = images.load(range(start, min(start + BATCH, len(images))))
                     stream.write(np.ascontiguousarray(batch).data)
-                    shown.advance(len(batch))
+                    shown.update(len(batch))
         if samples.labels is not None:
             with archive.open(zipfile.ZipInfo(f"{LABELS}.npy"), "w") as stream:
                 npy.write_array(stream, np.asarray(samples.labels, "<i8"), allow_pickle=False)

@@ -67,6 +67,11 @@ class SamplingConfig(Settings):
         """The same settings with the conditional model alone."""
         return self.model_copy(update={"guidance": 1.0, "interval": None})
 
+    @property
+    def integration(self) -> dict[str, Any]:
+        """What `sampling.integrate` takes."""
+        return {"solver": self.solver, "steps": self.steps, "options": self.options, "shift": self.shift}
+
     def summary(self) -> str:
         """Solver, steps and guidance in a few words."""
         steps = "adaptive steps" if self.adaptive else f"{self.steps} steps"
@@ -84,12 +89,15 @@ class SamplingConfig(Settings):
                 )
         coarsen(grid, self.steps)
 
-    def check(self, schedule: Schedule, latent: CompositeLatent, *, has_guiding: bool) -> None:
+    def check(self, schedule: Schedule, latent: CompositeLatent, *, has_guiding: bool) -> list[list[float]]:
         """Refuse settings that do not fit the streams or the schedule, before there is anything to integrate.
 
         Args:
             schedule, latent: the model's.
             has_guiding: whether what `guidance_from` names is there.
+
+        Returns:
+            base times of the steps on each smooth interval, its ends included; see `time_grids`.
         """
 
         def zero(x: Tensor, t: Tensor) -> Tensor:
@@ -100,4 +108,4 @@ class SamplingConfig(Settings):
         solver, _ = find_solver(self.solver, self.options)
         velocity = guide(zero, zero if has_guiding else None, self.guidance, latent, self.interval)
         jumps = velocity.discontinuities if isinstance(velocity, GuidedVelocity) else ()
-        time_grids(smooth_intervals(schedule, jumps), solver, self.steps, self.shift)
+        return time_grids(smooth_intervals(schedule, jumps), solver, self.steps, self.shift)

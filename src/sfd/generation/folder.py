@@ -7,7 +7,6 @@ stopped or on which rank makes its batch.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from sfd.data.listing import meant_as_image
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.latents import TEXTURE
+from sfd.sampling import initial_noise
 from sfd.utils import distributed, files
 from sfd.utils.device import slow_bf16
 from sfd.utils.errors import SFDError
@@ -74,22 +74,23 @@ def write_samples(
     todo = [batch for batch in distributed.rank_slice(batches) if not missing.isdisjoint(batch)]
     if todo and config.precision == "bf16" and (slowness := slow_bf16(model.device)):
         say(f"sampling: {slowness}")
-    start, made = time.monotonic(), 0
     writing: list[Future[None]] = []
     with bar("sampling", sum(map(len, todo))) as shown, ThreadPoolExecutor(WRITERS) as pool:
         for batch in todo:
-            batch_labels, batch_seeds = [labels[i] for i in batch], [seeds[i] for i in batch]
+            its_labels = torch.tensor([labels[i] for i in batch], device=model.device)
+            its_seeds = [seeds[i] for i in batch]
+            noise = initial_noise(its_seeds, model.composite).to(model.device)
             try:
-                (sampled,) = model.sample_batches(batch_labels, batch_seeds, config, guiding=guiding)
+                x = model.sample_latents(noise, its_labels, config, guiding, its_seeds).x
+                images = model.decode(x, config.precision)
             except torch.OutOfMemoryError:
                 raise SFDError(f"{size} images do not fit the memory of {model.device}; set batch_size") from None
             _wait(writing)  # at most one batch behind
-            numbered = zip(batch, sampled.images, strict=True)
+            numbered = zip(batch, images, strict=True)
             writing = [
                 pool.submit(_write_image, image_path(folder, i, count), image) for i, image in numbered if i in missing
             ]
-            made += len(batch)
-            shown.advance(len(batch), f"{made / (time.monotonic() - start):.3g} images/s")
+            shown.update(len(batch))
         _wait(writing)
     left = _missing(folder, count)
     if not left:

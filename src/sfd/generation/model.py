@@ -214,18 +214,9 @@ class Model(HubFolder):
         if grid := self.transformer.config.flow_map:
             mean = self.inference(config.precision, config.compile).mean_velocity(labels)
             return take_steps(mean, noise, self.schedule, self.composite, coarsen(grid, config.steps), callback)
-        return integrate(
-            self.velocity_field(labels, config, guiding),
-            noise,
-            self.schedule,
-            self.composite,
-            solver=config.solver,
-            steps=config.steps,
-            options=config.options,
-            shift=config.shift,
-            seeds=seeds,
-            callback=callback,
-        )
+        velocity = self.velocity_field(labels, config, guiding)
+        how: dict[str, Any] = {**config.integration, "seeds": seeds, "callback": callback}
+        return integrate(velocity, noise, self.schedule, self.composite, **how)
 
     def check_sampling(self, config: SamplingConfig, guiding: Model | None = None) -> None:
         """Refuse settings or a guiding model that do not fit, before anything is computed."""

@@ -23,7 +23,7 @@ from sfd.utils import distributed
 from sfd.utils.errors import SFDError
 
 
-class EvaluatorStage(Stage):
+class EvaluatorStage(Stage[Run]):
     """Trains the evaluation classifier, on images that nothing else in the run sees."""
 
     def __init__(self, run: Run, images: RunImages) -> None:
@@ -78,7 +78,7 @@ class EvaluatorStage(Stage):
         return settings
 
 
-class SamplesStage(Stage):
+class SamplesStage(Stage[Run]):
     """Samples every class, with the recipe's guidance or with the conditional model alone."""
 
     def __init__(
@@ -136,7 +136,7 @@ class SamplesStage(Stage):
             write_grid(self.folder, labels, self.model.classes)
 
 
-class MetricsStage(Stage):
+class MetricsStage(Stage[Run]):
     """Measures samples, and real training images, against held-out images."""
 
     together = False

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -17,7 +17,7 @@ from sfd.generation.config import FLOW_MAP, SamplingConfig
 from sfd.generation.directory import RECORD
 from sfd.generation.model import Model
 from sfd.models.dit import LightningDiT, parameter_count
-from sfd.run.stages import Run, RunFolder, Stage
+from sfd.run.stages import RunFolder, Stage
 from sfd.run.values import apply_override
 from sfd.solvers import SOLVERS
 from sfd.training.config import TrainSettings
@@ -81,7 +81,9 @@ def distill(teacher: Model, settings: DistillSettings, out: Path, guiding: Model
 
 @dataclass(frozen=True)
 class Distillation:
-    """What both stages are given; to `Stage` it is a run."""
+    """What both stages are given."""
+
+    record: ClassVar = DistillSettings
 
     teacher: Model
     guiding: Model | None
@@ -113,25 +115,25 @@ class Distillation:
         return {"teacher": self.teacher.identity, "guiding model": self.guiding.identity if self.guiding else None}
 
 
-class TrajectoryStage(Stage):
+class TrajectoryStage(Stage[Distillation]):
     """Samples from the teacher, and stores the states at the ends of the student's finest steps."""
 
     def __init__(self, run: Distillation) -> None:
-        self.given, folder = run, run.folder.root / "trajectories"
+        folder = run.folder.root / "trajectories"
         fields = ("seed", "finest", "trajectories", "teacher")
-        super().__init__(cast(Run, run), "trajectories", "sfd distill", folder, fields)
+        super().__init__(run, "trajectories", "sfd distill", folder, fields)
 
     def inputs(self) -> dict[str, Any]:
         """The teacher and its guiding model."""
-        return self.given.identities()
+        return self.run.identities()
 
     def results(self) -> tuple[Path, ...]:
         """The shards."""
-        return shard_paths(self.folder, self.given.settings.trajectories)
+        return shard_paths(self.folder, self.run.settings.trajectories)
 
     def work(self) -> None:
         """Make the missing shards."""
-        settings, teacher = self.given.settings, self.given.teacher
+        settings, teacher = self.run.settings, self.run.teacher
         write_trajectories(
             self.folder,
             settings.trajectories,
@@ -145,7 +147,7 @@ class TrajectoryStage(Stage):
         distributed.barrier()
 
     def _follow(self, labels: Tensor, noise: Tensor) -> Tensor:
-        run, states = self.given, [noise]
+        run, states = self.run, [noise]
         start = noise.to(run.device), labels.to(run.device)
         run.teacher.sample_latents(
             *start, run.settings.teacher, run.guiding, callback=lambda progress: states.append(progress.x.cpu())
@@ -153,27 +155,28 @@ class TrajectoryStage(Stage):
         return torch.stack(states[:: run.every], dim=1)
 
 
-class StudentStage(Stage):
+class StudentStage(Stage[Distillation]):
     """Trains the student on stored trajectories."""
 
     def __init__(self, run: Distillation, trajectories: TrajectoryStage) -> None:
-        self.given, self.trajectories = run, trajectories
+        self.trajectories = trajectories
         fields, folder = tuple(run.fixed), run.folder.training
-        super().__init__(cast(Run, run), "student", "sfd distill", folder, fields, run.settings.train)
+        super().__init__(run, "student", "sfd distill", folder, fields, run.settings.train)
 
     def inputs(self) -> dict[str, Any]:
         """The teacher and its guiding model."""
-        return self.given.identities()
+        return self.run.identities()
 
     def results(self) -> tuple[Path, ...]:
         """The model directory."""
-        return (self.given.folder.model / RECORD,)
+        return (self.run.folder.model / RECORD,)
 
     def work(self) -> None:
         """Train, and write the model directory."""
-        run, settings, train = self.given, self.given.settings, self.given.settings.train
+        run, settings, train = self.run, self.run.settings, self.run.settings.train
         teacher = run.teacher
-        grid = self._grid()
+        grids = settings.teacher.check(teacher.schedule, teacher.composite, has_guiding=True)
+        grid = (0.0, *(u for interval in grids for u in interval[1:]))[:: run.every]  # of the stored states
         network = make_student(teacher.transformer, grid)
         trajectories = TrajectorySet(self.trajectories.folder, settings.trajectories)
         task = DistillationTask(
@@ -188,16 +191,6 @@ class StudentStage(Stage):
         sampling = SamplingConfig(solver=FLOW_MAP, steps=steps, batch_size=settings.teacher.batch_size)
         student = replace(teacher, transformer=trained, history=history, saved_identity="", sampling=sampling)
         student.save(run.folder.model)
-
-    def _grid(self) -> tuple[float, ...]:
-        """Base times of the stored states."""
-        run, base = self.given, [0.0]
-        labels = torch.tensor(run.teacher.labels[:1], device=run.device)
-        noise = torch.zeros(1, run.teacher.composite.size, device=run.device)
-        run.teacher.sample_latents(
-            noise, labels, run.settings.teacher, run.guiding, callback=lambda progress: base.append(progress.u)
-        )
-        return tuple(base[:: run.every])
 
 
 def make_student(teacher: LightningDiT, grid: Sequence[float]) -> LightningDiT:

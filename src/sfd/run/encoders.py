@@ -24,7 +24,7 @@ from sfd.utils.config import parse
 from sfd.utils.device import full_float32
 
 
-class EncoderStage(Stage):
+class EncoderStage(Stage[Run]):
     """Trains an encoder, or loads the one that the recipe gives."""
 
     def __init__(self, run: Run, kind: Literal["texture", "semantic"], images: RunImages) -> None:
@@ -72,7 +72,7 @@ class EncoderStage(Stage):
         return encoder.to(self.run.device)
 
 
-class CompressorStage(Stage):
+class CompressorStage(Stage[Run]):
     """Trains the SemVAE, or fits PCA, on the semantic encoder's features; or loads the one that the recipe gives."""
 
     def __init__(self, run: Run, images: RunImages, semantic: EncoderStage) -> None:

@@ -73,16 +73,10 @@ def estimate(recipe: Recipe) -> Estimate:
     )
 
 
-def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) -> str:
-    """Write the resolved recipe and its estimates as text.
-
-    Args:
-        recipe: what to plan.
-        device: where it would run.
-        tflops: 10¹² operations per second that training reaches; None: measured here, as a share of the matrix rate.
-    """
-    known = estimate(recipe)
-    rate, how = _rate(device, recipe.train.precision, tflops)
+def describe(recipe: Recipe, device: torch.device) -> str:
+    """Write the resolved recipe and its estimates on a device as text; the matrix rate is measured here."""
+    known, precision = estimate(recipe), recipe.train.precision
+    peak = matrix_rate(device, precision)
     composite = known.config.composite
     rows = {
         "transformer": _network(recipe, known),
@@ -91,7 +85,8 @@ def describe(recipe: Recipe, device: torch.device, tflops: float | None = None) 
         "latents on disk": _latents(recipe),
         "training": f"{recipe.train.steps:,} steps of {recipe.train.batch_size}, "
         f"{known.training:.3g} floating-point operations",
-        "estimated time": f"{duration(known.seconds(rate))} on one device, for the transformer only, at {how}",
+        "estimated time": f"{duration(known.seconds(EFFICIENCY * peak))} on one device, for the transformer only, at "
+        f"{EFFICIENCY:.0%} of the {peak / 1e12:.3g} TFLOP/s of {precision} products on {device}",
         "estimated memory": f"{known.state / 2**30:.2f} GiB of weights, gradients, AdamW's state and EMA, and "
         f"{known.kept / 2**20:.1f} MiB per image: {known.memory / 2**30:.2f} GiB with {known.images_at_once} per "
         "micro-batch on one device, without the framework's own",
@@ -143,14 +138,6 @@ def matrix_rate(device: torch.device, precision: str, seconds: float = 0.3) -> f
         (a @ a).sum().item()
         best = max(best, 2 * size**3 / (time.monotonic() - start))
     return best
-
-
-def _rate(device: torch.device, precision: str, tflops: float | None) -> tuple[float, str]:
-    """Operations per second that training reaches, and the source of the number."""
-    if tflops is not None:
-        return tflops * 1e12, f"{tflops:g} TFLOP/s"
-    peak = matrix_rate(device, precision)
-    return peak * EFFICIENCY, f"{EFFICIENCY:.0%} of the {peak / 1e12:.3g} TFLOP/s of {precision} products on {device}"
 
 
 def kept_bytes(config: DiTConfig, precision: str) -> int:

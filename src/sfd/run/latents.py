@@ -28,7 +28,7 @@ from sfd.utils.device import full_float32
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 32, 8
 
 
-class LatentsStage(Stage):
+class LatentsStage(Stage[Run]):
     """Encodes the training images into latent shards, or checks published ones."""
 
     def __init__(

@@ -44,7 +44,7 @@ class ProbeSettings(Settings):
     kinetic: float = Field(0.05, ge=0, description="joint: weight of the kinetic energy")
 
 
-class ProbeStage(Stage):
+class ProbeStage(Stage[Run]):
     """Trains a probe at independent times and measures its errors at a grid of them, or trains it with a schedule."""
 
     def __init__(self, run: Run, latents: LatentsStage, settings: ProbeSettings) -> None:

@@ -48,7 +48,7 @@ class Pipeline:
             SamplesStage(run, "unguided", self.transformer),
         )
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage[Run]]:
         """List the stages that the recipe needs, in order, without loading anything."""
         metrics = MetricsStage(self.run, self.samples, self.evaluator, self.images)
         return [stage for stage in (*self._training, *self.samples, metrics) if stage.needed()]
@@ -99,7 +99,7 @@ class Pipeline:
         return load_model(model_folder(Path(guiding)), self.device) if guiding is not None else None
 
     @property
-    def _training(self) -> tuple[Stage, ...]:
+    def _training(self) -> tuple[Stage[Run], ...]:
         return self.texture, self.semantic, self.compressor, self.latents, self.transformer, self.evaluator
 
     def _check_given(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
@@ -21,7 +21,7 @@ from sfd.run.recipe import Recipe, dump_recipe
 from sfd.training.config import TrainSettings
 from sfd.training.trainer import check_resume
 from sfd.utils import distributed, files
-from sfd.utils.config import first_difference
+from sfd.utils.config import Settings, first_difference, with_defaults
 from sfd.utils.device import peak_memory, reset_peak_memory
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import say
@@ -59,6 +59,8 @@ class RunFolder:
 class Run:
     """What every stage is given: the recipe, where results go, and the device."""
 
+    record: ClassVar = Recipe
+
     recipe: Recipe
     folder: RunFolder
     device: torch.device
@@ -73,7 +75,27 @@ class Run:
         files.write_text(self.folder.recipe, dump_recipe(self.recipe), shared=True)
 
 
-class Stage(ABC):
+class Given(Protocol):
+    """What the class `Stage` needs of a run."""
+
+    record: ClassVar[type[Settings]]  # holds the fields
+
+    @property
+    def device(self) -> torch.device:
+        """Where to work."""
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The fields that a result depends on."""
+
+    def save_recipe(self) -> None:
+        """Write the fields of the last accepted command."""
+
+
+RunType = TypeVar("RunType", bound=Given)
+
+
+class Stage(ABC, Generic[RunType]):
     """One part of a run: what it is made from, the work, and what it writes.
 
     Before any stage works, `check_recipe` refuses a recipe that differs from the recorded one, and `check_extension`
@@ -82,11 +104,17 @@ class Stage(ABC):
 
     together = True
     """Whether all ranks do the work; otherwise rank 0 does, and the others wait for it."""
-    sources: tuple[Stage, ...] = ()
+    sources: tuple[Stage[Any], ...] = ()
     """Stages whose results it reads."""
 
     def __init__(
-        self, run: Run, name: str, command: str, folder: Path, fields: Sequence[str], train: TrainSettings | None = None
+        self,
+        run: RunType,
+        name: str,
+        command: str,
+        folder: Path,
+        fields: Sequence[str],
+        train: TrainSettings | None = None,
     ) -> None:
         """Describe the stage; nothing is loaded.
 
@@ -134,7 +162,7 @@ class Stage(ABC):
         """Refuse a recipe that differs from the recorded one, if the stage was started. Loads nothing."""
         self._refuse_change("recipe", self.fields, "with another recipe")
 
-    def check_extension(self, others: Sequence[Stage]) -> None:
+    def check_extension(self, others: Sequence[Stage[Any]]) -> None:
         """Refuse to train a finished stage further where other stages were made from its result."""
         record = self._read()
         if self.train is None or record is None or not record["finished"] or record["steps"] == self._steps:
@@ -168,7 +196,7 @@ class Stage(ABC):
         reason = f": it was made with steps = {record['steps']}, not {self._steps}" if trained else ""
         raise SFDError(f"{self.folder} holds no finished {self.name}{reason}; run `{self.command}` first, or `sfd run`")
 
-    def _uses(self, other: Stage) -> bool:
+    def _uses(self, other: Stage[Any]) -> bool:
         return any(source is other or source._uses(other) for source in self.sources)
 
     @cached_property
@@ -228,12 +256,15 @@ class Stage(ABC):
 
     def _refuse_change(self, part: str, now: Mapping[str, Any], how: str) -> None:
         """Refuse a part, "recipe" or "inputs", that differs from the recorded one, if the stage was started."""
-        record = self._read()
-        different = first_difference(record[part], files.jsonable(now)) if record is not None else None
+        record, now = self._read(), files.jsonable(now)
+        if record is None:
+            return
+        before = with_defaults(record[part], now, self.run.record) if part == "recipe" else record[part]
+        different = first_difference(before, now)
         if different is not None:
-            field, before, value = different
+            field, old, value = different
             raise SFDError(
-                f"{self.folder} was made {how}: {field} was {before!r} before and is {value!r} now; "
+                f"{self.folder} was made {how}: {field} was {old!r} before and is {value!r} now; "
                 f"give another --out folder, or remove {self.folder} to make it anew"
             )
 

@@ -32,7 +32,7 @@ from sfd.utils.progress import say
 PREVIEW_IMAGES = 32
 
 
-class TransformerStage(Stage):
+class TransformerStage(Stage[Run]):
     """Trains the transformer on latents; the texture encoder decodes what it samples."""
 
     def __init__(self, run: Run, latents: LatentsStage, texture: EncoderStage) -> None:

@@ -20,7 +20,7 @@ from sfd.training.config import TrainSettings, ema_decay, learning_rate
 from sfd.training.data import Prefetcher, micro_batches, num_workers
 from sfd.training.log import TrainingLog
 from sfd.utils import distributed, files
-from sfd.utils.config import first_difference
+from sfd.utils.config import first_difference, with_defaults
 from sfd.utils.device import choose_device, full_float32, slow_bf16, to_device
 from sfd.utils.errors import Interrupted, SFDError
 from sfd.utils.progress import bar, say
@@ -82,7 +82,8 @@ def fit(
             stop = 0
             while trainer.step < settings.steps and not stop:
                 trainer.train_step()
-                progress.advance(trainer.step - progress.done, trainer.log_step())
+                progress.set_postfix_str(trainer.log_step(), refresh=False)
+                progress.update(trainer.step - progress.n)
                 trainer.preview()
                 # A signal that comes from here on is seen after the next step, or at the end.
                 stop = distributed.all_reduce_max(received[0] if received else 0)
@@ -323,12 +324,13 @@ def _check_same_run(folder: Path, settings: TrainSettings, record: dict[str, Any
 
     The number of steps enters the learning rate only through the cosine, so it is free until that has begun.
     """
-    now = settings.fixed()
-    different = first_difference({name: record["settings"].get(name) for name in now}, files.jsonable(now))
+    now = files.jsonable(settings.fixed())
+    before = with_defaults(record["settings"], now, TrainSettings)
+    different = first_difference({name: before[name] for name in now}, now)
     if different is not None:
-        field, before, value = different
+        field, old, value = different
         raise SFDError(
-            f"{folder} holds a run with {field} = {before!r}, but {value!r} was given; use another folder, or the "
+            f"{folder} holds a run with {field} = {old!r}, but {value!r} was given; use another folder, or the "
             "settings that the run was started with"
         )
     step, steps = record["step"], record["settings"]["steps"]

@@ -60,6 +60,19 @@ def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, A
     return None if before == now else (name, before, now)
 
 
+def with_defaults(before: Mapping[str, Any], now: Mapping[str, Any], kind: type[BaseModel] | None) -> dict[str, Any]:
+    """Add to fields that were recorded earlier those of `now` that did not exist then, with the defaults of `kind`."""
+    complete = dict(before)
+    for name, value in now.items():
+        field = kind.model_fields.get(name) if kind is not None else None
+        inner = kind if field is None else record_in(field.annotation)  # streams are records by name
+        if name not in before and field is not None and not field.is_required():
+            complete[name] = json.loads(json.dumps(_fixed(field.get_default(call_default_factory=True))))
+        elif isinstance(value, dict) and isinstance(before.get(name), dict):
+            complete[name] = with_defaults(before[name], value, inner)
+    return complete
+
+
 SettingsType = TypeVar("SettingsType", bound=BaseModel)
 
 
@@ -152,23 +165,12 @@ def _no_such_field(kind: type[BaseModel], field: str, value: Any) -> str:
 
 
 def _similar_fields(kind: type[BaseModel], given: str) -> list[str]:
-    """Find what a wrong name may mean: a field of this name elsewhere, of a similar name, or with these initials."""
-    parent, _, last = given.rpartition(".")
+    """Find what a wrong name may mean: fields of this name elsewhere, of a similar name, or with these initials."""
+    last = given.rpartition(".")[2]
     ends = {field: field.rpartition(".")[2] for field in _fields(kind)}
-    beside = [end for field, end in ends.items() if field.rpartition(".")[0] == parent]
-    all_ends = sorted(set(ends.values()))
-    near_here, near = (difflib.get_close_matches(last, names, n=1, cutoff=0.72) for names in (beside, all_ends))
-    short = [end for end in all_ends if "".join(word[:1] for word in end.split("_")) == last]  # lr, bs
-    words = set(last.split("_"))
-    part = [end for end in all_ends if words <= set(end.split("_")) or words >= set(end.split("_"))]  # batch, max_steps
-    for wanted in ([last], near_here, short, part, near):
-        found = [field for field, end in ends.items() if end in wanted]
-        here = [field for field in found if field.rpartition(".")[0] == parent]
-        below = [field for field in found if parent and field.startswith(f"{parent}.")]
-        elsewhere = [field for field in found if field.count(".") < 2]
-        if here or below or elsewhere:
-            return here or below or difflib.get_close_matches(given, elsewhere, n=1, cutoff=0.8) or elsewhere[:3]
-    return []
+    initials = [end for end in ends.values() if "".join(word[:1] for word in end.split("_")) == last]  # lr, bs
+    meant = {last, *initials, *difflib.get_close_matches(last, sorted(set(ends.values())), n=1, cutoff=0.65)}
+    return difflib.get_close_matches(given, [field for field, end in ends.items() if end in meant], n=3, cutoff=0.0)
 
 
 def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -12,5 +12,9 @@ def expand_home(text: str) -> str:
 
 
 def user_path(text: str | Path) -> Path:
-    """The path of a command's argument, which no shell expands in --out=~/runs."""
-    return Path(expand_home(str(text)))
+    """The path of a command's argument, which no shell expands in --out=~/runs.
+
+    A leading `./`, which says that no shipped recipe or model is meant, would be lost in a path: it becomes absolute.
+    """
+    given = expand_home(str(text))
+    return Path(given).absolute() if given.startswith("./") else Path(given)

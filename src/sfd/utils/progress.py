@@ -1,17 +1,13 @@
-"""Messages and progress on stderr: a line that is rewritten on a terminal, a new line now and then elsewhere."""
+"""Messages and progress on stderr."""
 
 from __future__ import annotations
 
-import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 from sfd.utils import distributed
 
-SECONDS_BETWEEN_LINES = 15.0
-SECONDS_BETWEEN_UPDATES = 0.1  # on a terminal
+SECONDS_BETWEEN_LINES = 15.0  # where stderr is no terminal
 
 
 def say(message: str, end: str = "\n") -> None:
@@ -20,48 +16,17 @@ def say(message: str, end: str = "\n") -> None:
         print(message, end=end, file=sys.stderr, flush=True)
 
 
-class Progress:
-    """Counts one piece of work; `note` stands next to the count (loss, images per second)."""
-
-    def __init__(self, description: str, total: int, done: int = 0) -> None:
-        self.description, self.total, self.done, self.note = description, total, done, ""
-        self._first, self._start, self._shown = done, time.monotonic(), time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count `count` more as done."""
-        self.done += count
-        self.note = self.note if note is None else note
-        if time.monotonic() - self._shown >= (SECONDS_BETWEEN_UPDATES if self._terminal else SECONDS_BETWEEN_LINES):
-            self.show()
-
-    def show(self) -> None:
-        """Show the present state."""
-        self._shown = time.monotonic()
-        rate = max(self.done - self._first, 0) / max(self._shown - self._start, 1e-9)
-        left = f"{(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else "done"
-        line = f"{self.description}: {self.done}/{self.total}, {left} {self.note}".rstrip()
-        if self._terminal:
-            width = shutil.get_terminal_size().columns - 1
-            say(f"\r{line[:width]:<{width}}", end="")
-        else:
-            say(line)
-
-
-@contextmanager
-def bar(description: str, total: int, done: int = 0) -> Iterator[Progress]:
-    """Show the progress of the block.
+def bar(description: str, total: int, done: int = 0) -> Any:
+    """Show the progress of a block: a `tqdm` bar, which `update(count)` advances.
 
     Args:
         description: shown before the count.
         total: number of items.
         done: number of items done earlier (a resumed run).
     """
-    progress = Progress(description, total, done)
-    try:
-        yield progress
-    finally:
-        if progress.done > done:
-            progress.show()
-            if sys.stderr.isatty():
-                say("")
+    from tqdm import tqdm
+
+    silent = done >= total or (distributed.has_group() and not distributed.is_main_process())
+    seconds = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    shown = {"dynamic_ncols": True, "mininterval": seconds, "maxinterval": seconds, "delay": 1e-9}
+    return tqdm(desc=description, total=total, initial=done, file=sys.stderr, disable=silent, **shown)

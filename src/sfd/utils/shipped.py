@@ -10,11 +10,11 @@ import difflib
 from pathlib import Path
 
 from sfd.utils.errors import SFDError
+from sfd.utils.paths import user_path
 
 PACKAGE = Path(__file__).parent.parent  # .../src/sfd, or .../site-packages/sfd
 RECIPE, MODEL = "recipe", "model"
 MODEL_RECORD = "model.json"
-SIMILAR = 0.6  # likeness from which a name is taken for a misspelt one
 
 
 def shipped_folder(kind: str) -> Path:
@@ -33,7 +33,7 @@ def shipped(kind: str) -> dict[str, Path]:
 
 def find_recipe(given: str | Path) -> Path:
     """Resolve a recipe: a file, else a shipped recipe's name, with or without `.yaml`. A file wins over a name."""
-    path = Path(given)
+    path = user_path(given)
     if path.exists() and not path.is_dir():
         return path
     known = shipped(RECIPE)
@@ -42,8 +42,8 @@ def find_recipe(given: str | Path) -> Path:
         return known[name]
     if (path / "recipe.yaml").exists():
         raise SFDError(f"{path} is a folder; its recipe is {path / 'recipe.yaml'}")
-    likeness = {other: _likeness(name, other) for other in known}
-    near = [other for other in sorted(known, key=lambda other: -likeness[other])[:3] if likeness[other] >= SIMILAR]
+    ends = {other.split("/")[-1]: other for other in known}
+    near = [ends[end] for end in difflib.get_close_matches(name.split("/")[-1], ends)]
     raise SFDError(
         f"there is no recipe {path}; "
         + (f"did you mean {' or '.join(near)}?" if near else "give a YAML file, or a name that `sfd recipes` lists")
@@ -52,7 +52,7 @@ def find_recipe(given: str | Path) -> Path:
 
 def find_model(given: str | Path) -> Path:
     """Resolve a model: a folder, else a shipped model's name. A folder wins over a name."""
-    path = Path(given)
+    path = user_path(given)
     if path.is_file():
         inside = path.parent if path.name == MODEL_RECORD else "a model directory or a run's folder"
         raise SFDError(f"{path} is a file, but a model is a folder; give {inside}")
@@ -65,8 +65,3 @@ def find_model(given: str | Path) -> Path:
             f"({', '.join(sorted(known)) or 'none'})"
         )
     return known[path.as_posix()]
-
-
-def _likeness(given: str, name: str) -> float:
-    """0 to 1; the last part of `imagenet256/xl-80` counts by itself too."""
-    return max(difflib.SequenceMatcher(None, given, text).ratio() for text in (name, name.split("/")[-1]))
