@@ -123,12 +123,6 @@ def test_bf16_without_cpu_instructions_warns(model_folder, tmp_path, slow_bf16):
     assert "no bf16 instructions" in done("sample", model_folder, *options)
 
 
-def test_a_report_with_slow_bf16_and_an_adaptive_solver_within_an_interval(copied, recipe, slow_bf16):
-    sampling = "sample={solver: dopri5, guidance: 1.5, interval: [0.1, 0.9], options: {rtol: 1e-1}, precision: bf16}"
-    output = done("report", recipe, sampling, "--out", copied("samples", "metrics"), "--device", "cpu")
-    assert "sampling: this CPU has no bf16 instructions" in output
-
-
 def test_latents_of_another_tokenizer_are_refused(copied, recipe):
     longer = ("texture.train.steps=4", "--out", copied("training", "texture"), "--device", "cpu")
     done("train-texture", recipe, *longer)

@@ -96,15 +96,6 @@ def test_ranks_and_a_single_process_give_the_same_numbers(folder, weights, monke
     assert (folder / "alone.json").read_bytes() == (folder / "ranks.json").read_bytes()
 
 
-def test_packed_samples_have_the_metrics_of_the_folder(folder, weights):
-    assert done("pack", folder / "made", folder / "made.npz").endswith(f"12 images in {folder / 'made.npz'}\n")
-    for name in ("made", "made.npz"):
-        evaluate(folder, weights, "--out", folder / f"{name}.json", samples=name)
-    by_folder, packed = (json.loads((folder / f"{name}.json").read_text()) for name in ("made", "made.npz"))
-    by_folder["name"] = packed["name"]
-    assert by_folder == packed
-
-
 def test_the_sampling_settings_are_reported(folder, weights):
     flat = folder / "flat"
     flat.mkdir()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from itertools import pairwise
 
@@ -13,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.exact_flow import COMPOSITE, ORDERS, SCHEDULES, STREAMS, check_order, mixture, order
+from helpers.exact_flow import COMPOSITE, STREAMS, check_order, mixture, order
 from sfd.guidance import GuidedVelocity, guide
 from sfd.models.toy import GaussianMixture
-from sfd.sampling import initial_noise, integrate, smooth_intervals, split_steps
+from sfd.sampling import integrate, smooth_intervals, split_steps
 from sfd.schedule import Schedule, StreamTimes, build_schedule
 from sfd.utils import rng
 from sfd.utils.errors import SFDError
@@ -54,18 +52,6 @@ def carried(noise: Tensor) -> Tensor:
     return x
 
 
-def guided_mixture() -> GuidedVelocity:
-    return guide(mixture(3).velocity, mixture(2, seed=2).velocity, 2.0, COMPOSITE, INTERVAL)
-
-
-@functools.cache
-def guided_reference(spec: str) -> Tensor:
-    """The solution of a guided mixture, to twelve digits."""
-    noise, schedule = initial_noise(range(8), COMPOSITE).double(), build_schedule(json.loads(spec), STREAMS)
-    tight = {"rtol": 1e-11, "atol": 1e-12}
-    return integrate(guided_mixture(), noise, schedule, COMPOSITE, solver="dopri5", options=tight).x
-
-
 def test_multistep_keeps_its_order_where_guidance_switches(schedule, noise):
     exact = carried(noise)
 
@@ -74,19 +60,6 @@ def test_multistep_keeps_its_order_where_guidance_switches(schedule, noise):
         return (x - exact).abs().mean().item()
 
     check_order(error, "multistep 3", steps=80)
-
-
-@pytest.mark.parametrize("name", ["euler", "heun", "multistep 2", "multistep 3"])
-@pytest.mark.parametrize("timing", ["offset", "table"])
-def test_the_solvers_order_on_a_guided_mixture(name, timing, noise):
-    schedule = build_schedule(SCHEDULES[timing], STREAMS)
-    exact = guided_reference(json.dumps(schedule.spec))
-
-    def error(steps: int) -> float:
-        x = integrate(guided_mixture(), noise, schedule, COMPOSITE, **ORDERS[name][0], steps=steps).x
-        return (x - exact).abs().mean().item()
-
-    check_order(error, name, steps=80)
 
 
 def test_heun_across_the_ends_of_an_interval_loses_its_order(noise):
@@ -105,16 +78,6 @@ def test_dopri5_reaches_its_tolerance_across_an_interval(schedule, noise):
     assert (x - carried(noise)).abs().max() < 3e-5
 
 
-def test_dopri5_needs_hardly_more_evaluations_where_guidance_jumps(offset, noise):
-    options = {"rtol": 1e-4, "atol": 1e-5}
-
-    def nfe(guiding: GaussianMixture) -> int:
-        velocity = switched(guiding.velocity)
-        return integrate(velocity, noise, offset, COMPOSITE, solver="dopri5", options=options).nfe
-
-    assert nfe(OTHER) < 1.35 * nfe(SINGLE)
-
-
 @pytest.mark.parametrize("solver", ["heun", "multistep", "dopri5"])
 def test_the_guiding_model_is_evaluated_inside_its_interval_alone(solver, offset, noise):
     guiding = Counted(OTHER)
@@ -123,22 +86,6 @@ def test_the_guiding_model_is_evaluated_inside_its_interval_alone(solver, offset
     low, high = torch.tensor(JUMPS, dtype=torch.float64).T
     assert ((low - 1e-9 <= times) & (times <= high + 1e-9)).any(dim=1).all()
     assert 0 < len(guiding.times) < result.nfe
-
-
-def test_an_interval_of_a_single_time_guides_nothing(noise):
-    guiding, schedule = Counted(OTHER), build_schedule("synchronous", STREAMS)
-    velocity = guide(SINGLE.velocity, guiding, 2.0, COMPOSITE, (0.5, 0.5))
-    integrate(velocity, noise, schedule, COMPOSITE, solver="heun", steps=2)
-    assert not guiding.times
-
-
-@pytest.mark.parametrize("solver", ["multistep", "heun", "sde", "dopri5"])
-def test_an_interval_over_all_times_changes_nothing(solver, offset, noise):
-    def sample(interval) -> Tensor:
-        velocity = guide(mixture(3).velocity, OTHER.velocity, 2.0, COMPOSITE, interval)
-        return integrate(velocity, noise, offset, COMPOSITE, solver=solver, steps=17, seeds=range(8)).x
-
-    assert torch.equal(sample((0.0, 1.0)), sample(None))
 
 
 @given(SPECS, st.lists(st.lists(st.floats(0, 1), max_size=3), min_size=2, max_size=2))
@@ -266,10 +213,3 @@ def test_sde_variance_converges_at_order_two_across_knots(schedule, monkeypatch)
 
     assert error(96) < 0.003  # noise that is 2 % too strong or too weak makes it 0.04
     assert 1.9 < order(error, 48) < 2.2
-
-
-def test_noise_of_the_sde_is_fresh_in_every_interval(offset, noise, monkeypatch):
-    keys, draw = [], rng.normal
-    monkeypatch.setattr(rng, "normal", lambda seeds, size, *key: (keys.append(key), draw(seeds, size, *key))[1])
-    integrate(switched(), noise, offset, COMPOSITE, solver="sde", steps=35, seeds=range(8))
-    assert len(keys) == len(set(keys)) == 35 - len(smooth_intervals(offset, JUMPS))

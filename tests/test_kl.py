@@ -49,17 +49,6 @@ def test_it_is_saved_as_a_component_that_needs_no_hub(model, tmp_path):
     assert open_texture(tmp_path / "part").identity == encoder.identity
 
 
-def test_old_names_of_attention_layers_are_read(model, copy):
-    former = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
-    renamed = {}
-    for name, tensor in load_file(copy / WEIGHTS).items():
-        for present, before in former.items():
-            name = name.replace(present, before)
-        renamed[name] = tensor
-    save_file(renamed, copy / WEIGHTS)
-    assert open_texture(copy).identity == open_texture(model[1]).identity
-
-
 @pytest.mark.parametrize("name", ["stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"])
 def test_published_names_are_planned_offline(name):
     config = planned_encoder("kl", name, None, {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -177,29 +176,6 @@ def test_measured_errors_are_those_of_the_posterior():
     np.testing.assert_allclose(found, exact, rtol=0.06)
 
 
-def test_exact_errors_weighted_by_their_signal_to_noise_cost_the_same_on_every_path():
-    """I-MMSE: Σ_k mmse_k·d(snr_k) is the differential of twice the mutual information of x1 with all noised streams.
-
-    With snr = t²/(1 − t)² and mmse = (1 − t)²·e this is e·2t/(1 − t) dt, summed over a stream's entries.
-    """
-    data, grid = JointGaussian(), 48
-    t = np.linspace(0.1, 0.9, grid + 1)  # an inner square: the weight has no bound at 1
-    errors = np.array([[data.errors(a, b) for b in t] for a in t]).transpose(2, 0, 1)
-    errors *= np.array(COMPOSITE.sizes)[:, None, None]
-    weight = 2 * t / (1 - t)
-    weighted = errors * np.stack(
-        [np.broadcast_to(weight[:, None], errors[0].shape), np.broadcast_to(weight, errors[0].shape)]
-    )
-    paths = [
-        build_schedule({"name": "offset", "delta": d, "leaders": [k]}, STREAMS) for d in (0, 0.3, 1) for k in STREAMS
-    ]
-    costs = [loss_along(weighted, path) for path in paths]
-    assert max(costs) - min(costs) < 2e-3 * max(costs)
-    assert shortest_path(weighted).cost > 0.997 * min(costs)
-    plain = [loss_along(errors, path) for path in paths]
-    assert max(plain) - min(plain) > 2e-2 * max(plain)
-
-
 # --- schedule and network together -----------------------------------------------------------------------------------
 
 UNEVEN = torch.tensor([[0.4, -0.3, 0.1], [-0.2, 0.5, 0.0]], dtype=torch.float64) / SPEED
@@ -330,16 +306,6 @@ def test_another_price_takes_the_same_probe(prepared, tmp_path):
     recipe = load_recipe(prepared / "schedule" / "learned.yaml")
     assert build_schedule(recipe.schedule, STREAMS).knots == ()  # the diagonal
     refused(learn(tmp_path, prepared, "--grid", 5), "probe.grid was 3 before and is 5 now")
-
-
-def test_a_stopped_probe_resumes_to_the_same_errors(prepared, tmp_path):
-    learn(tmp_path, prepared)
-    folder = prepared / "schedule"
-    whole, steps = (folder / "errors.json").read_bytes(), sorted((folder / "checkpoints").iterdir())
-    shutil.rmtree(steps[-1]) if steps[-1].is_dir() else steps[-1].unlink()
-    (folder / "errors.json").unlink()
-    assert "resuming after step" in learn(tmp_path, prepared).output
-    assert (folder / "errors.json").read_bytes() == whole
 
 
 def test_a_schedule_trained_with_its_probe_is_written_too(prepared, tmp_path):

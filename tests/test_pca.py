@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from sfd.models.compressor import load_compressor
 from sfd.models.pca import PCAConfig, fit_pca
 from sfd.utils.errors import SFDError
 
@@ -59,15 +58,6 @@ def test_a_large_mean_keeps_precision():
     torch.testing.assert_close(fit(far, 3).variance, fit(near, 3).variance, rtol=1e-4, atol=0)
 
 
-def test_saves_and_loads(tmp_path):
-    data = features()
-    pca = fit(data, 3, whiten=True)
-    pca.save(tmp_path)
-    loaded = load_compressor(tmp_path)
-    assert torch.equal(loaded.encode(data), pca.encode(data))
-    assert (loaded.identity, loaded.channels) == (pca.identity, 3)
-
-
 @pytest.mark.parametrize("whiten", [False, True])
 def test_standardised_components_are_those_of_standardised_features(whiten):
     data = features(mean=2.0)
@@ -76,25 +66,6 @@ def test_standardised_components_are_those_of_standardised_features(whiten):
     plain = fit((data - mean) / deviation, 3, whiten=whiten)
     torch.testing.assert_close(pca.encode(data), plain.encode((data - mean) / deviation), rtol=1e-3, atol=1e-4)
     assert pca.explained == pytest.approx(plain.explained) and float(pca.total_variance) == pytest.approx(6)
-
-
-def test_standardised_latents_do_not_depend_on_the_features_scale():
-    data, scale = features(), torch.logspace(-2, 3, 6)[:, None, None]
-    one, other = fit(data, 3, standardize=True), fit(data * scale, 3, standardize=True)
-    torch.testing.assert_close(one.encode(data), other.encode(data * scale), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("whiten", [False, True])
-def test_standardised_components_are_exactly_invertible(whiten, tmp_path):
-    data = features(mean=3.0)
-    whole = fit(data, 6, whiten=whiten, standardize=True)
-    torch.testing.assert_close(whole.decode(whole.encode(data)), data, rtol=1e-5, atol=1e-5)
-    some = fit(data, 2, whiten=whiten, standardize=True)
-    latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(some.encode(some.decode(latents)), latents)
-    some.save(tmp_path)
-    assert torch.equal(load_compressor(tmp_path).encode(data), some.encode(data))
-    assert some.identity != fit(data, 2, whiten=whiten).identity
 
 
 def test_features_of_other_channels_are_refused():

@@ -250,17 +250,6 @@ def test_unfinished_averages_of_the_log_survive_resuming(tmp_path):
     assert line["velocity/my stream"] == pytest.approx(3) and line["images_per_second"] <= 8 / 0.05
 
 
-def test_the_log_has_the_share_of_time_spent_waiting_for_batches(uninterrupted, tmp_path):
-    class Slow(Regression):
-        def batch(self, step, samples):
-            time.sleep(0.05)
-            return super().batch(step, samples)
-
-    fit(Slow(), changed(log_every=4, checkpoint_every=12), tmp_path, device=CPU)
-    assert min(line["waiting"] for line in read_log(tmp_path)[1:]) > 0.5
-    assert all(0 <= line["waiting"] <= 1 for line in read_log(uninterrupted[0]))
-
-
 # Gradients that are not finite
 
 

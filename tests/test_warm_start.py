@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.finetune import NewShapes, recipe, trained
-from benchmarks.measure import Setting
-from benchmarks.quality import held_out_loss
 from helpers.dit import CLOCKS, EQUAL, configuration, inputs, random_dit
-from sfd.data.encode import LatentSettings, LatentWriter
-from sfd.data.folder import write_folder
-from sfd.data.shards import LatentSet
 from sfd.generation.directory import model_config, model_folder
 from sfd.generation.model import load_model
 from sfd.latents import CompositeLatent
@@ -27,7 +21,6 @@ from sfd.utils import files
 from sfd.utils.errors import SFDError
 from tiny import write_recipe
 
-HELD_OUT = LatentSettings(features=False)
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 
 
@@ -141,19 +134,3 @@ def test_a_model_that_cannot_encode_asks_for_its_encoders(finished, tmp_path):
 def test_only_the_transformer_takes_initial_weights(tmp_path):
     with pytest.raises(SFDError, match=r"texture\.folder"):
         load_recipe(write_recipe(tmp_path), ["texture.train.init=models/shapes"])
-
-
-def test_fine_tuning_the_shipped_model_beats_training_from_scratch(tmp_path):
-    """On two kinds of shape that it never saw, after as many steps, by the velocity loss on other images of them."""
-    write_folder(NewShapes(100, seed=0), tmp_path / "images")
-    changes = ("train.steps=16", "train.warmup=2", "train.decay_from=8", "train.batch_size=16")
-    setting, losses = Setting(torch.device("cpu"), tmp_path), {}
-    for way in ("fine-tuned", "from scratch"):
-        model = trained(recipe(way, tmp_path / "images", 0, changes), tmp_path / way, setting)
-        assert model.classes == ("frame", "hexagram")
-        writer = LatentWriter(
-            NewShapes(128, seed=1), model.texture, model.semantic, model.compressor, tmp_path / "held-out", HELD_OUT
-        )
-        writer.write()
-        losses[way] = held_out_loss(model, LatentSet(tmp_path / "held-out"), batch_size=64)
-    assert losses["fine-tuned"] < 0.7 * losses["from scratch"], losses
