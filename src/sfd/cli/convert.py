@@ -6,8 +6,8 @@ Every tensor is accounted for; what is left out is listed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,19 +23,10 @@ TRANSFORMER, SEMVAE, LDM = "published transformer", "published SemVAE", "autoenc
 _SIGNS = {"x_embedder.proj.weight": TRANSFORMER, "encoder.0.weight": SEMVAE, "encoder.conv_in.weight": LDM}
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the command line; None: not given."""
-
-    state: str | None
-    heads: int | None
-    model: published_model.Options
-
-
-def convert(source: Path, out: Path, options: Options) -> None:
-    """Convert `source` into the folder `out`; see `sfd convert --help`."""
+def convert(source: Path, out: Path, weights: str | None, heads: int | None, **model: Any) -> None:
+    """Convert `source` into the folder `out`; see `sfd convert --help`. `model`: fields of `Options`."""
     files.check_replaceable(out)
-    checkpoint = read_checkpoint(source, options.state)
+    checkpoint = read_checkpoint(source, weights)
     kind = next((kind for name, kind in _SIGNS.items() if name in checkpoint.tensors), None)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])
@@ -45,13 +36,17 @@ def convert(source: Path, out: Path, options: Options) -> None:
         click.echo(f"its weights are those of {checkpoint.state!r}")
     _list(sorted(checkpoint.others), "left out, what else the file holds")
     _list(checkpoint.foreign, "objects of other libraries, not loaded")
-    convert_kind = {TRANSFORMER: _transformer, SEMVAE: _semvae, LDM: _autoencoder}[kind]
-    convert_kind(source, checkpoint, out, options)
+    if kind == TRANSFORMER:
+        _transformer(source, checkpoint, out, published_model.Options(**model))
+    elif kind == SEMVAE:
+        _semvae(source, checkpoint, out, heads)
+    else:
+        _autoencoder(checkpoint, out)
     click.echo(f"{out}: written")
 
 
-def _transformer(source: Path, checkpoint: Checkpoint, out: Path, options: Options) -> None:
-    model = published_model.from_published(checkpoint, options.model, source.name)
+def _transformer(source: Path, checkpoint: Checkpoint, out: Path, options: published_model.Options) -> None:
+    model = published_model.from_published(checkpoint, options, source.name)
     model.save(out)
     config, grid = model.transformer.config, model.composite.token_grid
     streams = " + ".join(f"{s.name} {s.channels}" for s in model.composite.streams)
@@ -62,8 +57,8 @@ def _transformer(source: Path, checkpoint: Checkpoint, out: Path, options: Optio
     )
 
 
-def _semvae(source: Path, checkpoint: Checkpoint, out: Path, options: Options) -> None:
-    config = semvae.inferred_config(checkpoint.shapes, *([options.heads] if options.heads else []))
+def _semvae(source: Path, checkpoint: Checkpoint, out: Path, heads: int | None) -> None:
+    config = semvae.inferred_config(checkpoint.shapes, *([heads] if heads else []))
     model = assemble(lambda: SemVAE(config), checkpoint.tensors, str(source))
     with files.atomic_write(out) as partial:
         model.save(partial)
@@ -72,7 +67,7 @@ def _semvae(source: Path, checkpoint: Checkpoint, out: Path, options: Options) -
     )
 
 
-def _autoencoder(source: Path, checkpoint: Checkpoint, out: Path, options: Options) -> None:
+def _autoencoder(checkpoint: Checkpoint, out: Path) -> None:
     config = autoencoder.inferred_config(checkpoint.shapes)
     network = autoencoder.from_published(checkpoint.tensors, config)
     with files.atomic_write(out) as partial:

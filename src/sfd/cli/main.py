@@ -223,7 +223,7 @@ def pack(samples: Path, out: Path) -> None:
 @click.option("--semantic-channels", type=click.IntRange(min=0), help="[default: all that are not texture]")
 @click.option("--repa-block", type=click.IntRange(min=1), help="block whose tokens REPA projects  [default: 2]")
 @click.option("--heads", type=click.IntRange(min=1), help="attention heads of a SemVAE  [default: 6]")
-def convert(source: Path, out: Path, weights: str | None, heads: int | None, **model: Any) -> None:
+def convert(**arguments: Any) -> None:
     """Convert published weights in SOURCE to this project's format; the kind of SOURCE is recognised.
 
     \b
@@ -231,10 +231,9 @@ def convert(source: Path, out: Path, weights: str | None, heads: int | None, **m
     SemVAE (.pt, .safetensors)              ->  compressor's folder
     autoencoder in the LDM format (.ckpt)   ->  folder in diffusers' format
     """
-    from sfd.cli.convert import Options, convert
-    from sfd.convert.published_model import Options as ModelOptions
+    from sfd.cli.convert import convert
 
-    convert(source, out, Options(state=weights, heads=heads, model=ModelOptions(**model)))
+    convert(**arguments)
 
 
 @main.command()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import stat
@@ -140,13 +139,6 @@ class ImageFiles:
             if isinstance(self._tree, _Archive):
                 mend = f"unpack it and give its folder {self.root}{splits[0]}"
             raise SFDError(f"{where} holds the splits {', '.join(splits)}, which are no classes; {mend}")
-        inside: dict[str, set[str]] = defaultdict(set)
-        for name in names:
-            folder, _, rest = name.partition("/")
-            if "/" in rest:
-                inside[folder].add(rest.partition("/")[0])
-        if any(map(_splits, inside.values())):
-            logging.getLogger(__name__).warning("%s: splits inside of the class folders are used together", where)
 
     def _listed_labels(self) -> dict[str, Any] | None:
         """Read EDM's `dataset.json` at the root: label by name, {} for no classes; None where there is none."""
