@@ -4,11 +4,10 @@ import torch
 
 from helpers.pictures import Unlabelled
 from sfd.data.shapes import ShapesSource
-from sfd.data.split import split
 from sfd.evaluation.extractors.classifier import ClassifierExtractor, check_data, load_classifier
 from sfd.models.convnet import ConvNetConfig
 from sfd.training.config import TrainSettings
-from sfd.training.tasks.classifier import ClassifierSettings, ClassifierTask, divide, train_classifier
+from sfd.training.tasks.classifier import ClassifierSettings, divide, train_classifier
 from sfd.utils.errors import SFDError
 
 CPU = torch.device("cpu")
@@ -103,14 +102,6 @@ def test_the_reference_is_disjoint_from_the_training_images():
     training, reference = divide(SOURCE, settings(1))
     assert len(training) + len(reference) == 1000 and len(reference) == pytest.approx(400, abs=10)
     assert not set(training.indices) & set(reference.indices)
-
-
-def test_a_batch_depends_on_step_and_sample_alone():
-    task = ClassifierTask(split(SOURCE, 0.4, 0)[0], settings(1))
-    whole = task.batch(7, range(64))
-    part = task.batch(7, range(10, 20))
-    torch.testing.assert_close(part["images"], whole["images"][10:20], rtol=0, atol=0)
-    assert not torch.equal(task.batch(8, range(64))["images"], whole["images"])
 
 
 def test_images_of_another_size_are_refused(trained):

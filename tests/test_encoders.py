@@ -13,7 +13,6 @@ from sfd.data.shapes import ShapesSource
 from sfd.encoders import autoencoder_kl, convnet, load_encoder, open_semantic, open_texture
 from sfd.training.config import TrainSettings
 from sfd.training.tasks import TASKS
-from sfd.training.tasks.augment import DRAWS, recolour
 from sfd.training.tasks.semantic import vicreg
 from sfd.training.trainer import fit
 from sfd.utils import files, registry, rng
@@ -113,17 +112,6 @@ def test_semantic_training_works_without_labels():
     assert "accuracy" not in losses
     losses["loss"].backward()
     assert all(p.grad is not None for p in task.model.parameters())
-
-
-def test_recolouring_leaves_edges_in_place(images):
-    half = torch.full((8, 3, 16, 16), -0.5)
-    half[:, :, :, 8:] = 0.5
-    draws = torch.rand(8, DRAWS, generator=torch.Generator().manual_seed(0))
-    draws[:, 13] = 0  # no noise
-    seen = recolour(half, draws)
-    assert float(seen[..., :6].diff(dim=3).abs().max()) < 1e-5
-    assert float(seen[..., 10:].diff(dim=3).abs().max()) < 1e-5
-    assert float((seen[..., 2] - seen[..., 13]).abs().amax(dim=(1, 2)).min()) > 0.05
 
 
 def test_vicreg_of_independent_unit_features_is_zero():

@@ -66,16 +66,6 @@ def test_a_damaged_chunk_is_computed_again(tmp_path):
     assert extractor.seen == 10
 
 
-def test_ranks_share_the_chunks(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    extractors = [Corners(), Corners()]
-    monkeypatch.setenv("RANK", "1")
-    assert extract(IMAGES, extractors[1], cache=tmp_path) is None
-    monkeypatch.setenv("RANK", "0")
-    assert_complete(extract(IMAGES, extractors[0], cache=tmp_path))
-    assert [extractor.seen for extractor in extractors] == [15, 10]
-
-
 def test_stored_moments_replace_those_of_the_images():
     stored = Gaussian(np.zeros(6), np.eye(6), 0)
     own = Reference.of(RealImages("real", "id", IMAGES), Corners())

@@ -173,11 +173,6 @@ def test_a_guiding_model_of_other_latents_is_refused(model, changed):
     assert calls.count == 0
 
 
-def test_only_scales_other_than_one_guide():
-    assert not any(SamplingConfig(guidance=scale).guides for scale in (1.0, {}, {"semantic": 1.0, "texture": 1.0}))
-    assert all(SamplingConfig(guidance=scale).guides for scale in (0.0, 1.5, {"semantic": 1.0, "texture": 1.5}))
-
-
 def test_settings_of_earlier_versions_are_read():
     earlier = SamplingConfig.model_validate({"steps": None, "batch_size": None, "compile": "auto"})
     assert earlier == SamplingConfig()

@@ -62,16 +62,6 @@ def test_multistep_keeps_its_order_where_guidance_switches(schedule, noise):
     check_order(error, "multistep 3", steps=80)
 
 
-def test_heun_across_the_ends_of_an_interval_loses_its_order(noise):
-    schedule, exact = build_schedule("synchronous", STREAMS), carried(noise)
-
-    def error(steps: int) -> float:
-        x = integrate(switched(), noise, schedule, COMPOSITE, solver="heun", steps=steps, knots=False).x
-        return (x - exact).abs().mean().item()
-
-    assert order(error, 60) < 1.3
-
-
 def test_dopri5_reaches_its_tolerance_across_an_interval(schedule, noise):
     options = {"rtol": 1e-6, "atol": 1e-7}
     x = integrate(switched(), noise, schedule, COMPOSITE, solver="dopri5", options=options).x

@@ -57,12 +57,6 @@ def test_published_names_are_planned_offline(name):
         assert sum(p.numel() for p in kl.build(config).parameters()) == 83_653_863  # the published size
 
 
-def test_a_folder_without_weights_is_planned_from_its_config(copy):
-    (copy / WEIGHTS).unlink()
-    config = planned_encoder("kl", str(copy), None, {})
-    assert (config.channels, config.downsample) == (3, 2)
-
-
 def test_the_config_must_match_the_folder(model):
     assert kl.pretrained(str(model[1]), {"block_out_channels": list(KL["block_out_channels"])}).channels == 3
     with pytest.raises(SFDError, match=r"latent_channels = 4, but .* has 3"):

@@ -1,14 +1,11 @@
 """Latent shards: content, statistics, ranks, interruption and damage."""
 
 import json
-import threading
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import sfd.data.shards
 from helpers.compare import contents
@@ -82,34 +79,6 @@ def test_shards_contain_the_streams_and_features_of_the_run(tmp_path, options, h
     assert (latents.manifest.features is not None) == (FEATURES in held)
 
 
-class Counted(ShapesSource):
-    """Counts what has been read."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.read, self.lock = 0, threading.Lock()
-
-    def load(self, indices):
-        with self.lock:
-            self.read += len(indices)
-        return super().load(indices)
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_only_a_few_batches_are_read_ahead(tmp_path, workers):
-    source, ahead, encoded = Counted(200, 0, 16), [], 0
-
-    def watch(images):
-        nonlocal encoded
-        encoded += len(images) / 2  # each comes twice, once flipped
-        ahead.append(source.read - encoded)
-        return F.avg_pool2d(images, 4)
-
-    make(tmp_path, source, Encoder(watch), shard_size=200, batch_size=4, workers=workers)
-    assert encoded == source.read == 201  # the first one also tells the size on disk
-    assert max(ahead) <= (workers + 1) * 4
-
-
 def test_an_interrupted_encoding_resumes(tmp_path):
     calls = 0
 
@@ -126,21 +95,6 @@ def test_an_interrupted_encoding_resumes(tmp_path):
     make(tmp_path / "a")
     make(tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.integers(2, 4), st.data())
-def test_ranks_in_any_order_write_the_same_bytes(tmp_path_factory, count, data):
-    folder = tmp_path_factory.mktemp("ranks")
-    make(folder / "one")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("WORLD_SIZE", str(count))
-        for number, rank in enumerate(data.draw(st.permutations(range(count)))):
-            manifest = folder / "many" / "manifest.json"
-            assert number == 0 or not manifest.exists() or writer(folder / "many").missing() == []
-            environment.setenv("RANK", str(rank))
-            writer(folder / "many").write()
-    assert contents(folder / "many") == contents(folder / "one")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "of another kind"])

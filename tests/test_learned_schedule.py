@@ -258,18 +258,6 @@ def test_the_joint_gradient_holds_the_weights_of_the_errors_and_not_those_of_the
         assert float(task.model.logits.grad[index]) == pytest.approx(difference, rel=1e-5, abs=1e-6)
 
 
-def test_the_joint_loss_is_the_line_integral_of_the_errors():
-    data = EachAlone()
-    task, batch = joint(data, 0.0), gaussian_batch(data, 6000, 3)
-    with torch.no_grad():
-        found = float(task.loss(task.model, batch)["loss"])
-    t = np.linspace(0, 1, 25)
-    errors = np.array([[data.errors(a, b) for b in t] for a in t]).transpose(2, 0, 1)
-    increments = dict(zip(STREAMS, learned_increments(task.model), strict=True))
-    schedule = build_schedule({"name": "learned", "increments": increments}, STREAMS)
-    assert found == pytest.approx(loss_along(errors, schedule), rel=0.04)
-
-
 # --- sfd learn-schedule ----------------------------------------------------------------------------------------------
 
 OPTIONS = ("--device", "cpu", "--share", 0.9, "--grid", 3, "--images", 8)

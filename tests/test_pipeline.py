@@ -13,7 +13,6 @@ from PIL import Image
 from helpers.cli import done
 from helpers.compare import same_tensors
 from sfd.data.folder import write_folder
-from sfd.data.images import to_tensor
 from sfd.data.shapes import ShapesSource
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import read_metrics
@@ -112,13 +111,6 @@ def test_a_model_with_another_texture_encoder_is_refused(finished, tmp_path):
     other.texture.encoder.save(tmp_path / "model" / "texture")
     with pytest.raises(SFDError, match="made by tokenizer"):
         load_model(tmp_path / "model", CPU)
-
-
-def test_latents_are_the_encoded_images(finished):
-    latents, source = LatentSet(finished.folder.latents), finished.images.training
-    numbers = np.array([3, 77, 51])
-    expected = finished.texture.encoder.encode(to_tensor(source.load(numbers)).flip(-1))
-    torch.testing.assert_close(latents.read("texture", numbers, np.ones(3, bool)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_encodes_images_as_the_run_did(finished, tmp_path):

@@ -2,13 +2,11 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from helpers.cli import done, refused, sfd
 from helpers.compare import contents
-from sfd.data.published import open_published
 from sfd.data.shards import LatentSet
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
@@ -100,14 +98,6 @@ def overrides(finished, published):
     texture = f"texture={{name: autoencoder_kl, train: null, config: {{}}, folder: '{finished.folder.texture}'}}"
     data = ["data={source: null, count: 20000}", "evaluation.classifier=null"]
     return [f"latents.published='{published}'", texture, *data]
-
-
-def test_exported_latents_are_read_back(finished, published):
-    ours, theirs = LatentSet(finished.folder.latents), open_published(published)
-    everything, flips = np.arange(len(ours)), np.arange(len(ours)) % 2 == 0
-    for name in ("texture", "semantic", "features"):
-        assert torch.equal(ours.read(name, everything, flips), theirs.read(name, everything, flips))
-    assert torch.equal(ours.labels, theirs.labels)
 
 
 def test_a_run_on_published_latents_needs_no_images(finished, published, recipe, tmp_path):

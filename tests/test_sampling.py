@@ -151,19 +151,6 @@ def test_nfe_per_step(solver, each, noise, offset):
     assert integrate(mixture(1).velocity, noise, offset, COMPOSITE, **how).nfe == each * 17
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
-def test_an_image_does_not_depend_on_its_batch(solver, offset):
-    data, seeds = mixture(3), [5, 0, 17, 3]
-
-    def sample(chosen: list[int]) -> Tensor:
-        noise = initial_noise(chosen, COMPOSITE).double()
-        return integrate(data.velocity, noise, offset, COMPOSITE, solver=solver, steps=20).x
-
-    alone = torch.cat([sample([seed]) for seed in seeds])
-    torch.testing.assert_close(sample(seeds), alone, rtol=0, atol=1e-13)
-    assert torch.equal(initial_noise(seeds, COMPOSITE)[2:3], initial_noise([17], COMPOSITE))
-
-
 @pytest.mark.parametrize(
     "wrong",
     [

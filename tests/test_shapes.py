@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfd.data.shapes import PATTERNS, ShapesSource, render
+from sfd.data.shapes import ShapesSource, render
 from sfd.utils.errors import SFDError
 
 
@@ -53,11 +53,6 @@ def test_identity_depends_on_count_seed_and_size() -> None:
     assert ShapesSource(5, 0).identity == variants[0].identity
 
 
-def test_classes_are_balanced(source: ShapesSource) -> None:
-    counts = np.bincount(source.labels, minlength=10)
-    assert abs(counts - 400).max() < 5 * np.sqrt(400)
-
-
 def test_factors_are_independent(source: ShapesSource) -> None:
     factors = source.factors(range(len(source)))
     columns = [
@@ -99,17 +94,6 @@ def test_shape_and_background_always_differ(source: ShapesSource) -> None:
     luminance = [factors[layer]["colours"] @ np.array([0.2126, 0.7152, 0.0722]) for layer in ("figure", "ground")]
     light, dark = np.maximum(*luminance).min(1), np.minimum(*luminance).max(1)
     assert (light - dark).min() > 0.1
-
-
-@pytest.mark.parametrize("pattern", range(len(PATTERNS)))
-def test_patterns_but_solid_have_two_colours(source: ShapesSource, pattern: int) -> None:
-    factors = source.factors([1]).copy()
-    factors["radius"] = 1e-3
-    factors["ground"]["pattern"] = pattern
-    factors["ground"]["colours"] = np.array([0, 1])[:, None]
-    image = render(factors, 32)[0]
-    assert image.min() == 0
-    assert (image.max() > 240) == (PATTERNS[pattern] != "solid")
 
 
 def test_a_too_small_size_is_refused() -> None:

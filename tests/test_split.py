@@ -74,9 +74,3 @@ def test_a_cached_source_equals_its_source() -> None:
     kept.load([0])[:] = 0
     assert kept.load([0]).any(), "loaded images are copies"
     assert cached(source, budget=600 * 32 * 32 * 3 - 1) is source
-
-
-def test_nothing_is_cached_twice() -> None:
-    kept = cached(ShapesSource(10, 0))
-    training, _ = split(kept, 0.0, 0)
-    assert cached(training) is kept

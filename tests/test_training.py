@@ -173,16 +173,6 @@ def test_the_newest_checkpoints_and_regular_ones_are_kept(uninterrupted, tmp_pat
     assert (saved_steps(uninterrupted[0]), saved_steps(tmp_path)) == ([8, 12], [6, 10, 12, 14])
 
 
-def test_a_renamed_checkpoint_is_kept_and_an_unfinished_one_removed(tmp_path):
-    fit(Regression(), SETTINGS, tmp_path, device=CPU)
-    folder = tmp_path / "checkpoints"
-    kept, unfinished = folder / "step-000000012-kept.safetensors", folder / ".step-000000013.safetensors.partial"
-    (folder / "step-000000012.safetensors").rename(kept)
-    unfinished.write_text("half")
-    fit(Regression(), SETTINGS, tmp_path, device=CPU)
-    assert kept.exists() and not unfinished.exists()
-
-
 def test_training_continues_while_a_checkpoint_is_written(uninterrupted, tmp_path, monkeypatch):
     written, begun = threading.Event(), threading.Event()
     write_tensors = files.write_tensors
