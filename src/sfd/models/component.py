@@ -24,23 +24,14 @@ from sfd.utils.hub import HubFolder
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-COMPONENT_CARD = """---
+CARD = """---
 library_name: sfd
 tags: [semantic-first-diffusion, "arxiv:2512.04926"]
 ---
-# {kind} `{name}`
+# {0.kind} `{0.name}`
 
-A component of semantic-first diffusion with {parameters:,} parameters, identity `{identity}`.
-
-```python
-from {module} import {class_name}
-
-network = {class_name}.from_pretrained("OWNER/NAME")
-```
-
-```json
-{config}
-```
+A component of semantic-first diffusion with the identity `{0.identity}`.
+Load it with `{1.__module__}.{1.__name__}.from_pretrained`.
 """
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -89,15 +80,7 @@ class Component(nn.Module, HubFolder):
 
     def card(self) -> str:
         """Write the text of the model card."""
-        return COMPONENT_CARD.format(
-            kind=self.kind,
-            name=self.name,
-            module=type(self).__module__,
-            class_name=type(self).__name__,
-            identity=self.identity,
-            parameters=sum(p.numel() for p in self.parameters()),
-            config=json.dumps(self.config.model_dump(mode="json"), indent=2),
-        )
+        return CARD.format(self, type(self))
 
 
 def load(folder: Path, kinds: tuple[str, ...], package: str) -> Component:
