@@ -140,7 +140,7 @@ def test_a_default_written_out_changes_nothing(finished, tiny):
 
 
 def test_a_field_that_an_older_record_lacks_counts_as_its_default(copied, tiny):
-    out = copied("training")
+    out = copied()
     record = files.read_json(out / "training" / "stage.json", "stage")
     del record["recipe"]["loss"]["arrived"], record["recipe"]["streams"]["semantic"]["patch_size"]
     files.write_json(out / "training" / "stage.json", record)
