@@ -83,7 +83,7 @@ def distill(teacher: Model, settings: DistillSettings, out: Path, guiding: Model
 class Distillation:
     """What both stages are given."""
 
-    record: ClassVar = DistillSettings
+    record: ClassVar[type[Settings]] = DistillSettings
 
     teacher: Model
     guiding: Model | None

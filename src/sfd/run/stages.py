@@ -59,7 +59,7 @@ class RunFolder:
 class Run:
     """What every stage is given: the recipe, where results go, and the device."""
 
-    record: ClassVar = Recipe
+    record: ClassVar[type[Settings]] = Recipe
 
     recipe: Recipe
     folder: RunFolder
