@@ -8,7 +8,7 @@ from sfd.data.grid import image_grid
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics, Protocol
 from sfd.evaluation.report import Gallery, ReportContent, write_report
-from sfd.generation.trajectory import ScheduleCurves
+from sfd.generation.curves import ScheduleCurves
 
 RNG = np.random.default_rng(0)
 CLASSES = ("disk", "ring")
@@ -89,19 +89,6 @@ def test_a_report_is_self_contained_and_escaped(page):
     assert "A &lt;run&gt;" in page
     assert not re.search(r"""(src|href)=["'](?!data:image/|#)""", page)
     assert "url(http" not in page and "@import" not in page
-
-
-def test_phases_end_at_knots():
-    spans, names = zip(*((phase[:2], phase[2]) for phase in figures.phases(schedule())), strict=True)
-    assert spans == ((0, 3 / 13), (3 / 13, 10 / 13), (10 / 13, 1))
-    assert names == ("semantic alone", "both", "texture alone")
-
-
-def test_a_phase_in_which_no_stream_moves_is_at_rest():
-    base = np.linspace(0, 1, 301)
-    rates = np.stack([np.where(base >= 2 / 3, 3, 0), np.where(base < 1 / 3, 3, 0)], axis=1)
-    curves = ScheduleCurves(("texture", "semantic"), base, rates, rates, (1 / 3, 2 / 3))
-    assert [text for _, _, text in figures.phases(curves)] == ["semantic alone", "at rest", "texture alone"]
 
 
 def test_device_memory_is_shown_if_a_device_was_used(page, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from helpers.cli import done, refused, sfd
 from sfd.data.folder import write_folder
@@ -275,11 +274,10 @@ def test_warm_up_and_decay_must_fit_into_training(tmp_path, overrides, message):
 FOLDERS = ["export", "convert", "export-latents", "shapes"]  # commands that write a folder
 
 
-@pytest.mark.parametrize("command", ["trajectory", "pack", "evaluate", *FOLDERS])
+@pytest.mark.parametrize("command", ["pack", "evaluate", *FOLDERS])
 def test_a_command_overwrites_only_its_own_output(finished, tmp_path, command):
     samples, run = finished.folder.samples / "guided", finished.folder.root
     out, start = {
-        "trajectory": (tmp_path / "out.png", lambda out: ("trajectory", run, "--out", out, "--device", "cpu")),
         "pack": (tmp_path / "out.npz", lambda out: ("pack", samples, out)),
         "export": (tmp_path / "out", lambda out: ("export", run, out)),
         "evaluate": (tmp_path / "out.json", lambda out: ("evaluate", samples, "--run", run, "--out", out)),
@@ -292,8 +290,6 @@ def test_a_command_overwrites_only_its_own_output(finished, tmp_path, command):
     }[command]
     if command in FOLDERS:
         shutil.copytree(finished.folder.model, out)
-    elif command == "trajectory":
-        Image.new("RGB", (8, 8)).save(out)
     else:
         out.write_text('{"mine": 1}')
     before = {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}

@@ -3,7 +3,7 @@
     python docs/figures/make.py [overview schedules times knots offset speed solvers solvers_trained training_curves
                                  editing]
 
-All of them take about half a minute. The phases of a sample are drawn by `sfd trajectory models/shapes`.
+All of them take about half a minute. They use models/shapes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 from sfd import flow
 from sfd.editing import change_plan, keep_plan
 from sfd.evaluation.figures import COLOURS, semantic_colours
-from sfd.generation.model import load_model
-from sfd.generation.trajectory import follow_sample
+from sfd.generation.model import Model, load_model
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.toy import GaussianMixture
 from sfd.sampling import initial_noise, integrate
@@ -54,12 +53,19 @@ def plain(axis: Axes, title: str, x: str, y: str = "") -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def states(model: Model, name: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Base times (n,) of a sample, its semantic latents (n, C, h, w) and its decoded texture (n, H, W, 3)."""
+    found = model.trajectory(name, seed, solver="heun", steps=48, guidance=2.0)
+    shown = [min(found, key=lambda state: abs(state.u - u)) for u in np.linspace(0, 1, 14)[1:]]
+    x = torch.cat([state.x for state in shown])
+    return np.array([state.u for state in shown]), model.composite.unpack(x)["semantic"].numpy(), model.decode(x)
+
+
 def overview() -> Figure:
     """The two clocks, and below them samples of models/shapes at the same base times."""
     model = load_model(HERE.parent.parent / "models" / "shapes", torch.device("cpu"))
-    config = model.config(guidance=2.0)
-    samples = [follow_sample(model, config, seed, model.class_indices(name)[0]) for name, seed in SHOWN]
-    base = samples[0].base
+    samples = [states(model, name, seed) for name, seed in SHOWN]
+    base = samples[0][0]
     figure = Figure(figsize=(len(base) * 0.82 + 0.9, 6.4))
     sizes = (1.1, *(0.5, 1.0) * len(samples))
     grid = figure.add_gridspec(len(sizes), len(base), height_ratios=sizes, hspace=0.08, wspace=0.05)
@@ -76,11 +82,8 @@ def overview() -> Figure:
     clocks.set_yticks([0, 1], ["noise", "data"], fontsize=8)
     clocks.spines[["right", "bottom"]].set_visible(False)
     clocks.legend(frameon=False, loc="lower right", fontsize=8)
-    for row, sample in enumerate(samples):
-        for below, pictures, name in (
-            (0, semantic_colours(sample.semantic), "semantic"),
-            (1, sample.decoded, "texture"),
-        ):
+    for row, (_, semantic, decoded) in enumerate(samples):
+        for below, pictures, name in ((0, semantic_colours(semantic), "semantic"), (1, decoded, "texture")):
             for column, image in enumerate(pictures):
                 axis = figure.add_subplot(grid[1 + 2 * row + below, column])
                 axis.imshow(image, interpolation="nearest")

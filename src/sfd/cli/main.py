@@ -110,20 +110,6 @@ def export_latents(latents: Path, out: Path) -> None:
 
 @main.command()
 @click.argument("model", type=FOLDER)
-@click.option("--out", type=FOLDER, default=Path("trajectory.png"), show_default=True, help="the PNG to write")
-@click.option("--class", "class_name", help="name or number  [default: the first]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--guidance", type=float, help="scale  [default: 2, and 1 without classes]")
-@device_option
-def trajectory(**arguments: Any) -> None:
-    """Draw one sample of a MODEL from noise to image: semantic latent and decoded texture at 13 base times."""
-    from sfd.cli.sample import draw_trajectory
-
-    draw_trajectory(**arguments)
-
-
-@main.command()
-@click.argument("model", type=FOLDER)
 @click.argument("kind", type=click.Choice(["keep-plan", "change-plan", "swap-plans", "paint", "sdedit", "interpolate"]))
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--out", type=FOLDER, default=Path("edits.png"), show_default=True, help="the PNG to write")

@@ -1,4 +1,4 @@
-"""`sfd sample` and `sfd trajectory`."""
+"""`sfd sample`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from PIL import Image
 
 from sfd.data.classes import parse_classes
-from sfd.evaluation.figures import trajectory
 from sfd.generation.config import SamplingConfig
 from sfd.generation.directory import model_folder
 from sfd.generation.folder import write_grid, write_samples
 from sfd.generation.model import Model, load_model
-from sfd.generation.trajectory import follow_sample, schedule_curves
 from sfd.run.values import apply_override
-from sfd.utils import distributed, files
+from sfd.utils import distributed
 from sfd.utils.config import parse
 from sfd.utils.device import choose_device
 from sfd.utils.distributed import local_device
 from sfd.utils.errors import SFDError
-
-TRAJECTORY_GUIDANCE = 2.0
-SOFTWARE = "sfd trajectory"  # in the metadata of the PNG
 
 
 def sample_images(
@@ -59,27 +53,6 @@ def sample_images(
     shown = write_grid(out, labels_of, loaded.classes)
     part = f"; grid.png shows {shown} of them" if shown < len(pairs) else ""
     click.echo(f"{len(pairs)} images in {out}{part}")
-
-
-def draw_trajectory(
-    model: Path, out: Path, class_name: str | None, seed: int, guidance: float | None, device: str
-) -> None:
-    """Draw one sample from noise to image into a PNG; see `sfd trajectory --help`."""
-    files.check_replaceable(out, _is_trajectory, "a trajectory")
-    loaded = load_model(model_folder(model), choose_device(device))
-    label = asked_labels(loaded, class_name)[0] if class_name else None
-    if guidance is None:
-        guidance = TRAJECTORY_GUIDANCE if loaded.classes else 1.0
-    followed = follow_sample(loaded, SamplingConfig(guidance=guidance), seed, label)
-    figure = trajectory(followed, schedule_curves(loaded))
-    with files.atomic_write(out) as partial:
-        figure.savefig(partial, format="png", facecolor="white", metadata={"Software": SOFTWARE})
-    click.echo(f"{out}")
-
-
-def _is_trajectory(path: Path) -> bool:
-    with Image.open(path) as image:
-        return bool(image.info.get("Software") == SOFTWARE)
 
 
 def asked_labels(model: Model, classes: str) -> list[int]:

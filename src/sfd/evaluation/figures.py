@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -13,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sfd.data.grid import image_grid
-from sfd.generation.trajectory import ScheduleCurves, Trajectory
+from sfd.generation.curves import ScheduleCurves
 
 # One colour for each stream everywhere.
 COLOURS = ("#d9822b", "#2b7bba", "#3a9a5b", "#a05bb8", "#c2476a")
@@ -96,51 +94,6 @@ def schedule(curves: ScheduleCurves) -> str:
     right.set_ylim(bottom=-0.05)
     left.legend(frameon=False, fontsize=8, labelcolor=INK)
     return _svg(figure)
-
-
-def phases(curves: ScheduleCurves) -> list[tuple[float, float, str]]:
-    """List the phases between knots: where they start and end, and which streams move."""
-    found = []
-    for start, end in itertools.pairwise([0.0, *curves.knots, 1.0]):
-        middle = int(np.abs(curves.base - (start + end) / 2).argmin())
-        moving = [name for name, rate in zip(curves.names, curves.rates[middle], strict=True) if rate > 0]
-        # With an offset beyond 1 the leader has arrived before the others set out.
-        text = "both" if len(moving) == len(curves.names) else " and ".join(moving) + " alone" if moving else "at rest"
-        found.append((start, end, text))
-    return found
-
-
-def trajectory(followed: Trajectory, curves: ScheduleCurves) -> Figure:
-    """Draw one sample on its way from noise to an image: phases, semantic latents, decoded images, times."""
-    count = len(followed.base)
-    figure = Figure(figsize=(count * 0.82 + 0.9, 3.1), layout="constrained", dpi=160)
-    header, above, below = figure.subplots(3, 1, sharex=True, height_ratios=(0.22, 1, 1))
-    header.set_axis_off()
-    header.set_ylim(0, 1)
-    for start, end, text in phases(curves):
-        left = -0.5 if start == 0 else float(np.interp(start, followed.base, np.arange(count)))
-        right = count - 0.5 if end == 1 else float(np.interp(end, followed.base, np.arange(count)))
-        header.plot([left + 0.06, right - 0.06], [0.1, 0.1], color=INK, linewidth=1)
-        header.text((left + right) / 2, 0.35, text, ha="center", color=INK, fontsize=8)
-    for axis, label, pictures in (
-        (above, "semantic\nlatent", semantic_colours(followed.semantic)),
-        (below, "decoded\ntexture", followed.decoded),
-    ):
-        axis.imshow(
-            image_grid(pictures, count, scale=1), extent=(-0.5, count - 0.5, -0.5, 0.5), interpolation="nearest"
-        )
-        axis.set_ylabel(label, color=INK, fontsize=8)
-        axis.tick_params(length=0, labelbottom=axis is below, colors=INK, labelsize=7)
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    names = ["u", *(name[0] for name in curves.names)]
-    values = np.column_stack([followed.base, followed.times])
-    below.set_xticks(
-        range(count), ["\n".join(f"{n} {v:.2f}" for n, v in zip(names, row, strict=True)) for row in values]
-    )
-    initials = ", ".join(f"{name[0]}: {name} time" for name in curves.names)
-    figure.supxlabel(f"u: base time, {initials}; 0 is noise, 1 is data", color=INK, fontsize=7)
-    return figure
 
 
 def sensitivities(errors: np.ndarray, names: Sequence[str], curves: Mapping[str, np.ndarray]) -> Figure:

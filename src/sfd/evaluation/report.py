@@ -14,7 +14,7 @@ from PIL import Image
 from sfd import __version__
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
-from sfd.generation.trajectory import ScheduleCurves
+from sfd.generation.curves import ScheduleCurves
 from sfd.utils import files
 from sfd.utils.units import duration, memory
 

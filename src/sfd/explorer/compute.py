@@ -15,8 +15,8 @@ from sfd.editing import change_plan, edit, interpolate_plans, keep_plan, mixed_n
 from sfd.editing.edits import between
 from sfd.explorer.frames import COLUMNS, MAX_PIXELS, MAX_SIDE, Run, Superseded, image_side, panels, plan_stream
 from sfd.generation.config import SamplingConfig
+from sfd.generation.curves import schedule_curves
 from sfd.generation.model import Model
-from sfd.generation.trajectory import schedule_curves
 from sfd.latents import TEXTURE
 from sfd.sampling import initial_noise
 from sfd.schedule import Schedule, build_schedule

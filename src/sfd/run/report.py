@@ -13,9 +13,9 @@ import torch
 from sfd.evaluation.evaluate import Metrics
 from sfd.evaluation.report import Gallery, ReportContent, write_report
 from sfd.explorer import image_side, static_page
+from sfd.generation.curves import schedule_curves
 from sfd.generation.folder import grid_rows, read_images
 from sfd.generation.model import Model
-from sfd.generation.trajectory import schedule_curves
 from sfd.run.assessment import EvaluatorStage, SamplesStage
 from sfd.run.encoders import EncoderStage
 from sfd.run.images import RunImages
