@@ -1,7 +1,7 @@
 """What edits keep and what they change on models/shapes, where class, place and colours can be read off an image.
 
 A network that was trained on real images, on first use, reads these factors off samples and their edits. Edits use the
-null class and no guidance, so that what stays is kept by the edit alone.
+null class, so that what stays is kept by the edit alone.
 """
 
 from __future__ import annotations
@@ -117,12 +117,15 @@ def editing(setting: Setting) -> list[Row]:
     fresh = [seed + 100_000 for seed in of]
     drawn = model.sample(labels[right].tolist(), seeds=fresh, guidance=2, output="array")
     rows.append(_row("other samples of the same classes", before, read(drawn)))
-    named = {"classes": labels[right].tolist(), "guidance": 2.0}
+    plain = model.sample(labels[right].tolist(), seeds=fresh, guidance=1, output="array")
+    rows.append(_row("the same without guidance", before, read(plain)))
+    keep: Callable[..., Tensor] = partial(keep_plan, model, sources, fresh, plan_seeds=of)
     edits: dict[str, Callable[[], Tensor]] = {
-        "plan kept": lambda: keep_plan(model, sources, fresh, plan_seeds=of),
-        "plan kept, Δ = 0.5": lambda: keep_plan(model, sources, fresh, plan_seeds=of, schedule=AHEAD),
-        "plan kept, Δ = 0.5, with class": lambda: keep_plan(
-            model, sources, fresh, plan_seeds=of, schedule=AHEAD, **named
+        "plan kept": keep,
+        "plan kept, no guidance": partial(keep, plan_guidance=1),
+        "plan kept, no guidance, Δ = 0.5": partial(keep, plan_guidance=1, schedule=AHEAD),
+        "plan kept, guided by the class instead": partial(
+            keep, plan_guidance=1, classes=labels[right].tolist(), guidance=2.0
         ),
         "texture's noise kept": lambda: change_plan(model, of, fresh),
     }
@@ -130,9 +133,9 @@ def editing(setting: Setting) -> list[Row]:
     rows += [_row(name, before, read(model.decode(make()))) for name, make in edits.items()]
     seen = read(images)
     known = seen["class"] == tested.labels[:count]
-    kept = keep_plan(model, model.encode(images[known]).cpu(), seeds[known].tolist(), schedule=AHEAD)
+    kept = keep_plan(model, model.encode(images[known]).cpu(), seeds[known].tolist())
     real = {name: values[known] for name, values in seen.items()}
-    return [*rows, _row("plan of real images kept, Δ = 0.5", real, read(model.decode(kept)))]
+    return [*rows, _row("plan of real images kept", real, read(model.decode(kept)))]
 
 
 def _row(name: str, before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> Row:

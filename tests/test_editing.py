@@ -52,7 +52,7 @@ def test_nothing_kept_is_a_sample(model, guidance):
     expected = model.sample("ring", seeds=SEEDS, output="latent", **how)
     assert close(change_plan(model, SEEDS, SEEDS, classes="ring", **how), expected)
     nothing = torch.zeros(2, 2)
-    assert close(keep_plan(model, LATENTS, SEEDS, where=nothing, classes="ring", **how), expected)
+    assert close(keep_plan(model, LATENTS, SEEDS, where=nothing, plan_guidance=1, classes="ring", **how), expected)
     assert close(paint(model, LATENTS, torch.ones(2, 2), SEEDS, classes="ring", **how), expected)
     assert close(sdedit(model, LATENTS, 0.0, SEEDS, classes="ring", **how), expected)
 
@@ -60,6 +60,21 @@ def test_nothing_kept_is_a_sample(model, guidance):
 def test_all_kept_is_the_source(model):
     assert close(paint(model, LATENTS, torch.zeros(2, 2), SEEDS, **STEPS), LATENTS)
     assert close(sdedit(model, LATENTS, 1.0, SEEDS, **STEPS), LATENTS)
+
+
+def test_texture_is_guided_by_the_plan():
+    """Away from the velocity at the point of the plan's path where its time is that of texture."""
+
+    def velocity(x, t):
+        return torch.sin(x.roll(3, 1)) + t.sum()
+
+    noise, t, plan = initial_noise(SEEDS, COMPOSITE), torch.tensor([0.2, 0.7]), Follow(parts(LATENTS)["semantic"])
+    assert COMPOSITE.names == ("texture", "semantic")
+    x, weak = (torch.lerp(noise, LATENTS, COMPOSITE.per_entry(times)) for times in (t, torch.tensor([0.2, 0.2])))
+    guided = parts(follow(velocity, noise, COMPOSITE, {"semantic": plan}, 1.5)(x, t))
+    own, other = (parts(velocity(at, time))["texture"] for at, time in ((x, t), (weak, torch.tensor([0.2, 0.2]))))
+    assert close(guided["texture"], other + 1.5 * (own - other))
+    assert close(guided["semantic"], plan.target - parts(noise)["semantic"])
 
 
 def test_a_path_needs_no_network():
@@ -100,7 +115,7 @@ def test_a_sample_with_its_own_noise_comes_back(shapes):
     unrelated = shapes.sample(classes, seeds=[4, 5, 6, 7], output="latent")
     images, kept, others = (
         torch.from_numpy(shapes.decode(x)).float()
-        for x in (sample, keep_plan(shapes, sample, seeds, classes=classes), unrelated)
+        for x in (sample, keep_plan(shapes, sample, seeds, plan_guidance=1, classes=classes), unrelated)
     )
     assert (kept - images).abs().mean() < 0.15 * (others - images).abs().mean()
 
@@ -122,7 +137,7 @@ def test_a_stream_follows_until_its_time(model, solver):
 
 def test_two_clocks_are_plan_keeping_where_texture_starts_from_noise(model):
     both = sdedit(model, LATENTS, {"semantic": 1.0}, SEEDS, **STEPS)
-    assert close(both, keep_plan(model, LATENTS, SEEDS, **STEPS))
+    assert close(both, keep_plan(model, LATENTS, SEEDS, plan_guidance=1, **STEPS))
     plans = initial_noise([30, 31, 32], COMPOSITE)
     other = sdedit(model, LATENTS, {"semantic": 1.0, "texture": 0.5}, SEEDS, plans=plans, **STEPS)
     assert close(parts(other)["semantic"], parts(plans)["semantic"])

@@ -22,6 +22,8 @@ from sfd.schedule import build_schedule
 from sfd.solvers import SOLVERS
 from sfd.utils.errors import SFDError
 
+PLAN_GUIDANCE = 2.0  # where a plan is kept: see docs/editing.md for what it does
+
 
 def edit(
     model: Model,
@@ -30,6 +32,7 @@ def edit(
     classes: Classes | None = None,
     *,
     schedule: str | Mapping[str, Any] | None = None,
+    plan_guidance: float = 1.0,
     guiding: Model | None = None,
     callback: Callable[[Progress], None] | None = None,
     **settings: Any,
@@ -43,6 +46,7 @@ def edit(
         classes: names or numbers, one per image or one for all; None: the null class.
         schedule: name and options of another schedule than the model's own. A somewhat larger offset shows texture a
             clearer plan, at pairs of times that training did not show.
+        plan_guidance: scale by which texture is guided by the plan; see `follow`.
         guiding: another model, to guide with; see `Model.sample`.
         callback: called after each solver step, batch by batch.
         settings: fields of `SamplingConfig` that differ from the model's own.
@@ -63,7 +67,7 @@ def edit(
         x = noise[batch].to(model.device)
         velocity = model.velocity_field(torch.tensor(labels[batch], device=model.device), config, guiding)
         of_batch = {name: _of_batch(path, batch) for name, path in paths.items()}
-        followed = follow(velocity, x, model.composite, of_batch)
+        followed = follow(velocity, x, model.composite, of_batch, plan_guidance)
         result = integrate(followed, x, chosen, model.composite, **config.integration, callback=callback)
         found.append(result.x.cpu())
     return torch.cat(found)
@@ -76,6 +80,7 @@ def keep_plan(
     *,
     plan_seeds: Sequence[int] | None = None,
     where: Tensor | None = None,
+    plan_guidance: float = PLAN_GUIDANCE,
     classes: Classes | None = None,
     **settings: Any,
 ) -> Tensor:
@@ -87,11 +92,12 @@ def keep_plan(
         seeds: of the texture's noise, one per image.
         plan_seeds: of the noise that the plans emerge from; None: `seeds`. Of a sample its own seed fits best.
         where: mask (H, W) or (B, H, W) of the part of the plan that is kept; None: all of it.
-        classes, settings: see `edit`.
+        plan_guidance, classes, settings: see `edit`.
     """
     streams = model.composite.unpack(latents)
     paths = {name: Follow(streams[name], where=where) for name in plan_streams(model.composite)}
-    return edit(model, mixed_noise(model.composite, seeds, plan_seeds), paths, classes, **settings)
+    noise = mixed_noise(model.composite, seeds, plan_seeds)
+    return edit(model, noise, paths, classes, plan_guidance=plan_guidance, **settings)
 
 
 def change_plan(
@@ -210,7 +216,7 @@ def interpolate_plans(
     noise = between(mixed_noise(model.composite, [seed, seed], plan_seeds), count, model.composite)
     targets = model.composite.unpack(between(latents, count, model.composite))
     paths = {name: Follow(targets[name]) for name in plan_streams(model.composite)}
-    return edit(model, noise, paths, classes, **settings)
+    return edit(model, noise, paths, classes, **{"plan_guidance": PLAN_GUIDANCE} | settings)
 
 
 def between(ends: Tensor, count: int, composite: CompositeLatent) -> Tensor:

@@ -4,10 +4,14 @@ A clean plan beside texture that is still noise is a pair of times that the netw
 schedule's curve, a stream k with noise x0 that is to arrive at x1 must be x_k = (1 − τ_k)·x0 + τ_k·x1, so its velocity
 is v_k = x1 − x0, a constant. That velocity in place of the network's, for the whole stream, for a part of space, or
 until some time of the stream, is all that editing needs.
+
+Texture may be guided by the plan as it is by a class: away from what the network predicts where the plan is no clearer
+than texture. The state at an earlier time of stream k is x_k − (t − t')·v_k, on the same line.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfd.guidance import PiecewiseVelocity, VelocityField
-from sfd.latents import CompositeLatent, Stream
+from sfd.latents import TEXTURE, CompositeLatent, Stream
 from sfd.utils.errors import SFDError, unknown
 
 COVERED = 0.5  # share of a latent's position that a mask must cover to count there
@@ -31,7 +35,11 @@ class Follow(NamedTuple):
 
 
 def follow(
-    velocity: VelocityField, noise: Tensor, latent: CompositeLatent, paths: Mapping[str, Follow]
+    velocity: VelocityField,
+    noise: Tensor,
+    latent: CompositeLatent,
+    paths: Mapping[str, Follow],
+    plan_guidance: float = 1.0,
 ) -> VelocityField:
     """Let streams follow paths, the others `velocity`.
 
@@ -40,7 +48,10 @@ def follow(
         noise: (B, N), the state at base time 0; integration must start there.
         latent: the streams.
         paths: by stream.
+        plan_guidance: scale g ≥ 0 by which texture is guided by the other streams; 1 is none.
     """
+    if not 0 <= plan_guidance < math.inf:
+        raise SFDError(f"plan_guidance must be finite and at least 0, got {plan_guidance}; 1 is none")
     for name, path in paths.items():
         if name not in latent.names:
             raise unknown("stream", name, latent.names)
@@ -54,17 +65,25 @@ def follow(
         if not 0 <= path.until <= 1:
             raise SFDError(f"stream {name!r} can follow until a time from 0 to 1, got {path.until}")
     paths = {name: path for name, path in paths.items() if path.until > 0}
-    return FollowingVelocity(velocity, noise, latent, paths) if paths else velocity
+    return FollowingVelocity(velocity, noise, latent, paths, plan_guidance) if paths else velocity
 
 
 class FollowingVelocity(PiecewiseVelocity):
     """A velocity with some streams, or parts of them, on straight paths; made by `follow`."""
 
     def __init__(
-        self, velocity: VelocityField, noise: Tensor, latent: CompositeLatent, paths: Mapping[str, Follow]
+        self,
+        velocity: VelocityField,
+        noise: Tensor,
+        latent: CompositeLatent,
+        paths: Mapping[str, Follow],
+        plan_guidance: float,
     ) -> None:
         """Store what `follow` has checked."""
-        self._velocity, self._sizes = velocity, latent.sizes
+        self._velocity, self._sizes, self._latent = velocity, latent.sizes, latent
+        self._texture = latent.names.index(TEXTURE)
+        scales = [plan_guidance if name == TEXTURE else 1.0 for name in latent.names]
+        self._guided, self._guidance = plan_guidance != 1, latent.per_entry(torch.tensor(scales)).to(noise)
         self._paths = [paths.get(name) for name in latent.names]
         starts = noise.split(latent.sizes, dim=1)
         self._straight = [
@@ -88,18 +107,31 @@ class FollowingVelocity(PiecewiseVelocity):
         following = self._following(midpoint)
         whole = [follows and where is None for follows, where in zip(following, self._where, strict=True)]
         needed = [moves and not given for moves, given in zip(active, whole, strict=True)]
+        guided = self._guided and needed[self._texture]
         inner = self._velocity
         if isinstance(inner, PiecewiseVelocity):
             inner = inner.on_interval(needed, midpoint)
 
         def restricted(x: Tensor, t: Tensor) -> Tensor:
-            return self._mixed(following, inner(x, t) if any(needed) else torch.zeros_like(x))
+            if not any(needed):
+                return self._mixed(following, torch.zeros_like(x))
+            return self._followed(inner, following, guided, x, t)
 
         return restricted
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Evaluate v; see `VelocityField`."""
-        return self._mixed(self._following(t.tolist()), self._velocity(x, t))
+        return self._followed(self._velocity, self._following(t.tolist()), self._guided, x, t)
+
+    def _followed(
+        self, velocity: VelocityField, following: Sequence[bool], guided: bool, x: Tensor, t: Tensor
+    ) -> Tensor:
+        v = velocity(x, t)
+        if guided:
+            earlier = t.clamp(max=t[self._texture].item())
+            back = self._latent.per_entry((t - earlier).to(x)) * self._mixed(following, v)
+            v = torch.lerp(velocity(x - back, earlier), v, self._guidance)
+        return self._mixed(following, v)
 
     def _following(self, times: Sequence[float]) -> list[bool]:
         pairs = zip(self._paths, times, strict=True)
