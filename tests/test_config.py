@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from sfd.run.recipe import dump_recipe, load_recipe
+from sfd.run.scale import scaled
 from sfd.utils.errors import SFDError
 from tiny import RECIPE, write_recipe
 
@@ -133,3 +134,33 @@ def test_the_home_folder_is_put_for_a_tilde(field, monkeypatch, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path), [*changes, f"{field}=~/some place"]).model_dump()
     part, last = field.split(".")
     assert recipe[part][last] == str(tmp_path / "some place")
+
+
+def test_a_scaled_run_has_a_share_of_all_steps_and_samples():
+    whole = load_recipe(Path("small-photos"))
+    small = scaled(whole, 0.02)
+    trainings = [(r.texture.train, r.semantic.train, r.compressor.train, r.train) for r in (whole, small)]
+    for before, now in zip(*trainings, strict=True):
+        assert now.steps == round(0.02 * before.steps) and now.warmup == round(0.02 * before.warmup)
+        assert now.batch_size == before.batch_size and now.checkpoint_every == before.checkpoint_every
+    assert (small.train.decay_from / small.train.steps) == (whole.train.decay_from / whole.train.steps)
+    assert small.train.steps * (1 - small.train.ema) == pytest.approx(whole.train.steps * (1 - whole.train.ema))
+    assert 4 <= small.evaluation.samples_per_class < whole.evaluation.samples_per_class
+    assert small.name == "small-photos, scale 0.02" and (small.data, small.transformer) == (
+        whole.data,
+        whole.transformer,
+    )
+
+
+@pytest.mark.parametrize("recipe", ["shapes-demo", "cifar10", "imagenet256/xl-80"])
+def test_the_smallest_scale_of_a_recipe_is_a_recipe_that_reads_back(tmp_path, recipe):
+    overrides = ["data.source=shapes"] if recipe == "cifar10" else []
+    small = scaled(load_recipe(Path(recipe), overrides), 1e-9)
+    assert (small.train.steps, small.train.warmup, small.train.decay_from) == (1, 0, 0)
+    assert load_recipe(write_recipe(tmp_path, dump_recipe(small))) == small
+
+
+@pytest.mark.parametrize("scale", [0, -0.1, 1.5, float("nan")])
+def test_a_scale_that_is_no_share_is_refused(scale):
+    with pytest.raises(SFDError, match="above 0, up to 1"):
+        scaled(load_recipe(Path("shapes-demo")), scale)

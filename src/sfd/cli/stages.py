@@ -25,6 +25,7 @@ def recipe_command(function: Command) -> Command:
         click.argument("recipe", type=FOLDER),
         click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
         click.option("--out", required=True, type=FOLDER, help="the run's folder; created if missing"),
+        click.option("--scale", type=float, default=1.0, help="share of all steps and samples, such as 0.05"),
         click.option("--strict", is_flag=True, help="stop at a broken image instead of skipping it"),
         click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP),
         click.option("--dry-run", is_flag=True, help="print the resolved recipe, sizes and estimates, and exit"),
@@ -40,6 +41,7 @@ def _stage(
     recipe: Path,
     overrides: tuple[str, ...],
     out: Path,
+    scale: float,
     strict: bool,
     max_hours: float | None,
     dry_run: bool,
@@ -48,12 +50,15 @@ def _stage(
     """Validate the recipe, lock the run's folder and make stages."""
     from sfd.run.pipeline import Pipeline
     from sfd.run.recipe import load_recipe
+    from sfd.run.scale import scaled
     from sfd.run.validate import check, check_out
     from sfd.utils import files, signals
     from sfd.utils.device import choose_device
 
     def read() -> Recipe:
         resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
+        if scale != 1:
+            resolved = scaled(resolved, scale)
         if not dry_run:
             check_out(resolved, out)
             check(resolved)
