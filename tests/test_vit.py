@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfd.encoders import (
-    _named,
+    _base,
     load_encoder,
     load_published,
-    load_semantic,
     open_semantic,
     planned_encoder,
     save_semantic,
@@ -51,13 +50,13 @@ def expected(network, tiles: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_large_one_is_saved_by_name_and_loaded_at_need(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(_named, "LARGE", 1000)
+    monkeypatch.setattr(_base, "LARGE", 1000)
     source = shutil.copytree(models["dinov2"][1], tmp_path / "hub")
     encoder = load_published("vit", str(source), CHOICES)
     save_semantic(encoder, tmp_path / "saved")
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["config.json"]
     assert planned_encoder("", None, str(tmp_path / "saved"), {}) == encoder.config
-    loaded = load_semantic(tmp_path / "saved")
+    loaded = open_semantic(tmp_path / "saved")
     save_semantic(loaded, tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "saved" / "config.json").read_text()
     assert loaded.identity == encoder.identity
@@ -65,7 +64,7 @@ def test_a_large_one_is_saved_by_name_and_loaded_at_need(models, tmp_path, monke
     weights = load_file(source / WEIGHTS)
     save_file({name: value + 1 for name, value in weights.items()}, source / WEIGHTS, {"format": "pt"})
     with pytest.raises(SFDError, match=encoder.identity):
-        load_semantic(tmp_path / "saved").to("cpu")
+        open_semantic(tmp_path / "saved").to("cpu")
 
 
 @pytest.mark.parametrize("name", VITS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import torch
 
-from sfd.encoders import load_semantic, save_semantic
+from sfd.encoders import open_semantic, save_semantic
 from sfd.evaluation.evaluate import read_metrics
 from sfd.generation.card import model_card
 from sfd.generation.directory import COMPRESSOR_FOLDER, SEMANTIC_FOLDER, model_folder
@@ -56,7 +56,7 @@ def _load(source: Path) -> Model:
         logging.disable_progress_bar()
         model = to_model(SFDPipeline.from_pretrained(source))
         if (source / COMPRESSOR_FOLDER).is_dir():
-            model.semantic = load_semantic(source / SEMANTIC_FOLDER)
+            model.semantic = open_semantic(source / SEMANTIC_FOLDER)
             model.compressor = load_compressor(source / COMPRESSOR_FOLDER)
         return model
     return load_model(model_folder(source), torch.device("cpu"))

@@ -12,10 +12,10 @@ from sfd.encoders._base import (
     open_semantic,
     open_texture,
     planned_encoder,
+    save_semantic,
     semantic_identity,
 )
-from sfd.encoders._named import load_semantic, save_semantic
 
 __all__ = ["SEMANTIC", "TEXTURE", "EncoderConfig", "SemanticEncoder", "TextureEncoder"]
-__all__ += ["encoder_module", "load_encoder", "load_published", "load_semantic", "open_semantic", "open_texture"]
+__all__ += ["encoder_module", "load_encoder", "load_published", "open_semantic", "open_texture"]
 __all__ += ["planned_encoder", "save_semantic", "semantic_identity"]

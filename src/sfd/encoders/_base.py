@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from sfd.models import component
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TEXTURE, SEMANTIC = "texture encoder", "semantic encoder"
 NAMED = "pretrained"  # the field of a `config.json` that names a published model in place of weights
+LARGE = 16 * 2**20  # parameters; larger published semantic encoders are saved by name
 
 
 class EncoderConfig(Protocol):
@@ -103,12 +105,54 @@ def open_semantic(source: str | Path) -> SemanticEncoder:
     return cast(SemanticEncoder, _open(str(source), SEMANTIC, "vit"))
 
 
-def _open(source: str, kind: str, published: str) -> Component:
+def _open(source: str, kind: str, published: str) -> Component | NamedEncoder:
     config = Path(source) / component.CONFIG_FILE
     about = files.read_json(config, kind) if config.is_file() else {}
     if NAMED in about:
-        return load_named(Path(source), about)
+        return NamedEncoder(Path(source), about)
     return load_encoder(Path(source), kind) if "kind" in about else load_published(published, source, {})
+
+
+class NamedEncoder:
+    """A large published semantic encoder that was saved by its name and identity, loaded by its first `encode` or `to`.
+
+    Its `config.json` holds the published model's name, the configuration and the identity, which is checked.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self.about, self.identity = folder, about, str(about["identity"])
+        config = planned_encoder(about["name"], None, str(folder), {})
+        self.channels, self.downsample = config.channels, config.downsample
+        self._loaded: Component | None = None
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Load the encoder and encode; see `SemanticEncoder`."""
+        return cast(Tensor, self.to(images.device).encode(images))
+
+    def to(self, device: Any) -> Any:
+        """Give the encoder itself, on a device."""
+        if self._loaded is None:
+            about = self.about
+            self._loaded = load_published(about["name"], about[NAMED], about["config"])
+            if self._loaded.identity != self.identity:
+                raise SFDError(
+                    f"{self.folder} needs {about[NAMED]} of identity {self.identity}, but the one here has "
+                    f"{self._loaded.identity}; put back the version that was used in training"
+                )
+        return self._loaded.to(device)
+
+
+def save_semantic(encoder: SemanticEncoder, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save an encoder to `folder`, weights as `dtype`; a large published one by its name and identity."""
+    if isinstance(encoder, NamedEncoder):
+        files.write_json(folder / component.CONFIG_FILE, encoder.about)
+        return
+    part = cast(Component, encoder)
+    if part.source and sum(tensor.numel() for tensor in part.state_dict().values()) > LARGE:
+        about = {"kind": SEMANTIC, "name": part.name, "identity": part.identity, NAMED: part.source}
+        files.write_json(folder / component.CONFIG_FILE, about | {"config": part.config.model_dump(mode="json")})
+    else:
+        part.save(folder, dtype)
 
 
 def load_published(name: str, source: str, given: Mapping[str, Any]) -> Component:
@@ -121,17 +165,6 @@ def load_published(name: str, source: str, given: Mapping[str, Any]) -> Componen
     """
     encoder: Component = encoder_module(name).pretrained(source, given)
     encoder.source = source
-    return encoder
-
-
-def load_named(folder: Path, about: Mapping[str, Any]) -> Component:
-    """Load the published encoder that the `config.json` in `folder`, read as `about`, names; see `load_published`."""
-    encoder = load_published(about["name"], about[NAMED], about["config"])
-    if encoder.identity != about["identity"]:
-        raise SFDError(
-            f"{folder} needs {about[NAMED]} of identity {about['identity']}, but the one here has {encoder.identity}; "
-            "put back the version that was used in training"
-        )
     return encoder
 
 

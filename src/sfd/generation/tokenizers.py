@@ -15,7 +15,7 @@ from sfd.data.images import to_tensor
 from sfd.encoders import (
     SemanticEncoder,
     TextureEncoder,
-    load_semantic,
+    open_semantic,
     open_texture,
     save_semantic,
     semantic_identity,
@@ -88,4 +88,4 @@ def load_tokenizers(folder: Path) -> Tokenizers:
     texture = open_texture(folder / TEXTURE_FOLDER)
     if not (folder / COMPRESSOR_FOLDER).is_dir():
         return Tokenizers(texture, None, None)
-    return Tokenizers(texture, load_semantic(folder / SEMANTIC_FOLDER), load_compressor(folder / COMPRESSOR_FOLDER))
+    return Tokenizers(texture, open_semantic(folder / SEMANTIC_FOLDER), load_compressor(folder / COMPRESSOR_FOLDER))
