@@ -49,10 +49,6 @@ def test_the_core_depends_on_neither_torchvision_nor_timm_nor_torch_fidelity():
     assert not brought & FORBIDDEN
 
 
-def test_the_extra_inception_requires_torch_fidelity():
-    assert ("torch-fidelity", ()) in parsed(PROJECT["optional-dependencies"]["inception"])
-
-
 def test_no_module_of_the_core_imports_torchvision_timm_or_torch_fidelity():
     found = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=True).stdout
     assert "sfd.evaluation.extractors.inception" in found

@@ -96,8 +96,3 @@ def test_links_lead_to_files_and_symbols(page):
                 break
             body = defined(body)[name]
     assert not missing
-
-
-def test_the_method_links_to_its_sources():
-    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    assert len(SOURCE.findall(method)) > 40 and "src/" not in SOURCE.sub("", method)
