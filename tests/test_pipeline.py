@@ -62,7 +62,7 @@ def test_a_report_says_what_to_do_next_by_commands_that_work(finished):
     assert [command[0] for command in commands] == ["sample", "explore", "run", "run"]
     for command in commands[2:]:
         given = [argument.replace("FOLDER", "shapes") for argument in command]
-        assert f"init: {finished.folder.root}" in done(*given, "--dry-run", "--tflops", "1")
+        assert f"init: {finished.folder.root}" in done(*given, "--dry-run")
 
 
 def test_a_finished_run_is_not_repeated(finished):
