@@ -24,7 +24,7 @@ from sfd.utils import files, rng
 
 REAL, REAL_SEED, TESTED = 20_000, 1_000_003, 2000
 STEPS, BATCH = 800, 128
-SAMPLES = 400
+SAMPLES = 1000
 STARTS = (0.2, 0.3, 0.4)
 AHEAD = {"name": "offset", "delta": 0.5}  # the model was trained at 0.3
 ROUND = ("disk", "ring")  # whose rotation cannot be seen

@@ -22,7 +22,7 @@ from sfd.schedule import build_schedule
 from sfd.solvers import SOLVERS
 from sfd.utils.errors import SFDError
 
-PLAN_GUIDANCE = 2.0  # where a plan is kept: see docs/editing.md for what it does
+PLAN_GUIDANCE = 2.5  # where a plan is kept: see docs/editing.md for what it does
 
 
 def edit(
