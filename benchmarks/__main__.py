@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import re
 import subprocess
 import sys
@@ -31,9 +32,10 @@ from benchmarks import (
     editing,
     few_steps,
     finetune,
+    graphs,
+    guided,
     loader,
     memory,
-    overhead,
     quality,
     report,
     sampling,
@@ -60,9 +62,9 @@ class Section(NamedTuple):
 SECTIONS = {
     "sampling": Section(sampling.sampling, figure="speed"),
     "errors": Section(sampling.errors),
-    "guided": Section(sampling.guided, cuda=True),
+    "guided": Section(guided.guided, named=True),
+    "graphs": Section(graphs.graphs, cuda=True),
     "training": Section(training.training, figure="speed"),
-    "overhead": Section(overhead.overhead),
     "memory": Section(memory.memory, quick=False),
     "checkpointing": Section(memory.checkpointing, quick=False),
     "loader": Section(loader.loader),
@@ -99,11 +101,13 @@ def chosen(names: list[str], setting: Setting) -> list[str]:
 
 def measure(names: list[str], setting: Setting, publish: bool) -> list[str]:
     """Measure sections, print each at once and publish it if wanted; give those that failed."""
-    failed = []
+    failed, results = [], setting.out / "results.json"
     for name in names:
         start = time.monotonic()
         try:
             rows = SECTIONS[name].rows(setting)
+            kept = json.loads(results.read_text()) if results.exists() else {}
+            results.write_text(json.dumps(kept | {name: rows}, indent=1))
             print(f"\n## {name} ({time.monotonic() - start:.0f} s)\n\n{report.table(rows)}", flush=True)
             if publish:
                 where = None if name.startswith("scaling_") else machine(setting.device)

@@ -112,12 +112,19 @@ def best_times(ways: Mapping[str, Callable[[], Any]], repeats: int, device: torc
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = now(device)
             way()
-            wait(device)
+            end = now(device)
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(end - start)
     return {name: min(each) for name, each in times.items()}
+
+
+def now(device: torch.device) -> float:
+    """Seconds, of all work given to a device; on one thread of a CPU those it computed, without other processes."""
+    wait(device)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
 
 
 def wait(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Sampling: images per second, errors of the velocity, and guided sampling against the published settings."""
+"""Sampling: images per second of evaluations, and errors of the velocity."""
 
 from __future__ import annotations
 
@@ -17,19 +17,15 @@ from benchmarks.measure import (
     best_times,
     class_labels,
     frozen,
-    working_memory,
 )
 from sfd.generation.model import Model, load_model
-from sfd.guidance import VelocityField, guide
+from sfd.guidance import VelocityField
 from sfd.models.dit import LightningDiT
 from sfd.models.dit_config import flops
 from sfd.models.inference import Inference
 from sfd.sampling import initial_noise, integrate
 
 STEPS = 3  # of Euler's method in a timed sampling
-# Guided NFE on models/shapes, as published (four images at a time, mean) and by default, to median errors of 0.031 and
-# 0.004 (docs/sampling.md). An adaptive solver's steps on random weights say nothing.
-NFE = {"published": 81, "ours": 24}
 
 
 def velocities(net: LightningDiT, labels: Tensor, setting: Setting) -> dict[str, VelocityField]:
@@ -94,34 +90,3 @@ def trajectory(model: Model, way: VelocityField, count: int) -> list[tuple[Tenso
     noise = initial_noise(range(count), model.composite).to(model.device)
     integrate(velocity, noise, model.schedule, model.composite, solver="euler", steps=12)
     return visited
-
-
-def guided(setting: Setting) -> list[Row]:
-    """Guided sampling against the published settings: dopri5 over the whole interval in TF32, four images at a time.
-
-    Decoding is left out. Images per second are those of `NFE`, at the rate of the evaluations that were timed.
-    """
-    device, rows = setting.device, []
-    guiding = frozen("tiny" if setting.quick else "B", device)
-    for size, batch in setting.given or (("XL", 128), ("XXL", 128)):
-        net = frozen(size, device)
-        published = {"solver": "dopri5", "options": {"rtol": 1e-3, "atol": 1e-6}, "knots": False}
-        ours = {"solver": "multistep", "steps": NFE["ours"]}
-        for name, count, precision, how in (("published", 4, "float32", published), ("ours", batch, "bf16", ours)):
-            compiled = name == "ours" and setting.compiles
-            nets = [Inference(n, precision, compiled=compiled) for n in (net, guiding)]
-            labels, noise = class_labels(count, device), initial_noise(range(count), COMPOSITE).to(device)
-            field = guide(*(n.velocity(labels) for n in nets), 1.5, COMPOSITE)
-            way = partial(sampled, field, noise, how)
-            torch.set_float32_matmul_precision("high" if name == "published" else "highest")
-            try:
-                seconds, timed = best_times({name: way}, 2, device)[name], way()
-                working = working_memory(way, device)
-            finally:
-                torch.set_float32_matmul_precision("highest")
-            row: Row = {"size": size, "way": name, "batch": count, "timed_nfe": timed, "nfe": NFE[name]}
-            row |= {"images_per_second": count * timed / seconds / NFE[name], "working_bytes": working}
-            rows.append(row)
-        rows[-1]["ratio"] = rows[-1]["images_per_second"] / rows[-2]["images_per_second"]
-        torch._dynamo.reset()
-    return rows

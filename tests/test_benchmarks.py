@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measure, overhead, report, scaling, solvers
+from benchmarks import guided, measure, report, scaling, solvers
 from benchmarks.__main__ import SECTIONS, chosen, sizes
 from benchmarks.measure import Setting
 from benchmarks.quality import compared, offset_sweep
+from benchmarks.training import plain_forward
 from sfd.evaluation.metrics import frechet_distance, gaussian
-from sfd.sampling import initial_noise
 from sfd.utils.errors import SFDError
 from tiny import write_recipe
 
@@ -85,12 +85,19 @@ def test_working_memory_is_the_peak_of_a_call():
     assert used is None or used == pytest.approx(48 << 20, rel=0.1)
 
 
-def test_the_plain_sampler_solves_the_same_equation():
-    noise = initial_noise(range(2), measure.COMPOSITE).double()
-    velocity = lambda x, times: (1 - x) * (1 + measure.COMPOSITE.per_entry(times))  # noqa: E731
-    exact = 1 + (noise - 1) * math.exp(-1.5)  # each stream's time runs from 0 to 1, whatever its clock
-    found = overhead.published_sampling(velocity, noise, rtol=1e-6)
-    torch.testing.assert_close(found, exact, rtol=0, atol=3e-3)  # it steps across the knots
+def test_the_plain_training_step_computes_the_same_velocity(setting):
+    network = measure.network("small")
+    given = torch.randn(2, measure.COMPOSITE.size), torch.rand(2, 2), measure.class_labels(2, CPU)
+    torch.testing.assert_close(plain_forward(network, *given).velocity, network(*given).velocity, rtol=1e-4, atol=1e-5)
+
+
+def test_fitted_heads_predict_better_than_nothing(setting, monkeypatch):
+    monkeypatch.setattr(guided, "FITTED", 16)
+    network = guided.fitted("small", CPU).transformer
+    data, labels = guided.procedural_latents(16)
+    noise, times = torch.randn_like(data), measure.SCHEDULE.at(torch.full((16,), 0.5)).time
+    found = network(torch.lerp(noise, data, measure.COMPOSITE.per_entry(times)), times, labels).velocity
+    assert (found - (data - noise)).square().mean() < (data - noise).square().mean()
 
 
 def test_stochastic_samples_are_compared_with_the_exact_distribution(setting, monkeypatch):

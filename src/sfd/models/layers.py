@@ -95,7 +95,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     On a CPU the fused bf16 kernel is slow where tokens are few (5 to 9 times the float32 one's time at 16 of them), and
     two plain products beat both there: 0.5 to 0.7 of the float32 kernel's time at 16 tokens, 0.6 to 1.1 at 64, 0.8 to
-    1.5 at 256, with the backward pass (`python -m benchmarks attention`); without, they are slower there.
+    1.5 at 256, with the backward pass; without, they are slower there.
     """
     if v.device.type != "cpu":
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
