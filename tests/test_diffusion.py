@@ -95,19 +95,6 @@ def test_the_loss_is_the_weighted_sum(latents, cosine, repa):
     torch.testing.assert_close(losses["loss"], parts)
 
 
-def test_velocity_and_cosine_losses_on_the_straight_path(latents):
-    task = make_task(latents)
-    batch = task.batch(0, range(8))
-    x1, x0, composite = batch["x1"], batch["x0"], task.composite
-    t = composite.per_entry(batch["times"])
-    velocity = task.model(t * x1 + (1 - t) * x0, batch["times"], batch["labels"]).velocity
-    squares = composite.unpack((velocity - (x1 - x0)).square())
-    total = squares["texture"].sum() + 2 * squares["semantic"].sum()
-    torch.testing.assert_close(task.loss(task.model, batch)["velocity"], total / x1.numel())
-    cosine = flow.cosine_loss(composite.per_position(velocity), composite.per_position(x1 - x0)).mean()
-    torch.testing.assert_close(task.loss(task.model, batch)["cosine"], cosine)
-
-
 @pytest.mark.parametrize("stationary", [True, False])
 def test_a_stream_at_rest_is_in_the_loss_or_not(latents, stationary):
     task = make_task(latents, {"name": "sequential"}, stationary_streams=stationary)

@@ -71,29 +71,6 @@ def test_scales_are_applied_in_float32(x):
     torch.testing.assert_close(v, torch.lerp((-0.7 * x).bfloat16().float(), (2.0 * x).bfloat16().float(), 1.9))
 
 
-def test_intervals_are_in_each_streams_own_time(x, cond, guiding):
-    scale, interval = {"semantic": 2.0, "texture": 3.0}, {"semantic": (0.0, 0.5), "texture": (0.25, 0.75)}
-    guided = guide(cond, guiding, scale, COMPOSITE, interval)
-    for texture, semantic in [(0.0, 0.3), (0.25, 0.5), (0.5, 0.8), (0.8, 1.0)]:
-        t = torch.tensor([texture, semantic])
-        v = COMPOSITE.unpack(guided(x, t))
-        for name, w, inside in [("texture", 3.0, 0.25 <= texture <= 0.75), ("semantic", 2.0, semantic <= 0.5)]:
-            expected = torch.lerp(guiding(x, t), cond(x, t), w if inside else 1.0)
-            assert torch.equal(v[name], COMPOSITE.unpack(expected)[name])
-    calls = guiding.calls
-    for t in (torch.tensor([0.1, 0.7]), torch.tensor([0.8, 1.0])):  # outside of both intervals
-        assert torch.equal(guided(x, t), cond(x, t))
-    assert guiding.calls == calls
-
-
-def test_a_batched_pair_replaces_both_calls(x, cond, guiding):
-    plain = guide(cond, guiding, 1.5, COMPOSITE)(x, HALF)
-    calls = cond.calls, guiding.calls
-    batched = guide(cond, guiding, 1.5, COMPOSITE, batched=lambda x, t: (2.0 * x + t.mean(), -0.7 * x + t.mean()))
-    assert torch.equal(batched(x, HALF), plain)
-    assert (cond.calls, guiding.calls) == calls
-
-
 def test_a_smooth_interval_fixes_which_streams_are_guided(x, cond, guiding):
     """Both of its ends see the limit from inside; a stream at rest needs no guidance."""
     guided = guide(cond, guiding, 2.0, COMPOSITE, {"texture": (0.2, 0.5), "semantic": (0.5, 1.0)})

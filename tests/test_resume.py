@@ -259,18 +259,6 @@ def test_the_number_of_steps_is_fixed_once_the_decay_has_begun(copied, tmp_path)
     assert files.read_json(out / "training" / "stage.json", "stage")["finished"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("train.decay=cosine", "train.decay_from=6"), "decay_from is 6, but training ends after 6"),
-        (("texture.train.warmup=4",), "texture.train.*warmup is 4"),
-    ],
-)
-def test_warm_up_and_decay_must_fit_into_training(tmp_path, overrides, message):
-    with pytest.raises(SFDError, match=message):
-        load_recipe(write_recipe(tmp_path), overrides)
-
-
 FOLDERS = ["export", "convert", "export-latents", "shapes"]  # commands that write a folder
 
 

@@ -151,14 +151,6 @@ def test_points_on_a_line_are_no_knots():
     assert build_schedule({"name": "table", "points": {"texture": line, "semantic": bent}}, STREAMS).knots == (0.3,)
 
 
-def test_shapes_and_dtypes_follow_the_base_time():
-    schedule = build_schedule({"name": "offset"}, STREAMS)
-    for u in (torch.rand(()), torch.rand(5), torch.rand(2, 3, dtype=torch.float64)):
-        time, rate = schedule.at(u)
-        assert time.shape == rate.shape == (*u.shape, 2)
-        assert time.dtype == rate.dtype == u.dtype
-
-
 class Smooth(Schedule):
     """τ(u) = u^p, one p per stream."""
 

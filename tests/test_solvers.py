@@ -39,17 +39,6 @@ def test_constant_velocity_is_exact(name):
     torch.testing.assert_close(x, START + 3, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "order"),
-    [("euler", {}, 1), ("heun", {}, 2), ("multistep", {"order": 2}, 2), ("multistep", {"order": 3}, 3)],
-)
-def test_order(name, options, order):
-    def error(steps: int) -> float:
-        return (solve(name, decay, steps, **options) - START / math.e).abs().max().item()
-
-    assert math.log2(error(1024) / error(2048)) == pytest.approx(order, abs=0.1)
-
-
 @pytest.mark.parametrize("order", [2, 3])
 def test_multistep_integrates_polynomials_through_uneven_steps(order):
     uneven = [0.0, 1e-9, 0.1, 0.15, 0.5, 0.58, 1.0]
