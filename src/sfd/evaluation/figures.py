@@ -52,7 +52,8 @@ def scaled(images: np.ndarray, side: int) -> np.ndarray:
     """Scale images, uint8 (n, S, S, 3), down to `side` pixels if they are larger."""
     if images.shape[1] <= side:
         return images
-    return np.stack([Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS) for image in images])
+    smaller = (Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS) for image in images)
+    return np.stack([np.asarray(image) for image in smaller])
 
 
 def curve(steps: Sequence[float], values: Sequence[float], quantity: str) -> str:
