@@ -22,7 +22,7 @@ MAX_SIDE = 256  # pixels of an image in the report; larger ones are scaled down
 MAX_PIXELS = 5_000_000  # of a gallery; of more, the last rows are left out
 MAX_SKIPPED = 100  # files that are named
 # Log entries that get no curve; those with a slash are parts of others.
-UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped", "ema_distance"}
+UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped"}
 UNDRAWN |= {"images_per_second", "checkpoint_pause", "waiting"}
 ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA"}
 CARDS = {

@@ -163,8 +163,6 @@ class Trainer:
             return self.log.note
         extra = {"learning_rate": self.optimizer.param_groups[0]["lr"], "skipped": int(self._skipped)}
         extra["waiting"] = self.data.waiting()
-        if self.ema is not None:
-            extra["ema_distance"] = float(_relative_distance(self.ema, self.network))
         if self._checkpoint_pause:
             extra["checkpoint_pause"], self._checkpoint_pause = self._checkpoint_pause, 0.0
         return self.log.write(self.step, extra)
@@ -271,14 +269,6 @@ def _optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.Optim
         moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     return optimizer
-
-
-@torch.no_grad()
-def _relative_distance(ema: nn.Module, network: nn.Module) -> Tensor:
-    """Compute |ema − weights| / |weights|."""
-    weights, averages = list(network.parameters()), list(ema.parameters())
-    difference = nn.utils.get_total_norm([a - w for a, w in zip(averages, weights, strict=True)])
-    return difference / nn.utils.get_total_norm(weights)
 
 
 def check_settings(settings: TrainSettings, device: torch.device) -> None:
