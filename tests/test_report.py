@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.browser import chromium
 from sfd.data.grid import image_grid
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics, Protocol
@@ -148,8 +149,24 @@ def test_images_can_be_enlarged_one_by_one(page):
     assert all(f'alt="Guided: ring, {number}"' in page for number in (1, 2, 3, 4)) and "<dialog>" in page
 
 
+def test_a_click_enlarges_and_arrow_keys_go_on(tmp_path):
+    write_report(tmp_path / "report.html", full_content())
+    with chromium() as browser:
+        page, errors = browser.new_page(), []
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto((tmp_path / "report.html").as_uri())
+        page.locator(".zoom").nth(1).click()
+        large, caption = page.locator("dialog img"), page.locator("dialog p")
+        assert large.bounding_box()["height"] > 400 and caption.inner_text() == "Guided: disk, 2"
+        page.keyboard.press("ArrowRight")
+        assert caption.inner_text() == "Guided: disk, 3"
+        assert large.get_attribute("src") == page.locator(".zoom img").nth(2).get_attribute("src")
+        page.keyboard.press("Escape")
+        assert not large.is_visible() and not errors
+
+
 def test_a_report_names_what_was_left_out_and_what_can_be_done(page):
-    assert "1 files could not be used" in page and "cat/&lt;a&gt;.png" in page and "the file is empty" in page
+    assert "1 file could not be used" in page and "cat/&lt;a&gt;.png" in page and "the file is empty" in page
     assert "<pre>sfd sample runs/a</pre>" in page
 
 
