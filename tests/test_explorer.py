@@ -72,6 +72,13 @@ def test_frames_are_the_states_of_the_trajectory(model):
     assert np.array_equal(frames(panel, "estimate")[-1], frames(panel, "texture")[-1])
 
 
+def test_settings_without_a_control_are_kept(model):
+    request = Request(label=1, steps=STEPS, guidance={"texture": 5.0, "semantic": 5.0})
+    limited = sampled(model, 1, guidance=5.0, interval=(0.3, 0.6))
+    assert np.array_equal(last(compute(model, request, interval=(0.3, 0.6))), model.decode(limited))
+    assert not np.array_equal(last(compute(model, request)), model.decode(limited))
+
+
 OTHER, BRUSH, KEPT = {"other_label": 1, "other_seed": 5}, (1, 0, 0, 0), {"texture": 0.4, "semantic": 1.0}
 SOURCES = {mode: ([0, 1], [0, 5]) for mode in OF_TWO}  # classes and seeds; the others edit one sample
 EDITS = {
@@ -145,11 +152,10 @@ def test_the_newest_request_wins():
 
 OUT_OF_BOUNDS = {
     "steps": {"steps": 101}, "count": {"count": 7}, "seed": {"seed": -1}, "delta": {"delta": 9.0},
-    "solver": {"solver": "sde"},
+    "solver": {"solver": "sde"}, "path": {"path": "/etc"},
     "guidance": {"guidance": {"texture": 99.0}}, "stream": {"guidance": {"sound": 2.0}}, "class": {"label": 3},
     "time": {"mode": "sdedit", "start": {"texture": 1.5}}, "ends": {"mode": "interpolate", "count": 1},
     "brush": {"mode": "paint", "brush": [1]}, "empty": {"mode": "paint", "brush": [0, 0, 0, 0]},
-    "path": {"path": "/etc"},
 }  # fmt: skip
 
 
