@@ -70,6 +70,7 @@ PY
 RUN=(train.decay=constant train.warmup=0 train.preview_every=0)
 if [ -n "${REHEARSE:-}" ]; then
   DEVICE=cpu SLOWER=10 HOW=(--quick) GUIDED=tiny:4 TRAINING=tiny:4 MINUTES=0.5 STEPS=5
+  RUN+=(train.batch_size=16)
 else
   DEVICE=cuda SLOWER=1 HOW=(--publish) GUIDED=XL:64 TRAINING=B:64,L:64,XL:32,XXL:16 MINUTES=3 STEPS=200
 fi
