@@ -226,7 +226,7 @@ def convert(**arguments: Any) -> None:
 @click.argument("folder", type=FOLDER, required=False)
 @click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=400.0, show_default=True)
 def recipes(folder: Path | None, tflops: float) -> None:
-    """List the shipped recipes, or those in FOLDER: purpose, published numbers, parameters, hours at --tflops TFLOP/s."""
+    """List the shipped recipes, or those in FOLDER: purpose, published numbers, parameters, hours (by TFLOP/s)."""
     from sfd.run.estimate import table
     from sfd.run.recipe import load_recipe
     from sfd.utils.shipped import RECIPE, shipped_folder
