@@ -85,14 +85,14 @@ export OUT PYTHON RECIPE DEVICE LATENTS MINUTES
 
 BENCHMARK=($PYTHON -m benchmarks --device "$DEVICE" --out "$OUT/work" "${HOW[@]}")
 DECLARED=$(declare -p RUN)
-part tests 40 $PYTHON -m pytest -q -p no:cacheprovider tests/test_device.py tests/test_gpu_sync.py tests/test_inference.py
-part prepare 40 bash -c "$DECLARED; prepare"
+part tests 30 $PYTHON -m pytest -q -p no:cacheprovider tests/test_device.py tests/test_gpu_sync.py tests/test_inference.py
+part prepare 35 bash -c "$DECLARED; prepare"
 part run 200 bash -c "$DECLARED; timed"
 part samples 15 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-3 --device "$DEVICE"
-part resume 30 bash -c "$DECLARED; resume"
+part resume 40 bash -c "$DECLARED; resume"
 part graphs 25 "${BENCHMARK[@]}" graphs --sizes "${GUIDED%:*}:4"
-part guided 55 "${BENCHMARK[@]}" guided --sizes $GUIDED
-part training 60 "${BENCHMARK[@]}" training --sizes $TRAINING
-part loader 15 "${BENCHMARK[@]}" loader --sizes "${TRAINING%%,*}"
+part guided 50 "${BENCHMARK[@]}" guided --sizes $GUIDED
+part training 55 "${BENCHMARK[@]}" training --sizes $TRAINING
+part loader 30 "${BENCHMARK[@]}" loader --sizes "${TRAINING%%,*}"
 cp "$OUT/work/results.json" "$OUT/" 2>/dev/null
 ! grep -qv '"code": 0' "$OUT/parts.jsonl"

@@ -136,7 +136,9 @@ def guided(setting: Setting) -> list[Row]:
         for name, precision, way in found:
             row: Row = {"size": size, "way": name, "precision": precision, "batch": TOGETHER if way is base else count}
             row |= {"nfe": way.nfe, "median_latent_error": case.error(way.latents)}
-            row |= {"sampling_seconds": way.integrating / count, "decoding_seconds": way.decoding / count}
+            milliseconds = 1e3 / count
+            row |= {"sampling_milliseconds": milliseconds * way.integrating}
+            row |= {"decoding_milliseconds": milliseconds * way.decoding}
             row |= {"images_per_second": count / way.seconds, "ratio": base.seconds / way.seconds}
             row["ratio_without_decoding"] = base.integrating / way.integrating
             rows.append(row)
