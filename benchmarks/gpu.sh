@@ -2,14 +2,15 @@
 # Checks and measures, on a bare machine with PyTorch, what only a GPU shows, in at most eight minutes.
 #
 #   OUT=results benchmarks/gpu.sh        results/: parts.jsonl, a log per part, results.json, a run, its samples
-#   LATENTS=runs/photos benchmarks/gpu.sh
-#                                        trains on the latents of this run, carried along, instead of the procedural ones
+#   LATENTS=runs/photos DATA=photos.zip benchmarks/gpu.sh
+#                                        trains on the latents of this run and the images they were made from, carried
+#                                        along, instead of the procedural ones
 #   REHEARSE=1 benchmarks/gpu.sh         the same on the CPU with tiny sizes
 #
 # A part that fails, or takes too long, is recorded, and the others run.
 set -u
 cd "$(dirname "$0")/.."
-OUT=$(realpath -m "${OUT:-runs/gpu}") PYTHON=${PYTHON:-python} LATENTS=${LATENTS:-}
+OUT=$(realpath -m "${OUT:-runs/gpu}") PYTHON=${PYTHON:-python} LATENTS=${LATENTS:+$(realpath "$LATENTS")}
 RECIPE=${RECIPE:-${LATENTS:+$LATENTS/recipe.yaml}}
 RECIPE=${RECIPE:-shapes-demo}
 export PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -72,8 +73,10 @@ if [ -n "${REHEARSE:-}" ]; then
   DEVICE=cpu SLOWER=10 HOW=(--quick) GUIDED=tiny:4 TRAINING=tiny:4 MINUTES=0.5 STEPS=5
   RUN+=(train.batch_size=16)
 else
-  DEVICE=cuda SLOWER=1 HOW=(--publish) GUIDED=XL:64 TRAINING=B:64,L:64,XL:32,XXL:16 MINUTES=3 STEPS=200
+  DEVICE=cuda SLOWER=1 HOW=(--publish) GUIDED=XL:64 TRAINING=XL:32,B:64,L:64,XXL:16 MINUTES=3 STEPS=200
+  [ -n "$LATENTS" ] || MINUTES=2.4
 fi
+[ -z "${DATA:-}" ] || RUN+=(data.source="$(realpath "$DATA")")
 if [ -z "$LATENTS" ]; then
   RUN+=(data.count=8000)
   for name in texture semantic compressor; do
@@ -85,14 +88,14 @@ export OUT PYTHON RECIPE DEVICE LATENTS MINUTES
 
 BENCHMARK=($PYTHON -m benchmarks --device "$DEVICE" --out "$OUT/work" "${HOW[@]}")
 DECLARED=$(declare -p RUN)
-part tests 30 $PYTHON -m pytest -q -p no:cacheprovider tests/test_device.py tests/test_gpu_sync.py tests/test_inference.py
-part prepare 35 bash -c "$DECLARED; prepare"
-part run 200 bash -c "$DECLARED; timed"
-part samples 15 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-3 --device "$DEVICE"
-part resume 40 bash -c "$DECLARED; resume"
-part graphs 25 "${BENCHMARK[@]}" graphs --sizes "${GUIDED%:*}:4"
-part guided 50 "${BENCHMARK[@]}" guided --sizes $GUIDED
-part training 55 "${BENCHMARK[@]}" training --sizes $TRAINING
-part loader 30 "${BENCHMARK[@]}" loader --sizes "${TRAINING%%,*}"
+part tests 25 $PYTHON -m pytest -q -p no:cacheprovider tests/test_device.py tests/test_gpu_sync.py tests/test_inference.py
+[ -n "$LATENTS" ] || part prepare 35 bash -c "$DECLARED; prepare"
+part run "$(awk "BEGIN { print int($MINUTES * 60 + 20) }")" bash -c "$DECLARED; timed"
+part samples 10 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-3 --device "$DEVICE"
+part resume 30 bash -c "$DECLARED; resume"
+part graphs 30 "${BENCHMARK[@]}" graphs --sizes tiny:4
+part guided 75 "${BENCHMARK[@]}" guided --sizes $GUIDED
+part training 90 "${BENCHMARK[@]}" training --sizes $TRAINING
+part loader 20 "${BENCHMARK[@]}" loader --sizes "${TRAINING%%,*}"
 cp "$OUT/work/results.json" "$OUT/" 2>/dev/null
 ! grep -qv '"code": 0' "$OUT/parts.jsonl"

@@ -122,4 +122,5 @@ def training(setting: Setting) -> list[Row]:
             row |= {"ratio": times["float32"] / seconds, "flops_per_second": rate}
             precision = "float32" if name == "float32" else "bf16"
             rows.append(row | {"share_of_matrix_rate": rate / setting.matrix_rates[precision]})
+            print(rows[-1], flush=True)  # stays where a later size takes too long
     return rows
