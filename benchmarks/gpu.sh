@@ -52,7 +52,7 @@ timed() { # train for MINUTES, then make the model of the last checkpoint
   local code=$? step
   [ $code = 75 ] || return $code
   step=$(find "$OUT/run/training" -name 'step-*' | sed 's/.*step-0*//; s/\..*//' | sort -n | tail -1)
-  train "$OUT/run" train.steps="$step"
+  [ -n "$step" ] && train "$OUT/run" train.steps="$step"
 }
 
 resume() { # the largest relative difference of weights between a run of 40 steps and one that was stopped after 20
