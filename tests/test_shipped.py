@@ -142,6 +142,17 @@ def test_the_distilled_model_draws_what_its_teacher_draws(model):
     assert np.median(same) < np.median(other) / 4, (same, other)
 
 
+def test_skies_and_seas_of_photographs_are_bluer_than_forests():
+    photos = sfd.load("photos", device="cpu")
+    blue = {}
+    for name in ("airplane", "ship", "deer", "frog"):
+        images = photos.sample(name, seeds=range(12), output="array", steps=12).astype(float)
+        blue[name] = np.median((images[..., 2] - images[..., 0]).mean((1, 2)))
+    assert min(blue["airplane"], blue["ship"]) > max(blue["deer"], blue["frog"]) + 10
+    with pytest.raises(SFDError, match="semantic"):
+        photos.encode(np.zeros((1, 32, 32, 3), np.uint8))
+
+
 def test_a_bar_is_not_a_ring(model):
     """Samples of two classes differ where the shapes do: a bar covers the middle of the image, a ring does not."""
     differences = {}
