@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import sfd
-from helpers.hub import hub
+from helpers.hub import COMMIT, hub
 from helpers.random_model import CLASSES, COMPOSITE, random_model
 from sfd.cli.main import main
 from sfd.diffusers import SFDPipeline, SFDScheduler, from_model, to_model
@@ -227,9 +228,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-source, copy = sys.argv[1:]
+source, copy, hub_name = sys.argv[1:]
 assert not any(name.partition(".")[0] == "sfd" for name in sys.modules)
-for folder in (source, copy):
+for folder in (source, copy, hub_name):
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     images = pipeline("star", generator=torch.Generator().manual_seed(0), num_inference_steps=4).images
     assert type(pipeline).__module__ == "sfd.diffusers.pipeline" and images[0].size == (32, 32)
@@ -253,11 +254,15 @@ DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 
 @pytest.mark.slow
 def test_diffusers_loads_it_in_a_process_that_knows_nothing_of_sfd(exported, tmp_path):
-    def run(code: str, *arguments: Path):
+    def run(code: str, *arguments: Path | str):
         env = {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
         return subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True)
 
-    result = run(TRUSTING, exported, tmp_path / "copy")
+    cached = tmp_path / "home/hub/models--someone--shapes"  # as a download leaves it
+    shutil.copytree(exported, cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(COMMIT)
+    result = run(TRUSTING, exported, tmp_path / "copy", "someone/shapes")
     assert result.returncode == 0, result.stderr
     result = run(WITHOUT_SFD, exported)
     assert result.returncode == 1 and "pip install" in result.stderr.splitlines()[-1]

@@ -47,6 +47,16 @@ def test_each_way_shows_sources_and_results(model, tmp_path, way, case):
     assert np.abs(shown.astype(int) - first).max() <= 1
 
 
+def test_plan_guidance_is_an_option(model, tmp_path):
+    pictures = {}
+    for scale in ("1", "2.5", None):
+        given = [] if scale is None else ["--plan-guidance", scale]
+        result = run(model, "keep-plan", *given, "--classes", "star", "--out", tmp_path / f"{scale}.png")
+        assert result.exit_code == 0, result.output
+        pictures[scale] = (tmp_path / f"{scale}.png").read_bytes()
+    assert pictures[None] == pictures["2.5"] != pictures["1"]
+
+
 def test_images_are_sources_too(tmp_path):
     images = tmp_path / "images"
     images.mkdir()

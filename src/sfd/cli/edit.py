@@ -38,6 +38,7 @@ def edit_images(
     delta: float | None,
     count: int,
     to: str | None,
+    plan_guidance: float | None,
     start: str,
     brush: str,
     out: Path,
@@ -53,6 +54,8 @@ def edit_images(
     leaders = {name: value for name, value in loaded.schedule.spec.items() if name == "leaders"}
     schedule = None if delta is None else {"name": "offset", "delta": delta} | leaders
     settings |= {"classes": label, "schedule": schedule}
+    if plan_guidance is not None:
+        settings["plan_guidance"] = plan_guidance
     if kind in ("swap-plans", "interpolate"):
         if len(sources) != 2:
             raise SFDError(f"{kind} takes two sources, not {len(sources)}; name two classes, or one and two seeds")

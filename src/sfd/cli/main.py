@@ -121,6 +121,9 @@ def export_latents(latents: Path, out: Path) -> None:
 @click.option(
     "--delta", type=click.FloatRange(min=0), help="another offset than the model's: a larger one keeps plans better"
 )
+@click.option(
+    "--plan-guidance", type=click.FloatRange(min=0), help="by which a kept plan guides texture; 1: none  [default: 2.5]"
+)
 @click.option("--start", default="0.4", show_default=True, help="sdedit: base time, or semantic=1,texture=0.4")
 @click.option("--brush", default="0,0,0.5,1", show_default=True, help="paint: LEFT,TOP,RIGHT,BOTTOM, from 0 to 1")
 @click.option("--steps", type=int, help="solver steps")
