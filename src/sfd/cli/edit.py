@@ -70,8 +70,7 @@ def edit_images(
             np.concatenate([loaded.decode(source[None]), loaded.decode(edited)])
             for source, edited in zip(sources, edits, strict=True)
         ]
-    everything = np.concatenate(rows)
-    picture = image_grid(everything, columns=len(rows[0]))
+    picture = image_grid(np.concatenate(rows), columns=len(rows[0]))
     about = PngInfo()
     about.add_text("Software", SOFTWARE)
     with files.atomic_write(out) as partial:
@@ -80,18 +79,11 @@ def edit_images(
 
 
 def _edits(
-    model: Model,
-    kind: str,
-    sources: Tensor,
-    source_seeds: list[int],
-    count: int,
-    start: str,
-    brush: str,
-    settings: dict[str, Any],
+    model: Model, kind: str, sources: Tensor, seeds: list[int], count: int, start: str, brush: str, settings: Any
 ) -> list[Tensor]:
     """`count` edits (count, N) of each source."""
     found = []
-    for number, (source, seed) in enumerate(zip(sources, source_seeds, strict=True)):
+    for number, (source, seed) in enumerate(zip(sources, seeds, strict=True)):
         new_seeds = [FIRST_NEW_SEED + number * count + k for k in range(count)]
         repeated, own = source.expand(count, -1), [seed] * count
         if kind == "keep-plan":

@@ -44,7 +44,6 @@ class Worker:
     """One thread. A new piece of work makes all earlier ones stop at their next step."""
 
     def __init__(self) -> None:
-        """Start without work."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explorer")
         self._newest = 0
 
