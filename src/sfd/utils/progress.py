@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+
+from tqdm import tqdm
 
 from sfd.utils import distributed
 
@@ -16,17 +17,21 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def bar(description: str, total: int, done: int = 0) -> Any:
-    """Show the progress of a block: a `tqdm` bar, which `update(count)` advances.
+class Bar(tqdm):
+    """A bar without tqdm's thread, which would outlive it: a process with threads should not be forked."""
+
+    monitor_interval = 0
+
+
+def bar(description: str, total: int, done: int = 0) -> Bar:
+    """Show the progress of a block; `update(count)` advances the bar.
 
     Args:
         description: shown before the count.
         total: number of items.
         done: number of items done earlier (a resumed run).
     """
-    from tqdm import tqdm
-
     silent = done >= total or (distributed.has_group() and not distributed.is_main_process())
     seconds = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_UPDATES
-    shown = {"dynamic_ncols": True, "mininterval": seconds, "maxinterval": seconds, "delay": 1e-9}
-    return tqdm(desc=description, total=total, initial=done, file=sys.stderr, disable=silent, **shown)
+    shown = {"dynamic_ncols": True, "mininterval": seconds, "miniters": 1, "delay": 1e-9}
+    return Bar(desc=description, total=total, initial=done, file=sys.stderr, disable=silent, **shown)
