@@ -32,6 +32,8 @@ def explore_model(
     if static is None and (classes is not None or seeds is not None):
         raise SFDError("--classes and --seeds choose the samples of --static; the served page has controls for them")
     if static is not None:
+        if static.suffix not in (".html", ".htm"):
+            raise SFDError(f"--static {static} must end in .html, or a browser shows its text")
         files.check_replaceable(static, is_page, "a page of the explorer")
     loaded = load_model(model_folder(model), choose_device(device))
     settings = sample_settings(loaded, overrides, **options).model_dump(mode="json")
@@ -39,8 +41,7 @@ def explore_model(
     if static is None:
         serve(loaded, name, port, lambda address: click.echo(f"{address}  (Ctrl-C ends it)"), **settings)
         return
-    labels = asked_labels(loaded, classes or "all")
-    samples = [(label, seed) for label in labels for seed in parse_seeds(seeds or "0")]
-    page = static_page(loaded, samples, name, **settings)
-    files.write_text(static, page)
+    labels, chosen = asked_labels(loaded, classes or "all"), parse_seeds(seeds or "0")
+    samples = [(label, seed) for label in labels for seed in chosen]
+    files.write_text(static, static_page(loaded, samples, name, **settings))
     click.echo(f"{static}")

@@ -53,7 +53,7 @@ class SampleBatch(NamedTuple):
     nfe: int  # number of function evaluations; a guided one counts once
 
 
-@dataclass
+@dataclass(repr=False)
 class Model(HubFolder):
     """A trained generator; `load` reads one from a model directory."""
 
@@ -66,7 +66,11 @@ class Model(HubFolder):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # defaults, those of its recipe
     semantic: SemanticEncoder | None = None  # with the compressor it makes the semantic stream; None: not kept
     compressor: Compressor | None = None
-    _inference: dict[tuple[Precision, bool], Inference] = field(default_factory=dict, init=False, repr=False)
+    _inference: dict[tuple[Precision, bool], Inference] = field(default_factory=dict, init=False)
+
+    def __repr__(self) -> str:
+        streams = ", ".join(f"{s.name} {s.channels}×{s.grid}×{s.grid}" for s in self.composite.streams)
+        return f"<sfd model: {streams}; {len(self.classes)} classes; {self.schedule.spec}; {self.sampling.summary()}>"
 
     @property
     def composite(self) -> CompositeLatent:
