@@ -244,6 +244,7 @@ def test_only_own_pages_are_replaced(folder, tmp_path):
     out.write_text("<p>mine</p>")
     refused(sfd("explore", folder, "--static", out, "--device", "cpu"), "page.html")
     assert out.read_text() == "<p>mine</p>"
+    refused(sfd("explore", folder, "--static", tmp_path / "page", "--device", "cpu"), ".html")
 
 
 @pytest.fixture(scope="module")
