@@ -1,9 +1,10 @@
 """Sources and scales of guidance at equal network calls, on a trained run of photographs with a second head.
 
-    python -m benchmarks.study.guidance RUN [--samples 1000] [--device auto]
+    python -m benchmarks.study.guidance RUN [--judge imagenet|run] [--samples 1000] [--device auto]
 
-Samples are judged in features of a network that saw a million photographs; its linear probe, trained on images that
-the model never saw, tells classes apart. Rows are kept in RUN/guidance: the same command resumes.
+Samples are judged in features of a network that saw a million photographs, whose linear probe, trained on images that
+the model never saw, tells classes apart; or by the run's own evaluation classifier. Rows are kept in RUN/guidance: the
+same command resumes.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ def judge(pipeline: Pipeline) -> Reference:
     )
 
 
-def measure(run: Path, samples: int, device: str) -> list[dict[str, Any]]:
+def measure(run: Path, judged_by: str, samples: int, device: str) -> list[dict[str, Any]]:
     """One row per way of guiding, and one of as many real images that the model was trained on."""
     pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, choose_device(device))
-    against, model, rows = judge(pipeline), pipeline.model, []
+    against = pipeline.evaluator.reference() if judged_by == "run" else judge(pipeline)
+    model, rows = pipeline.model, []
     labels = [k % len(model.classes) for k in range(samples)]
     for way in WAYS:
         name = "-".join(f"{value}" for value in reversed(way.values()))
-        path = run / "guidance" / f"{name}.{samples}.json"
+        path = run / "guidance" / f"{name}.{judged_by}.{samples}.json"
         if not path.exists():
             found = evaluate(sampled(model, way, samples), labels, against, name=name, sampling=way)
             found.write(path)
@@ -82,11 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
         "python -m benchmarks.study.guidance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path)
+    parser.add_argument("--judge", choices=("imagenet", "run"), default="imagenet")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--device", default="auto")
     given = parser.parse_args(arguments)
     try:
-        print(table(measure(given.run, given.samples, given.device)))
+        print(table(measure(given.run, given.judge, given.samples, given.device)))
     except Interrupted:
         sys.exit("stopped; the same command resumes")
     except SFDError as error:
