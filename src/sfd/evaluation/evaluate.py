@@ -102,10 +102,11 @@ def evaluate(
 def _measured(seen: Extraction, truth: np.ndarray | None, reference: Reference) -> Iterator[tuple[str, Estimate]]:
     """Give each metric that samples, labels, extractor and reference allow."""
     count = len(seen.features)
+    strata = truth if balanced(truth, len(reference.extractor.classes)) else None
     if count > 1 and reference.statistics is not None:
-        yield "frechet_distance", intervals.frechet(reference.statistics, seen.features)
+        yield "frechet_distance", intervals.frechet(reference.statistics, seen.features, strata)
     if count > 1 and reference.spatial is not None and seen.spatial is not None:
-        yield "sfid", intervals.frechet(reference.spatial, seen.spatial)
+        yield "sfid", intervals.frechet(reference.spatial, seen.spatial, strata)
     if reference.features is not None and min(count, len(reference.features)) > NEIGHBOURS:
         yield "precision", intervals.share(within_manifold(seen.features, reference.features, NEIGHBOURS))
         yield "recall", intervals.share(within_manifold(reference.features, seen.features, NEIGHBOURS))

@@ -52,10 +52,14 @@ def share(hits: NDArray[np.bool_]) -> Estimate:
     return Estimate(value, min(value, resampled.low), max(value, resampled.high))
 
 
-def frechet(reference: Gaussian, features: NDArray[np.floating]) -> Estimate:
+def frechet(reference: Gaussian, features: NDArray[np.floating], strata: NDArray[np.int64] | None = None) -> Estimate:
     """Estimate the Fréchet distance of features (N, D) from a reference, which stays as it is.
 
     The gradient by the samples' mean is 2·(μ − μ_r), that by their covariance I − R·(RΣR)^−½·R with R = Σ_r^½.
+
+    Args:
+        strata: class of each image (N,), if as many of each were drawn on purpose: another draw has the same
+            classes, so that only differences within a class count.
     """
     own = gaussian(features)
     root = square_root(reference.covariance)
@@ -67,7 +71,10 @@ def frechet(reference: Gaussian, features: NDArray[np.floating]) -> Estimate:
         centred = features[start : start + BLOCK] - own.mean
         quadratic = (centred**2).sum(axis=1) - ((centred @ half) ** 2).sum(axis=1)
         contributions.append(2 * centred @ (own.mean - reference.mean) + quadratic)
-    found = mean_estimate(frechet_distance(reference, own), np.concatenate(contributions))
+    each = np.concatenate(contributions)
+    if strata is not None:
+        each -= (np.bincount(strata, each) / np.maximum(np.bincount(strata), 1))[strata]
+    found = mean_estimate(frechet_distance(reference, own), each)
     return found._replace(low=max(found.low, 0.0))
 
 
