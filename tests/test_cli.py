@@ -55,6 +55,22 @@ def test_a_stage_names_the_stage_that_it_needs(recipe, tmp_path):
     refused(sfd("train", recipe, "--out", tmp_path / "o"), "sfd train-texture")
 
 
+def test_a_runs_folder_alone_continues_the_run_by_its_own_recipe(copied, recipe, tmp_path):
+    out = copied("report.html", "samples")
+    before = (out / "recipe.yaml").read_text()
+    refused(sfd("report", recipe, "train.warmup=1", "--out", out, "--device", "cpu"), "folder alone")
+    for command in ("prepare", "train", "report"):
+        done(command, out, "--device", "cpu")
+    assert (out / "report.html").exists() and (out / "recipe.yaml").read_text() == before
+    done("train-texture", out, "--out", tmp_path / "another", "--device", "cpu")
+    assert (tmp_path / "another" / "texture" / "model.safetensors").exists()
+
+
+def test_a_recipe_needs_a_folder_to_write_to(recipe):
+    refused(sfd("run", recipe), "--out")
+    done("run", recipe, "--dry-run", "--device", "cpu")
+
+
 def test_an_output_folder_that_cannot_be_created_is_refused(recipe, tmp_path):
     (tmp_path / "file").touch()
     refused(sfd("train-texture", recipe, "--out", tmp_path / "file" / "o"), "file")

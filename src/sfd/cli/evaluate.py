@@ -85,7 +85,7 @@ def _recipe(run: Path) -> Recipe:
     if source is not None and source != "shapes" and not Path(source).exists():
         raise SFDError(
             f"the images of {run} were in {source}, which is not there; if they were moved, say so once: "
-            f"sfd run {path} --out {run} data.source=NEW_FOLDER"
+            f"sfd run {run} data.source=NEW_FOLDER"
         )
     return recipe
 

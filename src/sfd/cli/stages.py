@@ -24,7 +24,7 @@ def recipe_command(function: Command) -> Command:
     decorators = (
         click.argument("recipe", type=FOLDER),
         click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]..."),
-        click.option("--out", required=True, type=FOLDER, help="the run's folder; created if missing"),
+        click.option("--out", type=FOLDER, help="the run's folder; created if missing  [default: RECIPE, if a run's]"),
         click.option("--scale", type=float, default=1.0, help="share of all steps and samples, such as 0.05"),
         click.option("--strict", is_flag=True, help="stop at a broken image instead of skipping it"),
         click.option("--max-hours", type=click.FloatRange(min=0, min_open=True), help=MAX_HOURS_HELP),
@@ -40,7 +40,7 @@ def _stage(
     work: Callable[[Pipeline], object],
     recipe: Path,
     overrides: tuple[str, ...],
-    out: Path,
+    out: Path | None,
     scale: float,
     strict: bool,
     max_hours: float | None,
@@ -54,13 +54,20 @@ def _stage(
     from sfd.run.validate import check, check_out
     from sfd.utils import files, signals
     from sfd.utils.device import choose_device
+    from sfd.utils.errors import SFDError
+
+    root = out or recipe
+    if out is None and (root / "recipe.yaml").is_file():
+        recipe = root / "recipe.yaml"
+    elif out is None and not dry_run:
+        raise SFDError(f"{recipe} is not a run's folder, so --out must name one; add --out DIR")
 
     def read() -> Recipe:
         resolved = load_recipe(recipe, (*overrides, "data.strict=true") if strict else overrides)
         if scale != 1:
             resolved = scaled(resolved, scale)
         if not dry_run:
-            check_out(resolved, out)
+            check_out(resolved, root)
             check(resolved)
         return resolved
 
@@ -75,9 +82,9 @@ def _stage(
     with ExitStack() as held:
         held.enter_context(signals.limit(max_hours))
         if distributed.is_main_process():
-            held.enter_context(files.exclusive(out))
+            held.enter_context(files.exclusive(root))
         distributed.broadcast(None)  # the folder is this run's
-        pipeline = Pipeline(resolved, out, choose_device(name))
+        pipeline = Pipeline(resolved, root, choose_device(name))
         distributed.decide(pipeline.check_recipe)
         work(pipeline)
         if distributed.is_main_process():
@@ -90,7 +97,8 @@ def _stage(
 def run(**arguments: Any) -> None:
     """Do all stages of RECIPE: encoders, latents, transformer, samples, metrics, report.
 
-    The same command resumes an interrupted run. FIELD=VALUE overrides a field of the recipe (train.steps=500).
+    The same command resumes an interrupted run, and so does `sfd run DIR`, by the recipe that is in its folder.
+    FIELD=VALUE overrides a field of the recipe (train.steps=500).
     """
 
     def work(pipeline: Pipeline) -> None:

@@ -263,9 +263,11 @@ class Stage(ABC, Generic[RunType]):
         different = first_difference(before, now)
         if different is not None:
             field, old, value = different
+            of_recipe = part == "recipe" and self.run.record is Recipe
+            own = "the run's folder alone to keep its recipe, " if of_recipe else ""
             raise SFDError(
                 f"{self.folder} was made {how}: {field} was {old!r} before and is {value!r} now; "
-                f"give another --out folder, or remove {self.folder} to make it anew"
+                f"give {own}another --out folder, or remove {self.folder} to make it anew"
             )
 
 

@@ -32,7 +32,7 @@ def shipped(kind: str) -> dict[str, Path]:
 
 
 def find_recipe(given: str | Path) -> Path:
-    """Resolve a recipe: a file, else a shipped recipe's name, with or without `.yaml`. A file wins over a name."""
+    """Resolve a recipe: a file, else a shipped recipe's name, with or without `.yaml`, else a run's folder."""
     path = user_path(given)
     if path.exists() and not path.is_dir():
         return path
@@ -41,7 +41,7 @@ def find_recipe(given: str | Path) -> Path:
     if name in known:
         return known[name]
     if (path / "recipe.yaml").exists():
-        raise SFDError(f"{path} is a folder; its recipe is {path / 'recipe.yaml'}")
+        return path / "recipe.yaml"
     ends = {other.split("/")[-1]: other for other in known}
     near = [ends[end] for end in difflib.get_close_matches(name.split("/")[-1], ends)]
     raise SFDError(
