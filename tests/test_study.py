@@ -10,7 +10,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study.arms import BASES, arms
 from benchmarks.study.page import Results, Value, reached, verdict
 from benchmarks.study.probe import Probe
-from benchmarks.study.work import FEW, SCALES
+from benchmarks.study.work import FEW, REAL, SCALES
 from sfd.data.folder import FolderSource
 from sfd.evaluation.extractors._base import Extraction
 from sfd.run.recipe import load_recipe
@@ -51,10 +51,11 @@ def test_it_measures_resumes_and_shares(tmp_path):
         "cpu",
     ]
     study.main(command)
-    results = sorted((tmp_path / "shapes/results").iterdir())
+    results = sorted((tmp_path / "shapes/results").glob("*.seed-*"))
     assert len(results) == 2 * 2 * (len(SCALES) + len(FEW) + 1)  # arms, seeds, samplings, preview
     assert len(list((tmp_path / "shapes/parts").glob("latents-*"))) == 1
     page = (tmp_path / "study-shapes.md").read_text(encoding="utf-8")
+    assert all((tmp_path / f"shapes/results/{name}.json").exists() for name in REAL)
     assert "| offset-0.3 | 2 |" in page and (tmp_path / "study-shapes.png").exists()
 
     results[0].unlink()

@@ -34,6 +34,7 @@ def run(study: Study, listed: list[Arm], seeds: int, name: str) -> Path:
     """Measure all arms and seeds that are left; the page is written anew after each."""
     recipe = study.recipe(listed[0])
     images, steps = recipe.train.batch_size, recipe.train.steps
+    study.measure_real()
     pairs = [(arm, seed) for arm in listed for seed in range(seeds)]
     for number, (arm, seed) in enumerate(pairs, start=1):
         start = time.monotonic()

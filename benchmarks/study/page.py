@@ -7,13 +7,13 @@ import re
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import table
-from benchmarks.study.work import FEW
+from benchmarks.study.work import FEW, REAL
 from sfd.evaluation.evaluate import Metrics, read_metrics
 from sfd.utils import files
 
@@ -84,6 +84,17 @@ class Results:
     def best(self, arm: str) -> tuple[float, Value] | None:
         """The lowest distance over the scales of guidance, and its scale."""
         return min(self.front(arm, "frechet_distance"), key=lambda pair: pair[1].mean, default=None)
+
+
+def bounds(folder: Path) -> str:
+    """Say what real images get, as they are and decoded from their latents."""
+    said = []
+    for name in REAL:
+        found = read_metrics(folder / "results" / f"{name}.json")
+        low, high = found.intervals["frechet_distance"]
+        distance = Value(cast(float, found.frechet_distance), (high - low) / 2)
+        said.append(f"{name.replace('-', ' ')}: distance {shown(distance)}, accuracy {found.class_accuracy:.3f}")
+    return f"No arm can do better than {'; '.join(said)}."
 
 
 def verdict(better: Value | None, worse: Value | None, lower: bool) -> str:
@@ -209,7 +220,7 @@ def write(folder: Path, name: str, images: int, steps: int) -> Path:
 
 Each arm is a network of the same size that saw the same {images * steps:,} images, in the same order. Values are means
 over seeds with 95 % intervals that cover the draw of the samples and, with several seeds, their spread. An ordering
-holds if the intervals do not overlap.
+holds if the intervals do not overlap. {bounds(folder)}
 
 ![distance by offset, fronts and convergence]({picture.name})
 

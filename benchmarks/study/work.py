@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks.study.arms import Arm, Base
 from benchmarks.study.probe import Probe
+from sfd.data.images import to_tensor, to_uint8
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
 from sfd.evaluation.extractors._base import pretrained
@@ -35,6 +36,7 @@ SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance
 FEW = (5, 10)  # steps of further unguided samples
 LENGTH, BEND = 0.1, 0.01  # of a learned schedule's path, as in `sfd learn-schedule`
 OF_LATENTS = ("data", "texture", "semantic", "compressor", "latents")  # fields of a recipe that latents depend on
+REAL = ("real-images", "decoded-real-images")
 PER_SEED = 1_000_000  # images of a training seed have noise of their own, the same for all arms
 
 
@@ -61,6 +63,24 @@ class Study:
             for path, sampling in missing.items():
                 self._evaluate(model, seed, path, sampling)
         return bool(missing)
+
+    def measure_real(self) -> None:
+        """Measure as many training images as samples, as they are and decoded from latents: they bound all arms."""
+        paths = {name: self.folder / "results" / f"{name}.json" for name in REAL}
+        if all(path.exists() for path in paths.values()):
+            return
+        parts = self._parts(Arm("base", (), ""))
+        images, codec = parts.images.training, parts.texture.encoder.to(self.device)
+        count = self.recipe(Arm("base", (), "")).evaluation.samples_per_class * len(images.classes)
+        chosen = np.linspace(0, len(images) - 1, count).astype(int)
+        labels, seen = [images.labels[k] for k in chosen], images.load(chosen)
+        evaluate(seen, labels, self.reference, name=REAL[0], real=True).write(paths[REAL[0]])
+        with torch.no_grad():
+            decoded = [
+                to_uint8(codec.decode(codec.encode(to_tensor(part).to(self.device))))
+                for part in np.array_split(seen, -(-count // 250))
+            ]
+        evaluate(np.concatenate(decoded), labels, self.reference, name=REAL[1], real=True).write(paths[REAL[1]])
 
     def path(self, arm: Arm, seed: int, what: str) -> Path:
         """The file of one set of metrics."""
