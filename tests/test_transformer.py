@@ -141,7 +141,8 @@ def test_bf16_autocast_stays_near_float32():
 def test_training_compiles_into_one_graph_without_recompiling(checkpointing):
     torch._dynamo.reset()
     config = configuration(checkpointing=checkpointing, repa_block=1, repa_width=8, repa_channels=7)
-    model, (x, times, labels) = random_dit(config).train(), inputs(config)
+    model = random_dit(config.model_copy(deep=True)).train()  # of which nothing was ever called
+    x, times, labels = inputs(config)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(3):

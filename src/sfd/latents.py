@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
 
 import torch
 from pydantic import Field, model_validator
@@ -97,12 +96,12 @@ class CompositeLatent(Settings):
         """Stream names in packed order."""
         return tuple(s.name for s in self.streams)
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """Number of entries of each stream in one latent."""
         return [s.size for s in self.streams]
 
-    @cached_property
+    @property
     def size(self) -> int:
         """N: number of entries in one packed latent."""
         return sum(self.sizes)
