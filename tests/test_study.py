@@ -1,6 +1,7 @@
 """The study in toy sizes: it runs, resumes, shares parts, and says what its numbers say."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +69,17 @@ def test_it_measures_resumes_and_shares(tmp_path):
     assert values.value("learned", "frechet_distance").mean == pytest.approx(
         (seen[0].frechet_distance + seen[1].frechet_distance) / 2
     )
+
+
+def test_an_interval_covers_the_spread_of_seeds_that_all_arms_share(tmp_path):
+    results = Results(tmp_path)
+    for arm, values in {"a": (1.0, 3.0), "b": (5.0, 7.0), "c": (4.0,)}.items():
+        for value in values:
+            metrics = SimpleNamespace(recall=value, intervals={"recall": (value - 0.1, value + 0.1)})
+            results.found[arm]["guidance-1"].append(metrics)
+    one = 4.30 * 2**0.5  # two degrees of freedom, variance 2
+    assert results.value("a", "recall") == Value(2.0, pytest.approx(one / 2**0.5))
+    assert results.value("c", "recall") == Value(4.0, pytest.approx(one))
 
 
 def test_an_ordering_holds_only_where_intervals_are_apart():

@@ -17,7 +17,7 @@ from benchmarks.study.work import FEW, REAL
 from sfd.evaluation.evaluate import Metrics, read_metrics
 from sfd.utils import files
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of Student's t, by number of seeds
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5 % quantiles of t, by degrees of freedom
 DRAWN = ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived")  # arms whose fronts are plotted
 SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 CLAIMS = (
@@ -61,12 +61,19 @@ class Results:
         seeds = self.found.get(arm, {}).get(what, [])
         if not seeds:
             return None
-        values = [float(getattr(seen, metric)) for seen in seeds]
-        sampled = float(np.mean([np.subtract(*seen.intervals[metric][::-1]) / 2 for seen in seeds])) / len(seeds) ** 0.5
-        if len(seeds) == 1:
-            return Value(values[0], sampled)
-        spread = STUDENT.get(len(seeds), 2.6) * float(np.std(values, ddof=1)) / len(seeds) ** 0.5
-        return Value(float(np.mean(values)), max(sampled, spread))
+        mean = float(np.mean([getattr(seen, metric) for seen in seeds]))
+        sampled = float(np.mean([np.subtract(*seen.intervals[metric][::-1]) / 2 for seen in seeds]))
+        return Value(mean, max(sampled, self._spread(metric, what)) / len(seeds) ** 0.5)
+
+    def _spread(self, metric: str, what: str) -> float:
+        """Half the 95 % interval of one seed, from the standard deviation over seeds that all arms share."""
+        groups = [[float(getattr(seen, metric)) for seen in seeds.get(what, [])] for seeds in self.found.values()]
+        groups = [group for group in groups if len(group) > 1]
+        freedom = sum(len(group) - 1 for group in groups)
+        if not freedom:
+            return 0.0
+        squares = sum(float(np.var(group)) * len(group) for group in groups)
+        return STUDENT[min(freedom, len(STUDENT)) - 1] * (squares / freedom) ** 0.5
 
     def front(self, arm: str, metric: str) -> list[tuple[float, Value]]:
         """A metric by scale of guidance."""
@@ -219,8 +226,8 @@ def write(folder: Path, name: str, images: int, steps: int) -> Path:
 {summary(checked)}
 
 Each arm is a network of the same size that saw the same {images * steps:,} images, in the same order. Values are means
-over seeds with 95 % intervals that cover the draw of the samples and, with several seeds, their spread. An ordering
-holds if the intervals do not overlap. {bounds(folder)}
+over seeds with 95 % intervals that cover the draw of the samples and the spread over seeds, which is taken as equal for
+all arms. An ordering holds if the intervals do not overlap. {bounds(folder)}
 
 ![distance by offset, fronts and convergence]({picture.name})
 
