@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from helpers.cli import done, refused, sfd
 from helpers.random_model import random_model
@@ -238,6 +239,20 @@ def test_an_exported_model_is_half_the_size_and_has_a_card(finished, tmp_path):
     assert sizes[0] < 0.6 * sizes[1] and (tmp_path / "half" / "samples.png").exists()
     card = (tmp_path / "half" / "README.md").read_text()
     assert "guided samples" in card and "| recall |" in card
+
+
+def test_an_earlier_checkpoint_becomes_a_model_that_guides(finished, tmp_path):
+    run, model = finished.folder.root, finished.folder.model
+    done("export", run, tmp_path / "last", "--step", 6, "--dtype", "float32")
+    weights = [load_file(folder / "model.safetensors") for folder in (tmp_path / "last", model)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    refused(sfd("export", run, tmp_path / "none", "--step", 5), "step 5", "4, 6")
+    refused(sfd("export", model, tmp_path / "none", "--step", 6), "no recipe.yaml")
+    done("export", run, tmp_path / "earlier", "--step", 4)
+    command = ("sample", run, "--guiding-model", tmp_path / "earlier", "--seeds", 0, "--classes", "star")
+    done(*command, "--out", tmp_path / "guided", "--device", "cpu")
 
 
 def test_recipes_are_listed(recipe):

@@ -17,14 +17,15 @@ from sfd.generation.model import Model, load_model
 from sfd.models.compressor import load_compressor
 from sfd.run import stages
 from sfd.utils import files
+from sfd.utils.errors import SFDError
 
 CARD, PICTURE = "README.md", "samples.png"
 
 
-def export_model(source: Path, out: Path, form: str, dtype: str, licence: str | None) -> None:
+def export_model(source: Path, out: Path, form: str, dtype: str, licence: str | None, step: int | None) -> None:
     """Write a model directory, a run's model or a pipeline to `out`; see `sfd export --help`."""
     files.check_replaceable(out)
-    model = _load(source)
+    model = _load(source) if step is None else _at_step(source, step)
     with files.atomic_write(out) as partial:
         if form == "diffusers":
             from sfd.diffusers.conversion import EVALUATIONS, from_model
@@ -42,7 +43,7 @@ def export_model(source: Path, out: Path, form: str, dtype: str, licence: str | 
                 model.compressor.save(partial / COMPRESSOR_FOLDER, getattr(torch, dtype))
         else:
             model.save(partial, getattr(torch, dtype))
-        _describe(model, source, partial, out.name, form, licence)
+        _describe(model, source if step is None else None, partial, out.name, form, licence)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"{out}: {size / 1e6:.2f} MB")
 
@@ -62,11 +63,21 @@ def _load(source: Path) -> Model:
     return load_model(model_folder(source), torch.device("cpu"))
 
 
-def _describe(model: Model, source: Path, out: Path, name: str, form: str, licence: str | None) -> None:
+def _at_step(run: Path, step: int) -> Model:
+    from sfd.run.pipeline import Pipeline
+    from sfd.run.recipe import load_recipe
+
+    recipe = run / "recipe.yaml"
+    if not recipe.exists():
+        raise SFDError(f"--step takes the checkpoint of a run, and {run} is none: it has no recipe.yaml")
+    return Pipeline(load_recipe(recipe), run, torch.device("cpu")).transformer.model_at(step)
+
+
+def _describe(model: Model, run: Path | None, out: Path, name: str, form: str, licence: str | None) -> None:
     """Write the model card; a run gives its metrics and a grid of its samples too."""
-    files_of_metrics = sorted(path for path in source.glob("metrics/*.json") if path.name != stages.RECORD)
-    metrics = [read_metrics(path).model_dump(mode="json") for path in files_of_metrics]
-    grid = next(iter(sorted(source.glob(f"samples/*/{GRID}"))), None)
+    found = sorted(run.glob("metrics/*.json")) if run else []
+    metrics = [read_metrics(path).model_dump(mode="json") for path in found if path.name != stages.RECORD]
+    grid = next(iter(sorted(run.glob(f"samples/*/{GRID}"))), None) if run else None
     if grid is not None:
         shutil.copyfile(grid, out / PICTURE)
     card = model_card(

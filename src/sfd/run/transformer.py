@@ -15,6 +15,7 @@ from sfd.data.source import check_classes
 from sfd.generation.directory import RECORD, model_config, model_folder, read_record
 from sfd.generation.model import Model, load_model
 from sfd.latents import CompositeLatent
+from sfd.models.component import assemble
 from sfd.models.dit import LightningDiT, parameter_count
 from sfd.models.dit_config import DiTConfig
 from sfd.models.warm_start import inherited, warm_start
@@ -24,6 +25,7 @@ from sfd.run.recipe import Recipe
 from sfd.run.stages import Run, Stage
 from sfd.run.validate import architecture
 from sfd.schedule import Schedule, build_schedule
+from sfd.training.checkpoint import at_step
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
 from sfd.utils import distributed, files
@@ -77,7 +79,10 @@ class TransformerStage(Stage[Run]):
         )
         trained = fit(task, recipe.train, self.folder, device=self.run.device)
         if distributed.is_main_process():
-            self._save(_without_projector(cast(LightningDiT, trained)), schedule, parameter_count(config))
+            model = self._model(cast(LightningDiT, trained), schedule, recipe.train.steps)
+            if recipe.encodes_semantics and "semantic" in recipe.streams:
+                model.semantic, model.compressor = self.latents.semantic.encoder, self.latents.compressor.compressor
+            model.save(self.run.folder.model)
 
     @cached_property
     def model(self) -> Model:
@@ -85,20 +90,27 @@ class TransformerStage(Stage[Run]):
         self.require()
         return load_model(self.run.folder.model, self.run.device)
 
-    def _save(self, network: LightningDiT, schedule: Schedule, parameters: int) -> None:
+    def model_at(self, step: int) -> Model:
+        """The model of a kept checkpoint, with its averaged weights; without encoder and compressor of semantics."""
+        saved = at_step(self.folder / "checkpoints", step).tensors
+        config = transformer_config(self.run.recipe, self.latents.latents)
+        prefix = "model." if self.run.recipe.train.ema is None else "ema."
+        weights = {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
+        network = assemble(lambda: LightningDiT(config), weights, f"the checkpoint of step {step} in {self.folder}")
+        return self._model(network, build_schedule(self.run.recipe.schedule, config.composite.names), step)
+
+    def _model(self, network: LightningDiT, schedule: Schedule, steps: int) -> Model:
         recipe, manifest = self.run.recipe, self.latents.latents.manifest
         history = {
             "recipe": recipe.name,
             "data": manifest.data,
-            "steps": recipe.train.steps,
+            "steps": steps,
             "batch_size": recipe.train.batch_size,
-            "parameters": parameters,
+            "parameters": parameter_count(network.config),
         }
-        model = Model(network, schedule, self.texture.encoder, manifest.classes, history)
+        model = Model(_without_projector(network), schedule, self.texture.encoder, manifest.classes, history)
         model.sampling = recipe.sampling(manifest.classes)
-        if recipe.encodes_semantics and "semantic" in recipe.streams:
-            model.semantic, model.compressor = self.latents.semantic.encoder, self.latents.compressor.compressor
-        model.save(self.run.folder.model)
+        return model
 
     def _show_latents(self, latents: LatentSet) -> None:
         path = self.folder / "previews" / "real.png"

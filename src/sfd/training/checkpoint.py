@@ -61,6 +61,17 @@ def newest(folder: Path) -> Checkpoint | None:
     return None if path is None else _read(path)
 
 
+def at_step(folder: Path, step: int) -> Checkpoint:
+    """Read the checkpoint of one step."""
+    path = folder / f"step-{step:09d}.safetensors"
+    if not path.exists():
+        kept = ", ".join(str(int(each.stem.split("-")[1])) for each in sorted(folder.glob(PATTERN)))
+        raise SFDError(
+            f"{folder} has no checkpoint of step {step}; it has those of {kept or 'no step'} (train.keep_every)"
+        )
+    return _read(path)
+
+
 def newest_record(folder: Path) -> dict[str, Any] | None:
     """Read the record of the newest checkpoint that has one, without reading or verifying its tensors."""
     for path in _paths(folder):
