@@ -87,6 +87,8 @@ def test_an_output_folder_that_cannot_be_created_is_refused(recipe, tmp_path):
         (["--solver", "hoin"], "no solver 'hoin'"),
         (["--solver", "dopri5", "options.rtl=1e-3"], "did you mean 'rtol'"),
         (["guidance={semantics: 2}"], "did you mean 'semantic'"),
+        (["--guidance", "semantics=2"], "did you mean 'semantic'"),
+        (["--guidance", "2,1.5"], "such as semantic=1.5,texture=2"),
         (["--guidance", "2", "interval=[0.9, 0.1]"], "interval"),
         (["--guiding-model", "nowhere"], "nowhere"),
         (["options=[1"], "not valid YAML"),

@@ -71,7 +71,17 @@ def test_images_are_sources_too(tmp_path):
     assert np.abs(shown[:32, :32] - pixels[0]).mean() < 12  # as the texture encoder reconstructs it
 
 
+def test_guidance_is_given_for_all_streams_or_by_stream(model, tmp_path):
+    pictures = {}
+    for scale in ("2", "semantic=2, texture=2", "semantic=2"):
+        result = run(model, "change-plan", "--guidance", scale, "--to", "star", "--out", tmp_path / f"{scale}.png")
+        assert result.exit_code == 0, result.output
+        pictures[scale] = (tmp_path / f"{scale}.png").read_bytes()
+    assert pictures["2"] == pictures["semantic=2, texture=2"] != pictures["semantic=2"]
+
+
 REFUSED = {
+    "guidance": (["keep-plan", "--guidance", "semantic=strong"], "such as semantic=1.5,texture=2"),
     "brush": (["paint", "--brush", "0.5,0,0.5,1"], "LEFT"),
     "start": (["sdedit", "--start", "early"], "early"),
     "sources": (["swap-plans"], "two sources, not 3"),

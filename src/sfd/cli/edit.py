@@ -16,7 +16,7 @@ from torch import Tensor
 from sfd.cli.sample import asked_labels, parse_seeds, sample_settings
 from sfd.data.folder import FolderSource
 from sfd.data.grid import image_grid
-from sfd.editing import change_plan, interpolate_plans, keep_plan, paint, sdedit, swap_plans
+from sfd.editing.edits import edit_by_name
 from sfd.generation.directory import model_folder
 from sfd.generation.model import Model, load_model
 from sfd.latents import TEXTURE
@@ -24,6 +24,7 @@ from sfd.utils import files
 from sfd.utils.device import choose_device
 from sfd.utils.errors import SFDError
 
+OF_TWO = ("swap-plans", "interpolate")  # edits of two sources
 SOFTWARE = "sfd edit"  # in the metadata of the PNG
 FIRST_NEW_SEED = 1_000_000  # of the results; seeds of sources are smaller by custom
 
@@ -39,7 +40,7 @@ def edit_images(
     count: int,
     to: str | None,
     plan_guidance: float | None,
-    start: str,
+    start: float | dict[str, float],
     brush: str,
     out: Path,
     device: str,
@@ -56,45 +57,23 @@ def edit_images(
     settings |= {"classes": label, "schedule": schedule}
     if plan_guidance is not None:
         settings["plan_guidance"] = plan_guidance
-    if kind in ("swap-plans", "interpolate"):
-        if len(sources) != 2:
-            raise SFDError(f"{kind} takes two sources, not {len(sources)}; name two classes, or one and two seeds")
-        if kind == "interpolate":
-            made = interpolate_plans(loaded, sources, source_seeds[0], count=count, plan_seeds=source_seeds, **settings)
-        else:
-            made = swap_plans(loaded, sources, source_seeds, **settings)
-        rows = [np.concatenate([loaded.decode(sources), loaded.decode(made)])]
-    else:
-        edits = _edits(loaded, kind, sources, source_seeds, count, start, brush, settings)
-        rows = [
-            np.concatenate([loaded.decode(source[None]), loaded.decode(edited)])
-            for source, edited in zip(sources, edits, strict=True)
-        ]
+    if kind == "paint":
+        settings["brush"] = _brush(loaded, brush)
+    at_once = 2 if kind in OF_TWO else 1
+    if at_once == 2 and len(sources) != 2:
+        raise SFDError(f"{kind} takes two sources, not {len(sources)}; name two classes, or one and two seeds")
+    rows = []
+    for first in range(0, len(sources), at_once):
+        latents, own = sources[first : first + at_once], source_seeds[first : first + at_once]
+        new = [FIRST_NEW_SEED + first * count + k for k in range(count)]
+        made = edit_by_name(loaded, kind, latents, own, new, start=start, **settings)
+        rows.append(np.concatenate([loaded.decode(latents), loaded.decode(made)]))
     picture = image_grid(np.concatenate(rows), columns=len(rows[0]))
     about = PngInfo()
     about.add_text("Software", SOFTWARE)
     with files.atomic_write(out) as partial:
         picture.save(partial, "PNG", pnginfo=about)
     click.echo(f"{out}: {len(rows)} rows, in each the source first" if len(rows) > 1 else f"{out}: sources first")
-
-
-def _edits(
-    model: Model, kind: str, sources: Tensor, seeds: list[int], count: int, start: str, brush: str, settings: Any
-) -> list[Tensor]:
-    """`count` edits (count, N) of each source."""
-    found = []
-    for number, (source, seed) in enumerate(zip(sources, seeds, strict=True)):
-        new_seeds = [FIRST_NEW_SEED + number * count + k for k in range(count)]
-        repeated, own = source.expand(count, -1), [seed] * count
-        if kind == "keep-plan":
-            found.append(keep_plan(model, repeated, new_seeds, plan_seeds=own, **settings))
-        elif kind == "change-plan":
-            found.append(change_plan(model, own, new_seeds, **settings))
-        elif kind == "paint":
-            found.append(paint(model, repeated, _brush(model, brush), new_seeds, **settings))
-        else:
-            found.append(sdedit(model, repeated, _start(start), new_seeds, **settings))
-    return found
 
 
 def _sources(
@@ -110,16 +89,6 @@ def _sources(
     each_seed = seeds * len(labels)
     latents = model.sample(each_label if model.classes else None, seeds=each_seed, output="latent", **settings)
     return latents, each_seed
-
-
-def _start(text: str) -> float | dict[str, float]:
-    """Read a base time, or STREAM=TIME, comma-separated."""
-    try:
-        if "=" not in text:
-            return float(text)
-        return {name.strip(): float(time) for name, _, time in (part.partition("=") for part in text.split(","))}
-    except ValueError:
-        raise SFDError(f"--start {text!r} is no base time such as 0.4, nor such as semantic=1,texture=0.4") from None
 
 
 def _brush(model: Model, text: str) -> Tensor:

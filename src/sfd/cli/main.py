@@ -11,7 +11,7 @@ import click
 from sfd import __version__
 from sfd.cli import stages
 from sfd.cli.errors import Group
-from sfd.cli.options import FOLDER, MAX_HOURS_HELP, device_option
+from sfd.cli.options import BY_STREAM, FOLDER, MAX_HOURS_HELP, device_option, guidance_option
 from sfd.utils.errors import SFDError
 
 
@@ -38,7 +38,7 @@ for command in stages.COMMANDS:
 @click.option("--in-turn", is_flag=True, help="seed i gets class i mod the number of classes, so that no noise repeats")
 @click.option("--steps", type=int, help="solver steps; an adaptive solver chooses its own")
 @click.option("--solver", help="euler, heun, multistep, sde, dopri5")
-@click.option("--guidance", type=float, help="scale for all streams; 1: none")
+@guidance_option
 @click.option(
     "--guiding-model", type=FOLDER, help="a less trained model, for AutoGuidance; sets guidance_from=guiding_model"
 )
@@ -50,7 +50,7 @@ def sample(**arguments: Any) -> None:
     devices, up to rounding (dopri5: up to its tolerance).
 
     Settings are those of the recipe's `sample:` that the model was trained by; FIELD=VALUE changes one, such as
-    interval='[0.2, 0.8]', options.rtol=1e-4, guidance='{semantic: 1.9, texture: 1.3}', batch_size=128, precision=bf16.
+    interval='[0.2, 0.8]', options.rtol=1e-4, shift=0.5, batch_size=128, precision=bf16.
 
     The same command resumes an interrupted one. Processes that a launcher or an array job starts (RANK and WORLD_SIZE
     in the environment) split the images; the last one to finish draws the grid.
@@ -125,11 +125,13 @@ def export_latents(latents: Path, out: Path) -> None:
 @click.option(
     "--plan-guidance", type=click.FloatRange(min=0), help="by which a kept plan guides texture; 1: none  [default: 2.5]"
 )
-@click.option("--start", default="0.4", show_default=True, help="sdedit: base time, or semantic=1,texture=0.4")
+@click.option(
+    "--start", type=BY_STREAM, default="0.4", show_default=True, help="sdedit: base time, or semantic=1,texture=0.4"
+)
 @click.option("--brush", default="0,0,0.5,1", show_default=True, help="paint: LEFT,TOP,RIGHT,BOTTOM, from 0 to 1")
 @click.option("--steps", type=int, help="solver steps")
 @click.option("--solver", help="euler, heun, multistep, dopri5")
-@click.option("--guidance", type=float, help="scale for all streams; 1: none")
+@guidance_option
 @device_option
 def edit(**arguments: Any) -> None:
     """Redraw samples of a MODEL, or images, by streams: what is where (the plan) and how it looks (texture).
@@ -156,7 +158,7 @@ def edit(**arguments: Any) -> None:
 @click.option("--seeds", help="of --static: such as 0-3; each class gets each seed  [default: 0]")
 @click.option("--steps", type=int, help="solver steps")
 @click.option("--solver", help="euler, heun, multistep, dopri5")
-@click.option("--guidance", type=float, help="scale for all streams; 1: none")
+@guidance_option
 @device_option
 def explore(model: Path, **arguments: Any) -> None:
     """Watch a MODEL denoise its streams, and edit samples, on a page in the browser.

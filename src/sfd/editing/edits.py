@@ -9,6 +9,7 @@ listed are those of `edit`: a schedule, a callback, and fields of `SamplingConfi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from sfd.solvers import SOLVERS
 from sfd.utils.errors import SFDError
 
 PLAN_GUIDANCE = 2.5  # where a plan is kept: see docs/editing.md for what it does
+EVERYWHERE = torch.ones(1, 1)  # a brush
 
 
 def edit(
@@ -217,6 +219,36 @@ def interpolate_plans(
     targets = model.composite.unpack(between(latents, count, model.composite))
     paths = {name: Follow(targets[name]) for name in plan_streams(model.composite)}
     return edit(model, noise, paths, classes, **{"plan_guidance": PLAN_GUIDANCE} | settings)
+
+
+def edit_by_name(
+    model: Model,
+    kind: str,
+    latents: Tensor,
+    seeds: Sequence[int],
+    new_seeds: Sequence[int],
+    *,
+    start: float | Mapping[str, float] = 0.4,
+    brush: Tensor = EVERYWHERE,
+    keep_texture: bool = True,
+    **settings: Any,
+) -> Tensor:
+    """Edit sources (1 or 2, N) made from `seeds`, by the kind's name: a result for each of `new_seeds`; two of a swap.
+
+    SDEdit of two sources takes the plan of the first and the texture of the second.
+    """
+    count = len(new_seeds)
+    own, (first, *second) = [seeds[0]] * count, latents[:, None].expand(-1, count, -1)
+    texture, plans = (second[0], first) if second else (first, None)
+    edits: dict[str, Callable[..., Tensor]] = {
+        "keep-plan": partial(keep_plan, model, first, new_seeds, plan_seeds=own),
+        "change-plan": partial(change_plan, model, own, new_seeds),
+        "paint": partial(paint, model, first, brush, new_seeds, keep_texture=keep_texture),
+        "sdedit": partial(sdedit, model, texture, start, new_seeds, plans=plans),
+        "swap-plans": partial(swap_plans, model, latents, seeds),
+        "interpolate": partial(interpolate_plans, model, latents, seeds[0], count=count, plan_seeds=seeds),
+    }
+    return edits[kind](**settings)
 
 
 def between(ends: Tensor, count: int, composite: CompositeLatent) -> Tensor:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from sfd.editing import change_plan, edit, interpolate_plans, keep_plan, mixed_noise, paint, sdedit, swap_plans
-from sfd.editing.edits import between
+from sfd.editing import edit, mixed_noise
+from sfd.editing.edits import between, edit_by_name
 from sfd.explorer.frames import COLUMNS, MAX_PIXELS, MAX_SIDE, Run, Superseded, image_side, panels, plan_stream
 from sfd.generation.config import SamplingConfig
 from sfd.generation.curves import schedule_curves
@@ -149,34 +148,29 @@ def _edited(
 ) -> Run:
     """The results of an edit of the samples `latents`."""
     count, streams, both = request.count, model.composite, [request.seed, request.other_seed]
-    own, fresh = [request.seed] * count, [request.other_seed + k for k in range(count)]
-    classes, repeated = [request.other_label] * count, latents[:1].expand(count, -1)
-    draw: Callable[..., Tensor]
+    own, new = [request.seed] * count, [request.other_seed + k for k in range(count)]
+    classes = [request.other_label] * count
+    given: dict[str, Any] = {}
     if request.mode == "keep-plan":
-        noise, titles = mixed_noise(streams, fresh, own), [f"same plan, texture of seed {seed}" for seed in fresh]
-        draw = partial(keep_plan, model, repeated, fresh, plan_seeds=own)
+        noise, titles = mixed_noise(streams, new, own), [f"same plan, texture of seed {seed}" for seed in new]
     elif request.mode == "change-plan":
-        noise, titles = mixed_noise(streams, own, fresh), [f"same texture noise, plan of seed {seed}" for seed in fresh]
-        draw = partial(change_plan, model, own, fresh)
+        noise, titles = mixed_noise(streams, own, new), [f"same texture noise, plan of seed {seed}" for seed in new]
     elif request.mode == "swap-plans":
         noise, classes = mixed_noise(streams, both, both[::-1]), labels[::-1]
         titles = [f"texture of seed {a}, plan of seed {b}" for a, b in (both, both[::-1])]
-        draw = partial(swap_plans, model, latents, both)
     elif request.mode == "interpolate":
         noise, classes = between(mixed_noise(streams, both[:1] * 2, both), count, streams), [None] * count
         titles = [f"{k / max(1, count - 1):.0%} of the way to the second plan" for k in range(count)]
-        draw = partial(interpolate_plans, model, latents, request.seed, count=count, plan_seeds=both)
     elif request.mode == "sdedit":
-        seeds = [seed + 1 for seed in fresh]  # the second sample has the noise of `other_seed`
-        noise, classes = mixed_noise(streams, seeds), labels[:1] * count
-        titles = [f"first plan, second texture, noise of seed {seed}" for seed in seeds]
-        draw = partial(sdedit, model, latents[1:].expand(count, -1), request.start, seeds, plans=repeated)
+        new = [seed + 1 for seed in new]  # the second sample has the noise of `other_seed`
+        noise, classes, given = mixed_noise(streams, new), labels[:1] * count, {"start": request.start}
+        titles = [f"first plan, second texture, noise of seed {seed}" for seed in new]
     else:
-        noise, titles = mixed_noise(streams, fresh), [f"painted, seed {seed}" for seed in fresh]
-        brush = _brush(model, request.brush)
-        draw = partial(paint, model, repeated, brush, fresh, keep_texture=request.keep_texture)
+        noise, titles = mixed_noise(streams, new), [f"painted, seed {seed}" for seed in new]
+        given = {"brush": _brush(model, request.brush), "keep_texture": request.keep_texture}
     run = Run(titles, noise, _indices(model, classes), schedule, stop)
-    draw(schedule=schedule.spec, callback=run, classes=_classes(classes), **how)
+    how = how | given | {"schedule": schedule.spec, "callback": run, "classes": _classes(classes)}
+    edit_by_name(model, request.mode, latents, both, new, **how)
     return run
 
 
