@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +52,7 @@ from sfd.utils.errors import SFDError, unknown
 class Section(NamedTuple):
     """What measures one table."""
 
-    rows: Callable[[Setting], list[Row]]
+    rows: Callable[[Setting], Iterable[Row]]
     quick: bool = True  # runs with --quick
     cuda: bool = False  # on a CPU runs only if named
     named: bool = False  # runs only if named
@@ -64,6 +64,8 @@ SECTIONS = {
     "errors": Section(sampling.errors),
     "guided": Section(guided.guided, named=True),
     "graphs": Section(graphs.graphs, cuda=True),
+    "compiling_guided": Section(guided.compiling, cuda=True, named=True),
+    "compiling_training": Section(training.compiling, cuda=True, named=True),
     "training": Section(training.training, figure="speed"),
     "memory": Section(memory.memory, quick=False),
     "checkpointing": Section(memory.checkpointing, quick=False),
@@ -102,15 +104,19 @@ def chosen(names: list[str], setting: Setting) -> list[str]:
 def measure(names: list[str], setting: Setting, publish: bool) -> list[str]:
     """Measure sections, print each at once and publish it if wanted; give those that failed."""
     failed, results = [], setting.out / "results.json"
+    kept: report.Results = {setting.device.type: {}}
     for name in names:
         start = time.monotonic()
+        where = None if name.startswith("scaling_") else machine(setting.device)
         try:
-            rows = SECTIONS[name].rows(setting)
-            kept = json.loads(results.read_text()) if results.exists() else {}
-            results.write_text(json.dumps(kept | {name: rows}, indent=1))
+            rows: list[Row] = []
+            kept[setting.device.type][name] = {"machine": where, "rows": rows}
+            for row in SECTIONS[name].rows(setting):
+                rows.append(row)
+                print(row, flush=True)
+                results.write_text(json.dumps(kept, indent=1))  # stays if a later row takes too long
             print(f"\n## {name} ({time.monotonic() - start:.0f} s)\n\n{report.table(rows)}", flush=True)
             if publish:
-                where = None if name.startswith("scaling_") else machine(setting.device)
                 report.publish(name, rows, setting.device.type, where)
                 if SECTIONS[name].figure and setting.device.type == "cpu":
                     subprocess.run([sys.executable, ROOT / "docs/figures/make.py", SECTIONS[name].figure], check=True)
@@ -142,7 +148,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for what sections write")
     parser.add_argument("--publish", action="store_true", help="keep the results for docs/")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="publish these results of another machine instead")
     given = parser.parse_args()
+    if given.take:
+        for device, sections in json.loads(given.take.read_text()).items():
+            for name, kept in sections.items():
+                report.publish(name, kept["rows"], device, kept["machine"])
+        return
     if given.quick and given.publish:
         parser.error("published figures are those of the full run; leave out --quick or --publish")
     try:

@@ -1,21 +1,69 @@
 #!/usr/bin/env bash
 # Checks and measures, on a bare machine with PyTorch, what only a GPU shows, in at most eight minutes.
 #
-#   OUT=results benchmarks/gpu.sh        results/: parts.jsonl, a log per part, results.json, a run, its samples
+#   OUT=results benchmarks/gpu.sh        results/: parts.jsonl, a log per part, results.json, a run, its samples, and
+#                                        all but the run and its weights in results.tar.gz
 #   LATENTS=runs/photos DATA=photos.zip benchmarks/gpu.sh
 #                                        trains on the latents of this run and the images they were made from, carried
 #                                        along, instead of the procedural ones
+#   WHEELS=wheels benchmarks/gpu.sh      first installs the packages of this folder, without a network, into OUT
 #   REHEARSE=1 benchmarks/gpu.sh         the same on the CPU with tiny sizes
 #
-# A part that fails, or takes too long, is recorded, and the others run.
+# A part that fails, or takes too long, is recorded, and the others run. What is not timed runs at the same time as the
+# training run: tests, resuming, graph breaks, and compiling ahead of the parts that measure, which read the cache.
+#
+# Publish the results at home: python -m benchmarks --take results/results.json
 set -u
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${OUT:-runs/gpu}") PYTHON=${PYTHON:-python} LATENTS=${LATENTS:+$(realpath "$LATENTS")}
 RECIPE=${RECIPE:-${LATENTS:+$LATENTS/recipe.yaml}}
 RECIPE=${RECIPE:-shapes-demo}
 export PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}
+export TORCHINDUCTOR_CACHE_DIR=$OUT/compiled PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
+rm -rf "$OUT"/{run,whole,parts,work,samples,results.*}
 : >"$OUT/parts.jsonl"
+
+if [ -n "${WHEELS:-}" ]; then
+  $PYTHON -m pip install -q --no-index --no-deps --upgrade --target "$OUT/site" "$WHEELS"/*.whl || exit 2
+  export PYTHONPATH=$OUT/site:$PYTHONPATH
+fi
+
+RUN=(train.decay=constant train.warmup=0 train.preview_every=0)
+if [ -n "${REHEARSE:-}" ]; then
+  DEVICE=cpu SLOWER=30 HOW=(--quick) GUIDED=tiny:4 TRAINING=tiny:4 MINUTES=1 STEPS=3 TESTS=(-m "not slow")
+  RUN+=(train.batch_size=16)
+  [ -n "$LATENTS" ] || RUN+=(data.count=600)
+else
+  DEVICE=cuda SLOWER=1 HOW=() GUIDED=XL:32 TRAINING=XL:32,B:64,L:64,XXL:16 MINUTES=2.75 STEPS=150 TESTS=()
+  [ -n "$LATENTS" ] || MINUTES=1.75 RUN+=(data.count=4000)
+fi
+[ -z "${DATA:-}" ] || RUN+=(data.source="$(realpath "$DATA")")
+if [ -z "$LATENTS" ]; then
+  for name in texture semantic compressor; do
+    RUN+=("$name".train.{steps=$STEPS,warmup=0,decay=constant})
+  done
+fi
+
+# What else would fail only minutes later.
+$PYTHON - "$DEVICE" <<'PY' || exit 2
+import importlib.util, sys
+needed = "accelerate click diffusers filelock importlib_metadata jinja2 matplotlib numpy PIL pydantic pytest safetensors"
+needed = [*needed.split(), "torch", "torchdiffeq", "tqdm", "transformers", "yaml"]
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"these packages are missing: {', '.join(missing)}; bring wheels of them along and name their folder in WHEELS")
+import torch
+from sfd.models.inference import cannot_compile
+from sfd.utils.device import choose_device
+from sfd.utils.errors import SFDError
+try:
+    device = choose_device(sys.argv[1])
+except SFDError as error:
+    sys.exit(str(error))
+reason = cannot_compile(device)
+print(f"PyTorch {torch.__version__} on {device.type}; {'nothing will be compiled: ' + reason if reason else 'with a compiler'}")
+PY
 
 part() { # NAME SECONDS COMMAND...: its log, and a line of parts.jsonl
   local name=$1 limit=$(($2 * SLOWER)) start=$SECONDS
@@ -23,6 +71,17 @@ part() { # NAME SECONDS COMMAND...: its log, and a line of parts.jsonl
   timeout -k 5 "$limit" "$@" >"$OUT/$name.txt" 2>&1
   local code=$?
   echo "{\"part\": \"$name\", \"code\": $code, \"seconds\": $((SECONDS - start)), \"limit\": $limit}" | tee -a "$OUT/parts.jsonl"
+}
+
+measure() { # SECONDS SECTION OPTION...: a section of the benchmarks, in a folder of its own
+  local limit=$1 name=$2
+  shift 2
+  part "$name" "$limit" $PYTHON -m benchmarks --device "$DEVICE" --out "$OUT/work/$name" ${HOW[@]+"${HOW[@]}"} "$name" "$@"
+}
+
+meanwhile() { # COMMAND...: beside what follows; rehearsals have no cores to spare
+  "$@" &
+  [ -z "${REHEARSE:-}" ] || wait
 }
 
 prepared() { # FOLDER: the tokenizers and latents to train on, carried along or made
@@ -41,14 +100,13 @@ train() { # FOLDER OVERRIDE...
 
 prepare() { # what is not carried along
   local stage
-  [ -z "$LATENTS" ] || return 0
   for stage in train-texture train-semantic train-semvae prepare; do
     $PYTHON -m sfd $stage "$RECIPE" --out "$OUT/prepared" --device "$DEVICE" "${RUN[@]}" || return
   done
 }
 
 timed() { # train for MINUTES, then make the model of the last checkpoint
-  prepared "$OUT/run" && train "$OUT/run" --max-hours "$(awk "BEGIN { print $MINUTES / 60 }")"
+  prepared "$OUT/run" && train "$OUT/run" train.steps=1000000 --max-hours "$(awk "BEGIN { print $MINUTES / 60 }")"
   local code=$? step
   [ $code = 75 ] || return $code
   step=$(find "$OUT/run/training" -name 'step-*' | sed 's/.*step-0*//; s/\..*//' | sort -n | tail -1)
@@ -68,34 +126,31 @@ print("largest relative difference:", max(float((a[n].float() - b[n].float()).no
 PY
 }
 
-RUN=(train.decay=constant train.warmup=0 train.preview_every=0)
-if [ -n "${REHEARSE:-}" ]; then
-  DEVICE=cpu SLOWER=10 HOW=(--quick) GUIDED=tiny:4 TRAINING=tiny:4 MINUTES=0.5 STEPS=5
-  RUN+=(train.batch_size=16)
-else
-  DEVICE=cuda SLOWER=1 HOW=(--publish) GUIDED=XL:64 TRAINING=XL:32,B:64,L:64,XXL:16 MINUTES=3 STEPS=200
-  [ -n "$LATENTS" ] || MINUTES=2.4
-fi
-[ -z "${DATA:-}" ] || RUN+=(data.source="$(realpath "$DATA")")
-if [ -z "$LATENTS" ]; then
-  RUN+=(data.count=8000)
-  for name in texture semantic compressor; do
-    RUN+=("$name".train.{steps=$STEPS,warmup=0,decay=constant})
-  done
-fi
 export -f prepared train prepare timed resume
 export OUT PYTHON RECIPE DEVICE LATENTS MINUTES
-
-BENCHMARK=($PYTHON -m benchmarks --device "$DEVICE" --out "$OUT/work" "${HOW[@]}")
 DECLARED=$(declare -p RUN)
-part tests 25 $PYTHON -m pytest -q -p no:cacheprovider tests/test_device.py tests/test_gpu_sync.py tests/test_inference.py
-[ -n "$LATENTS" ] || part prepare 35 bash -c "$DECLARED; prepare"
-part run "$(awk "BEGIN { print int($MINUTES * 60 + 20) }")" bash -c "$DECLARED; timed"
-part samples 10 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-3 --device "$DEVICE"
-part resume 30 bash -c "$DECLARED; resume"
-part graphs 30 "${BENCHMARK[@]}" graphs --sizes tiny:4
-part guided 75 "${BENCHMARK[@]}" guided --sizes $GUIDED
-part training 90 "${BENCHMARK[@]}" training --sizes $TRAINING
-part loader 20 "${BENCHMARK[@]}" loader --sizes "${TRAINING%%,*}"
-cp "$OUT/work/results.json" "$OUT/" 2>/dev/null
+
+meanwhile part tests 200 $PYTHON -m pytest -q -p no:cacheprovider ${TESTS[@]+"${TESTS[@]}"} tests/test_device.py tests/test_gpu_sync.py tests/test_inference.py
+meanwhile measure 200 graphs --sizes tiny:4
+meanwhile measure 200 compiling_guided --sizes $GUIDED
+meanwhile measure 200 compiling_training --sizes $TRAINING
+[ -n "$LATENTS" ] || part prepare 60 bash -c "$DECLARED; prepare"
+meanwhile part resume 80 bash -c "$DECLARED; resume"
+part run "$(awk "BEGIN { print int($MINUTES * 60 + 35) }")" bash -c "$DECLARED; timed"
+part samples 20 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-3 --device "$DEVICE"
+wait
+measure 100 guided --sizes $GUIDED
+measure 115 training --sizes $TRAINING
+HOW=(--quick)
+measure 45 loader --sizes "${TRAINING%%,*}"
+
+$PYTHON - "$OUT"/work/*/results.json >"$OUT/results.json" <<'PY'
+import json, pathlib, sys
+merged = {}
+for name in sys.argv[1:]:
+    for device, sections in json.loads(pathlib.Path(name).read_text()).items():
+        merged.setdefault(device, {}).update(sections)
+print(json.dumps(merged, indent=1))
+PY
+(cd "$OUT" && tar czf results.tar.gz ./*.txt parts.jsonl results.json samples)
 ! grep -qv '"code": 0' "$OUT/parts.jsonl"

@@ -14,12 +14,13 @@ and decoded by the published f16d32 architecture.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import CLASSES, COMPOSITE, MODEL, SCHEDULE, Row, Setting, config, now
+from benchmarks.measure import CLASSES, COMPOSITE, MODEL, SCHEDULE, Row, Setting, config, now, peak
 from sfd.data.images import to_pixels, to_tensor
 from sfd.data.shapes import ShapesSource
 from sfd.encoders import kl
@@ -65,9 +66,12 @@ class Comparison:
         source = "guiding_model" if self.guiding else "null_class"
         self.errors: dict[tuple[str, int], float] = {}
         self.how = {"guidance": GUIDANCE.get(size, 1.5), "guidance_from": source}
-        self.converged = self.integrated(
-            SamplingConfig(steps=CONVERGED.get(size, 24), **self.how), range(count), knots=True
-        )[0]
+
+    @cached_property
+    def converged(self) -> Tensor:
+        """What counts as exact."""
+        how = SamplingConfig(steps=CONVERGED.get(self.size, 24), **self.how)
+        return self.integrated(how, range(self.count), knots=True)[0]
 
     def settings(self, steps: int, precision: str, setting: Setting) -> SamplingConfig:
         """Ours."""
@@ -124,25 +128,35 @@ class Comparison:
         return ((latents - self.converged).norm(dim=1) / self.converged.norm(dim=1)).median().item()
 
 
-def guided(setting: Setting) -> list[Row]:
+def guided(setting: Setting) -> Iterator[Row]:
     """Images per second of each way, and its error."""
-    rows = []
     default = DEFAULT.get(setting.device.type, DEFAULT["cpu"])[: 1 if setting.quick else None]
     for size, count in setting.given or default:
         case = Comparison(size, count, setting.device)
+        peak(setting.device)
         base = case.published()
         for name, precision, way in _ways(case, base, setting):
+            memory = peak(setting.device)
             row: Row = {"size": size, "way": name, "precision": precision, "batch": TOGETHER if way is base else count}
             row |= {"nfe": way.nfe, "median_latent_error": case.error(way.latents)}
             milliseconds = 1e3 / count
             row |= {"sampling_milliseconds": milliseconds * way.integrating}
             row |= {"decoding_milliseconds": milliseconds * way.decoding}
             row |= {"images_per_second": count / way.seconds, "ratio": base.seconds / way.seconds}
-            row["ratio_without_decoding"] = base.integrating / way.integrating
-            rows.append(row)
-            print(row, flush=True)  # stays where a later way takes too long
+            yield row | {"ratio_without_decoding": base.integrating / way.integrating} | memory
+            peak(setting.device)  # without that of the converged solution
         torch._dynamo.reset()  # it refuses to compile one function for many networks
-    return rows
+
+
+def compiling(setting: Setting) -> Iterator[Row]:
+    """Seconds that the networks take to compile; they then are in the compiler's cache."""
+    for size, count in setting.sizes:
+        case = Comparison(size, count, setting.device)
+        for precision in ("bf16", "float32"):
+            start = now(setting.device)
+            case.integrated(case.settings(4, precision, setting), range(count), knots=True)
+            yield {"size": size, "batch": count, "way": precision, "first_call_seconds": now(setting.device) - start}
+        torch._dynamo.reset()
 
 
 def _ways(case: Comparison, base: Sampling, setting: Setting) -> Iterator[tuple[str, str, Sampling]]:

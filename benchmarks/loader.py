@@ -65,13 +65,8 @@ def loader(setting: Setting) -> list[Row]:
 
 def _cases(setting: Setting) -> Iterator[Case]:
     size, batch = setting.sizes[0]
-    recipe = load_recipe(RECIPE, [])
-    latents = find_latents(prepared(setting.out / "demo"))
-    config = transformer_config(recipe, latents)
-    schedule = build_schedule(recipe.schedule, config.composite.names)
-    many = recipe.train.batch_size
-    demo = DiffusionTask(LightningDiT(config), latents, schedule, recipe.loss, seed=0, batch_size=many)
-    yield Case("the demo's latents", demo, many, len(latents), tuple(latents.folder.glob("*.safetensors")), many)
+    if not setting.quick:
+        yield _demo(prepared(setting.out / "demo"))
     task = published_task(size, LATENTS, setting.out / "published")
     shards = tuple(task.latents.folder.glob("*.safetensors"))
     yield Case(f"latents and features as published, {size}", task, LATENTS, len(task.latents), shards, batch)
@@ -84,6 +79,15 @@ def _cases(setting: Setting) -> Iterator[Case]:
         encoder = autoencoder_kl.build(autoencoder_kl.Config())
         texture = TextureTask(encoder, source, TextureObjective(), seed=0, batch_size=8)
         yield Case(f"{what}, texture encoder", texture, 8, len(source), files, 8)
+
+
+def _demo(folder: Path) -> Case:
+    recipe, latents = load_recipe(RECIPE, []), find_latents(folder)
+    config = transformer_config(recipe, latents)
+    schedule = build_schedule(recipe.schedule, config.composite.names)
+    batch = recipe.train.batch_size
+    task = DiffusionTask(LightningDiT(config), latents, schedule, recipe.loss, seed=0, batch_size=batch)
+    return Case("the demo's latents", task, batch, len(latents), tuple(latents.folder.glob("*.safetensors")), batch)
 
 
 def _jpegs(folder: Path) -> Path:

@@ -89,7 +89,7 @@ def config(size: str, checkpointing: Checkpointing = False, **fields: Any) -> Di
 
 
 def network(size: str, checkpointing: Checkpointing = False, **fields: Any) -> LightningDiT:
-    """A network of a published size, with random weights of which none is zero."""
+    """A network of a published size, with random weights of which none is zero; made on the device of the context."""
     net = LightningDiT(config(size, checkpointing, **fields))
     for parameter in net.parameters():
         if not parameter.any():
@@ -125,6 +125,15 @@ def now(device: torch.device) -> float:
     wait(device)
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if alone else time.perf_counter()
+
+
+def peak(device: torch.device) -> Row:
+    """The peak memory of a GPU since the last call, as a column of a table; none elsewhere."""
+    if device.type != "cuda":
+        return {}
+    found = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_bytes": found}
 
 
 def wait(device: torch.device) -> None:

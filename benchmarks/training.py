@@ -7,14 +7,14 @@ operation by operation, AdamW as PyTorch has it by default, an EMA weight by wei
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import COMPOSITE, Row, Setting, best_times, class_labels, network
+from benchmarks.measure import COMPOSITE, Row, Setting, best_times, class_labels, network, now, peak
 from sfd import flow
 from sfd.models.dit import DiTOutput, LightningDiT
 from sfd.models.dit_config import flops
@@ -23,12 +23,14 @@ from sfd.models.layers import Block
 
 
 class TrainingStep:
-    """A training step on random latents: the plain way (`float32`) or the project's."""
+    """A training step on random latents: the plain way (`float32`, `published`) or the project's."""
 
     def __init__(self, net: LightningDiT, batch: int, device: torch.device, way: str) -> None:
         self.device, self.bf16 = device, way.startswith(("bf16", "published"))
         self.plain = way in ("float32", "published")
         self.network = copy.deepcopy(net).to(device).train()
+        if way.endswith("recomputed"):
+            self.network.config = net.config.model_copy(update={"checkpointing": True})
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.model: Callable[..., DiTOutput] = self.network
         if way.endswith("compiled"):
@@ -104,23 +106,39 @@ def ways(setting: Setting) -> list[str]:
     return ["float32", "bf16"] + (["bf16 compiled"] if setting.compiles else [])
 
 
-def training(setting: Setting) -> list[Row]:
+def training(setting: Setting) -> Iterator[Row]:
     """Images per second of whole steps, and the share of the rate of a matrix product in the same precision."""
-    device, names, rows = setting.device, ["published", *ways(setting)], []
-    for size, batch in setting.sizes:
-        net = network(size)
-        # On a GPU one after the other: three trainings of XXL are more than its memory holds.
-        groups = [[name] for name in names] if device.type == "cuda" else [names]
-        times: dict[str, float] = {}
-        for group in groups:
+    device, plain = setting.device, {}
+    groups = [["published", *ways(setting)]]
+    if device.type == "cuda":
+        # Each by itself: three trainings of XXL are more than a GPU's memory holds. What takes long comes last.
+        groups = [["float32"], ["published"], ["bf16"], ["bf16 recomputed"], ["bf16 compiled"]]
+    for group in groups:
+        for size, batch in setting.sizes:
+            with device:
+                net = network(size)
+            peak(device)
             steps = {name: TrainingStep(net, batch, device, name) for name in group}
-            times |= best_times(steps, setting.repeats, device)
+            if device.type == "cuda":
+                net.to("meta")
+            times = best_times(steps, setting.repeats, device)
+            plain.setdefault(size, times.get("float32"))
+            torch._dynamo.reset()
+            for name, seconds in times.items():
+                rate = 3 * flops(net.config) * batch / seconds
+                row = {"size": size, "batch": batch, "way": name, "images_per_second": batch / seconds}
+                row |= {"ratio": plain[size] / seconds, "flops_per_second": rate}
+                precision = "float32" if name == "float32" else "bf16"
+                yield row | {"share_of_matrix_rate": rate / setting.matrix_rates[precision]} | peak(device)
+            del steps
+
+
+def compiling(setting: Setting) -> Iterator[Row]:
+    """Seconds of a first step, which compiles; the network then is in the compiler's cache."""
+    for size, batch in setting.sizes:
+        with setting.device:
+            step = TrainingStep(network(size), batch, setting.device, "bf16 compiled")
+        start = now(setting.device)
+        step()
+        yield {"size": size, "batch": batch, "first_step_seconds": now(setting.device) - start}
         torch._dynamo.reset()
-        for name, seconds in times.items():
-            rate = 3 * flops(net.config) * batch / seconds
-            row = {"size": size, "batch": batch, "way": name, "images_per_second": batch / seconds}
-            row |= {"ratio": times["float32"] / seconds, "flops_per_second": rate}
-            precision = "float32" if name == "float32" else "bf16"
-            rows.append(row | {"share_of_matrix_rate": rate / setting.matrix_rates[precision]})
-            print(rows[-1], flush=True)  # stays where a later size takes too long
-    return rows

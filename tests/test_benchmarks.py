@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +59,20 @@ def test_a_failing_section_does_not_stop_the_others(setting, monkeypatch, capsys
     assert command.measure(["bad", "good"], setting, publish=False) == ["bad"]
     printed = capsys.readouterr()
     assert "ZeroDivisionError" in printed.err and "| 1 |" in printed.out
+
+
+def test_rows_of_a_section_that_fails_later_are_kept(setting, monkeypatch):
+    monkeypatch.setitem(SECTIONS, "long", command.Section(lambda setting: ({"error": 1 / n} for n in (2, 1, 0))))
+    assert command.measure(["long"], setting, publish=False) == ["long"]
+    kept = json.loads((setting.out / "results.json").read_text())["cpu"]["long"]
+    assert kept["rows"] == [{"error": 0.5}, {"error": 1.0}] and kept["machine"]["device"]
+
+
+def test_the_script_for_a_gpu_names_a_missing_package(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "OUT": str(tmp_path), "PYTHON": f"{sys.executable} -S", "REHEARSE": "1"}
+    script = measure.ROOT / "benchmarks/gpu.sh"
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "pydantic" in done.stderr and "WHEELS" in done.stderr
 
 
 def test_publishing_replaces_a_section_and_keeps_the_others(tmp_path):
