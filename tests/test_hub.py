@@ -72,6 +72,13 @@ def test_an_absent_name_is_one_sentence(hub):
         Model.from_pretrained("someone/else")
 
 
+@pytest.mark.parametrize("load", [sfd.load, Model.from_pretrained])
+def test_a_name_without_an_owner_never_goes_to_the_network(load, monkeypatch):
+    monkeypatch.setattr("sfd.utils.hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(SFDError, match="shpaes"):
+        load("shpaes")
+
+
 def test_the_card_loads_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "copy").symlink_to(ROOT / "models" / "shapes")

@@ -90,7 +90,7 @@ def test_a_recipe_extends_a_shipped_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("find", "given", "near"), [(find_recipe, "x1-80", "imagenet256/xl-80"), (find_model, "shape", "shapes")]
+    ("find", "given", "near"), [(find_recipe, "x1-80", "imagenet256/xl-80"), (find_model, "shpaes", "mean shapes")]
 )
 def test_an_unknown_name_suggests_the_nearest(find, given, near):
     with pytest.raises(SFDError, match=near):

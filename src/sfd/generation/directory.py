@@ -9,7 +9,6 @@ compressor/           of its features to the semantic stream
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ from sfd.models.dit_config import DiTConfig
 from sfd.utils import files
 from sfd.utils.config import Settings, parse
 from sfd.utils.errors import SFDError
-from sfd.utils.hub import fetch
+from sfd.utils.hub import HUB_NAME, fetch
 from sfd.utils.shipped import find_model
 
 RECORD, WEIGHTS = "model.json", "model.safetensors"
 TEXTURE_FOLDER, SEMANTIC_FOLDER, COMPRESSOR_FOLDER = "texture", "semantic", "compressor"
 FORMAT = 1
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ModelRecord(Settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from sfd.utils.errors import SFDError
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Shared = TypeVar("Shared", bound="HubFolder")
 
 
@@ -66,6 +68,8 @@ class HubFolder(ModelHubMixin):
 
 def fetch(name: str, **options: Any) -> Path:
     """Give the folder of a name on the hub, from the local cache if it is there; see `snapshot_download`."""
+    if not HUB_NAME.fullmatch(name):
+        raise SFDError(f"{name} is neither a folder nor a name on the hub, which is OWNER/NAME; give one of the two")
     try:
         return Path(snapshot_download(name, **options))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:

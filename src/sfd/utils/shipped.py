@@ -60,8 +60,10 @@ def find_model(given: str | Path) -> Path:
         return path
     known = shipped(MODEL)
     if path.as_posix() not in known:
+        near = difflib.get_close_matches(path.name, known, n=1)
+        meant = f"did you mean {near[0]}? Else " if near else ""
         raise SFDError(
-            f"there is no model {path}; give a model directory, a run's folder, or a model that comes with sfd "
+            f"there is no model {path}; {meant}give a model directory, a run's folder, or a model that comes with sfd "
             f"({', '.join(sorted(known)) or 'none'})"
         )
     return known[path.as_posix()]
