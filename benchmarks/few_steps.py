@@ -75,11 +75,12 @@ def inside(setting: Setting) -> list[Row]:
     return rows
 
 
-def sampled(model: Model, how: dict[str, Any], count: int) -> np.ndarray:
+def sampled(model: Model, how: dict[str, Any], count: int, guiding: Model | None = None) -> np.ndarray:
     """Images of all classes in turn, from seeds 0, 1, …"""
     labels = [k % len(model.classes) for k in range(count)]
     config = model.config(batch_size=AT_ONCE, **how)
-    return np.concatenate([batch.images for batch in model.sample_batches(labels, range(count), config)])
+    batches = model.sample_batches(labels, range(count), config, guiding=guiding)
+    return np.concatenate([batch.images for batch in batches])
 
 
 def quality(model: Model, how: dict[str, Any], against: Reference) -> Row:

@@ -1,6 +1,6 @@
 """Sources and scales of guidance at equal network calls, on a trained run of photographs with a second head.
 
-    python -m benchmarks.study.guidance RUN [--judge imagenet|run] [--samples 1000] [--device auto]
+    python -m benchmarks.study.guidance RUN [--judge imagenet|run] [--guiding-model MODEL] [--samples 1000]
 
 Samples are judged in features of a network that saw a million photographs, whose linear probe, trained on images that
 the model never saw, tells classes apart; or by the run's own evaluation classifier. Rows are kept in RUN/guidance: the
@@ -20,17 +20,19 @@ from benchmarks.study.probe import Probe
 from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
 from sfd.evaluation.extractors._base import pretrained
 from sfd.evaluation.reference import Reference, reference_of
+from sfd.generation.directory import model_folder
+from sfd.generation.model import load_model
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
 from sfd.training.tasks.classifier import divide
 from sfd.utils.device import choose_device
 from sfd.utils.errors import Interrupted, SFDError
 
-SCALES = {"null_class": (1.5, 2.0, 3.0), "inside": (1.25, 1.5, 2.0)}
+SCALES = {"null_class": (1.5, 2.0, 3.0), "inside": (1.25, 1.5, 2.0), "guiding_model": (1.5, 2.0, 3.0)}
 WAYS: list[dict[str, Any]] = [{"guidance": 1.0, "steps": steps} for steps in (24, 12)]
 for source, scales in SCALES.items():
     WAYS += [{"guidance": scale, "steps": steps, "guidance_from": source} for scale in scales for steps in (24, 12)]
-CALLS = {"null_class": 2, "inside": 1}  # per step
+CALLS = {"null_class": 2, "inside": 1, "guiding_model": 2}  # per step
 SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 
 
@@ -46,17 +48,22 @@ def judge(pipeline: Pipeline) -> Reference:
     )
 
 
-def measure(run: Path, judged_by: str, samples: int, device: str) -> list[dict[str, Any]]:
+def measure(run: Path, judged_by: str, guiding: Path | None, samples: int, device: str) -> list[dict[str, Any]]:
     """One row per way of guiding, and one of as many real images that the model was trained on."""
     pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, choose_device(device))
+    weak = load_model(model_folder(guiding), pipeline.device) if guiding else None
     against = pipeline.evaluator.reference() if judged_by == "run" else judge(pipeline)
     model, rows = pipeline.model, []
     labels = [k % len(model.classes) for k in range(samples)]
-    for way in WAYS:
-        name = "-".join(f"{value}" for value in reversed(way.values()))
+    for way in WAYS if guiding else [way for way in WAYS if way.get("guidance_from") != "guiding_model"]:
+        guided = way.get("guidance_from") == "guiding_model"
+        name = "-".join(str(value) for value in reversed(way.values()))
+        name = f"{guiding.name}-{name}" if guiding and guided else name
         path = run / "guidance" / f"{name}.{judged_by}.{samples}.json"
         if not path.exists():
-            found = evaluate(sampled(model, way, samples), labels, against, name=name, sampling=way)
+            found = evaluate(
+                sampled(model, way, samples, weak if guided else None), labels, against, name=name, sampling=way
+            )
             found.write(path)
         rows.append(row(way, read_metrics(path)))
         print(rows[-1], flush=True)
@@ -85,11 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--judge", choices=("imagenet", "run"), default="imagenet")
+    parser.add_argument("--guiding-model", type=Path, help="for AutoGuidance, such as an earlier checkpoint's model")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--device", default="auto")
     given = parser.parse_args(arguments)
     try:
-        print(table(measure(given.run, given.judge, given.samples, given.device)))
+        print(table(measure(given.run, given.judge, given.guiding_model, given.samples, given.device)))
     except Interrupted:
         sys.exit("stopped; the same command resumes")
     except SFDError as error:
