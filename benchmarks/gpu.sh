@@ -9,19 +9,19 @@
 #   WHEELS=wheels benchmarks/gpu.sh      first installs the packages of this folder, without a network, into OUT
 #   REHEARSE=1 benchmarks/gpu.sh         the same on the CPU with tiny sizes
 #
-# A part that fails, or takes too long, is recorded, and the others run. What is not timed runs at the same time as the
-# training run: tests, resuming, graph breaks, and compiling ahead of the parts that measure, which read the cache.
+# A part that fails, or takes too long, is recorded, and the others run. What is not timed runs during the training run:
+# tests, images of both devices, resuming, graph breaks, and compiling for the parts that measure, which read the cache.
 #
 # Publish the results at home: python -m benchmarks --take results/results.json
 set -u
 cd "$(dirname "$0")/.."
-OUT=$(realpath -m "${OUT:-runs/gpu}") PYTHON=${PYTHON:-python} LATENTS=${LATENTS:+$(realpath "$LATENTS")}
+OUT=$(realpath -m "${OUT:-runs/gpu}") PYTHON=${PYTHON:-python3} LATENTS=${LATENTS:+$(realpath "$LATENTS")}
 RECIPE=${RECIPE:-${LATENTS:+$LATENTS/recipe.yaml}}
 RECIPE=${RECIPE:-shapes-demo}
 export PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}
 export TORCHINDUCTOR_CACHE_DIR=$OUT/compiled PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
-rm -rf "$OUT"/{run,whole,parts,work,samples,results.*}
+rm -rf "$OUT"/{prepared,run,whole,parts,same,work,samples,results.*}
 : >"$OUT/parts.jsonl"
 
 if [ -n "${WHEELS:-}" ]; then
@@ -31,12 +31,12 @@ fi
 
 RUN=(train.decay=constant train.warmup=0 train.preview_every=0)
 if [ -n "${REHEARSE:-}" ]; then
-  DEVICE=cpu SLOWER=30 HOW=(--quick) GUIDED=tiny:4 TRAINING=tiny:4 MINUTES=1 STEPS=3 TESTS=(-m "not slow")
+  DEVICE=cpu SLOWER=30 HOW=(--quick) GUIDED=tiny:4 TRAINING=tiny:4 TRAINED=60 STEPS=3 TESTS=(-m "not slow")
   RUN+=(train.batch_size=16)
   [ -n "$LATENTS" ] || RUN+=(data.count=600)
 else
-  DEVICE=cuda SLOWER=1 HOW=() GUIDED=XL:32 TRAINING=XL:32,B:64,L:64,XXL:16 MINUTES=2.75 STEPS=150 TESTS=()
-  [ -n "$LATENTS" ] || MINUTES=1.75 RUN+=(data.count=4000)
+  DEVICE=cuda SLOWER=1 HOW=() GUIDED=XL:32 TRAINING=XL:32,B:64,L:32,XXL:16 TRAINED=165 STEPS=150 TESTS=()
+  [ -n "$LATENTS" ] || TRAINED=105 RUN+=(data.count=4000)
 fi
 [ -z "${DATA:-}" ] || RUN+=(data.source="$(realpath "$DATA")")
 if [ -z "$LATENTS" ]; then
@@ -48,7 +48,7 @@ fi
 # What else would fail only minutes later.
 $PYTHON - "$DEVICE" <<'PY' || exit 2
 import importlib.util, sys
-needed = "accelerate click diffusers filelock importlib_metadata jinja2 matplotlib numpy PIL pydantic pytest safetensors"
+needed = "accelerate click diffusers filelock hypothesis importlib_metadata jinja2 matplotlib numpy PIL pydantic pytest safetensors"
 needed = [*needed.split(), "torch", "torchdiffeq", "tqdm", "transformers", "yaml"]
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
@@ -105,8 +105,8 @@ prepare() { # what is not carried along
   done
 }
 
-timed() { # train for MINUTES, then make the model of the last checkpoint
-  prepared "$OUT/run" && train "$OUT/run" train.steps=1000000 --max-hours "$(awk "BEGIN { print $MINUTES / 60 }")"
+timed() { # train for TRAINED seconds, then make the model of the last checkpoint
+  prepared "$OUT/run" && train "$OUT/run" train.steps=1000000 --max-hours "0.$(printf %04d $((TRAINED * 10000 / 3600)))"
   local code=$? step
   [ $code = 75 ] || return $code
   step=$(find "$OUT/run/training" -name 'step-*' | sed 's/.*step-0*//; s/\..*//' | sort -n | tail -1)
@@ -126,17 +126,32 @@ print("largest relative difference:", max(float((a[n].float() - b[n].float()).no
 PY
 }
 
-export -f prepared train prepare timed resume
-export OUT PYTHON RECIPE DEVICE LATENTS MINUTES
+same() { # the largest difference between pixels of the same seeds on the CPU and on the device
+  local device
+  for device in cpu "$DEVICE"; do
+    $PYTHON -m sfd sample models/shapes --out "$OUT/same/$device" --seeds 0-3 --device "$device" || return
+  done
+  $PYTHON - "$OUT/same"/{cpu,"$DEVICE"}/grid.png <<'PY'
+import sys
+import numpy as np
+from PIL import Image
+a, b = (np.asarray(Image.open(name), dtype=int) for name in sys.argv[1:])
+print("largest difference of 255 levels:", np.abs(a - b).max())
+PY
+}
+
+export -f prepared train prepare timed resume same
+export OUT PYTHON RECIPE DEVICE LATENTS TRAINED
 DECLARED=$(declare -p RUN)
 
 meanwhile part tests 200 $PYTHON -m pytest -q -p no:cacheprovider ${TESTS[@]+"${TESTS[@]}"} tests/test_device.py tests/test_gpu_sync.py tests/test_inference.py
 meanwhile measure 200 graphs --sizes tiny:4
 meanwhile measure 200 compiling_guided --sizes $GUIDED
 meanwhile measure 200 compiling_training --sizes $TRAINING
+meanwhile part same 60 bash -c same
 [ -n "$LATENTS" ] || part prepare 60 bash -c "$DECLARED; prepare"
 meanwhile part resume 80 bash -c "$DECLARED; resume"
-part run "$(awk "BEGIN { print int($MINUTES * 60 + 35) }")" bash -c "$DECLARED; timed"
+part run $((TRAINED + 35)) bash -c "$DECLARED; timed"
 part samples 20 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-3 --device "$DEVICE"
 wait
 measure 100 guided --sizes $GUIDED
