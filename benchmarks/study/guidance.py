@@ -1,6 +1,7 @@
-"""Sources and scales of guidance at equal network calls, on a trained run of photographs with a second head.
+"""Sources and scales of guidance, and few steps, by network calls, on a trained run of photographs with a second head.
 
-    python -m benchmarks.study.guidance RUN [--judge imagenet|run] [--guiding-model MODEL] [--samples 1000]
+    python -m benchmarks.study.guidance RUN [--judge imagenet|run] [--samples 1000] [--guiding-model MODEL]
+        [--student MODEL]
 
 Samples are judged in features of a network that saw a million photographs, whose linear probe, trained on images that
 the model never saw, tells classes apart; or by the run's own evaluation classifier. Rows are kept in RUN/guidance: the
@@ -32,7 +33,8 @@ SCALES = {"null_class": (1.5, 2.0, 3.0), "inside": (1.25, 1.5, 2.0), "guiding_mo
 WAYS: list[dict[str, Any]] = [{"guidance": 1.0, "steps": steps} for steps in (24, 12)]
 for source, scales in SCALES.items():
     WAYS += [{"guidance": scale, "steps": steps, "guidance_from": source} for scale in scales for steps in (24, 12)]
-CALLS = {"null_class": 2, "inside": 1, "guiding_model": 2}  # per step
+WAYS += [{"steps": steps, "guidance_from": "student"} for steps in (8, 4, 2, 1)]
+CALLS = {"null_class": 2, "inside": 1, "guiding_model": 2, "student": 1}  # per step
 SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 
 
@@ -48,23 +50,26 @@ def judge(pipeline: Pipeline) -> Reference:
     )
 
 
-def measure(run: Path, judged_by: str, guiding: Path | None, samples: int, device: str) -> list[dict[str, Any]]:
-    """One row per way of guiding, and one of as many real images that the model was trained on."""
-    pipeline = Pipeline(load_recipe(run / "recipe.yaml"), run, choose_device(device))
-    weak = load_model(model_folder(guiding), pipeline.device) if guiding else None
-    against = pipeline.evaluator.reference() if judged_by == "run" else judge(pipeline)
-    model, rows = pipeline.model, []
+def measure(
+    pipeline: Pipeline, against: Reference, judged_by: str, samples: int, others: dict[str, Path]
+) -> list[dict[str, Any]]:
+    """One row per way to sample, and one of as many real images that the model was trained on."""
+    model, rows, folder = pipeline.model, [], pipeline.folder.root / "guidance"
+    loaded = {kind: load_model(model_folder(path), pipeline.device) for kind, path in others.items()}
     labels = [k % len(model.classes) for k in range(samples)]
-    for way in WAYS if guiding else [way for way in WAYS if way.get("guidance_from") != "guiding_model"]:
-        guided = way.get("guidance_from") == "guiding_model"
+    for way in WAYS:
+        source = way.get("guidance_from")
+        kind = source if source in ("guiding_model", "student") else None
+        if kind is not None and kind not in others:
+            continue
         name = "-".join(str(value) for value in reversed(way.values()))
-        name = f"{guiding.name}-{name}" if guiding and guided else name
-        path = run / "guidance" / f"{name}.{judged_by}.{samples}.json"
+        path = folder / f"{f'{others[kind].name}-' if kind else ''}{name}.{judged_by}.{samples}.json"
         if not path.exists():
-            found = evaluate(
-                sampled(model, way, samples, weak if guided else None), labels, against, name=name, sampling=way
-            )
-            found.write(path)
+            if kind == "student":
+                images = sampled(loaded[kind], {"steps": way["steps"]}, samples)
+            else:
+                images = sampled(model, way, samples, loaded.get(kind or ""))
+            evaluate(images, labels, against, name=name, sampling=way).write(path)
         rows.append(row(way, read_metrics(path)))
         print(rows[-1], flush=True)
     real = pipeline.images.training
@@ -93,11 +98,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--judge", choices=("imagenet", "run"), default="imagenet")
     parser.add_argument("--guiding-model", type=Path, help="for AutoGuidance, such as an earlier checkpoint's model")
+    parser.add_argument("--student", type=Path, help="a model that `sfd distill` made from this one")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--device", default="auto")
     given = parser.parse_args(arguments)
+    others = {"guiding_model": given.guiding_model, "student": given.student}
     try:
-        print(table(measure(given.run, given.judge, given.guiding_model, given.samples, given.device)))
+        pipeline = Pipeline(load_recipe(given.run / "recipe.yaml"), given.run, choose_device(given.device))
+        against = pipeline.evaluator.reference() if given.judge == "run" else judge(pipeline)
+        paths = {kind: path for kind, path in others.items() if path}
+        print(table(measure(pipeline, against, given.judge, given.samples, paths)))
     except Interrupted:
         sys.exit("stopped; the same command resumes")
     except SFDError as error:
