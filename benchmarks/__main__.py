@@ -6,7 +6,7 @@ Ways that are compared run in turn (A B A B …) in one process on the same inpu
 Prints Markdown tables. --publish keeps them in docs/results/benchmarks.json and writes them, and their figures, into
 docs/. Networks have random weights, as times do not depend on them; errors are those of models/shapes, which is
 trained. A name stands for all sections that begin with it; FIELD=VALUE changes a section's recipe or assumptions
-(`scaling mfu=0.3`, `offset_sweep train.steps=600`). A section that fails is reported and the others run; the command
+(`scaling mfu=0.3`). A section that fails is reported and the others run; the command
 then exits with code 1.
 """
 
@@ -84,7 +84,6 @@ SECTIONS = {
     "finetune": Section(finetune.finetune, quick=False),
     "few_steps": Section(few_steps.few_steps, named=True),
     "guidance_inside": Section(few_steps.inside, named=True),
-    "offset_sweep": Section(quality.offset_sweep, named=True, figure="offset"),
     **{f"scaling_{name}": Section(partial(scaling.rows, name)) for name in scaling.TABLES},
 }
 

@@ -1,8 +1,7 @@
-"""Quality: loss curves, trained models and samples of each precision and solver, and the offset Δ.
+"""Quality: loss curves, trained models and samples of each precision and solver.
 
 Another seed shows the size of noise. Trained parts are kept in `--out`: the same command resumes. Folder names depend
-on device, recipe and version of PyTorch, but not on this program: if it changes, use another --out. `offset_sweep`
-trains one transformer per offset Δ on the same latents.
+on device, recipe and version of PyTorch, but not on this program: if it changes, use another --out.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from benchmarks.solvers import BASELINE, dopri5, fixed, solve, texture_errors
 from sfd.data.encode import LatentSettings, LatentWriter
 from sfd.data.shapes import ShapesSource
 from sfd.data.shards import LatentSet
-from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
+from sfd.evaluation.evaluate import Metrics, evaluate
 from sfd.evaluation.extractors.classifier import ClassifierExtractor, load_classifier
 from sfd.evaluation.reference import Reference, reference_of
 from sfd.generation.config import SamplingConfig
@@ -182,35 +181,6 @@ def precision(setting: Setting) -> list[Row]:
         row: Row = {"way": way, "frechet_distance": seen.frechet_distance, "class_accuracy": seen.class_accuracy}
         row["median_latent_error"] = texture_errors(model.composite, latents, converged).median().item()
         row |= {"mean_pixel_difference": float(difference.mean()), "largest_pixel_difference": int(difference.max())}
-        rows.append(row)
-    return rows
-
-
-# The offset
-
-RUNS = ((0.0, 0), (0.3, 0), (0.3, 1), (1.0, 0))  # Δ and seed
-RECIPE_CHANGES = ("train.steps=600", "train.batch_size=128", "train.decay_from=360", "evaluation.samples_per_class=100")
-
-
-def offset_sweep(setting: Setting, recipe: Path = RECIPE, runs: tuple[tuple[float, int], ...] = RUNS) -> list[Row]:
-    """Train and evaluate; FIELD=VALUE changes the recipe.
-
-    Encoders, latents and evaluator are trained once. A seed sets the initial weights and every draw of the
-    transformer's training, the same for all Δ. Samples are unguided. Each result is written as it comes: the same
-    command resumes.
-    """
-    changes = [*(RECIPE_CHANGES if recipe == RECIPE else ()), *setting.overrides, "train.preview_every=0"]
-    folder = setting.out / "offset-sweep"
-    pipeline, against = parts(load_recipe(recipe, changes), folder / "parts", setting.device)
-    rows = []
-    for delta, seed in runs:
-        name = f"delta-{delta:g}-seed-{seed}"
-        path = folder / "results" / f"{name}.json"
-        if not path.exists():
-            evaluated(pipeline, trained(pipeline, delta, seed, folder / name), against, name).write(path)
-        seen = read_metrics(path)
-        row = {"delta": delta, "seed": seed, "n_samples": seen.n_samples, "class_accuracy": seen.class_accuracy}
-        row |= {"frechet_distance": seen.frechet_distance, "precision": seen.precision, "recall": seen.recall}
         rows.append(row)
     return rows
 

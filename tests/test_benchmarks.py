@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +16,10 @@ from benchmarks import __main__ as command
 from benchmarks import guided, measure, report, scaling, solvers
 from benchmarks.__main__ import SECTIONS, chosen, sizes
 from benchmarks.measure import Setting
-from benchmarks.quality import compared, offset_sweep
+from benchmarks.quality import compared
 from benchmarks.training import plain_forward
 from sfd.evaluation.metrics import frechet_distance, gaussian
 from sfd.utils.errors import SFDError
-from tiny import write_recipe
 
 CPU = torch.device("cpu")
 PAGES = sorted(report.DOCS.rglob("*.md"))
@@ -89,7 +87,7 @@ def test_publishing_replaces_a_section_and_keeps_the_others(tmp_path):
 
 def test_sections_are_chosen_by_prefix_and_unknown_ones_refused(setting):
     assert set(chosen(["scaling", "errors"], setting)) == {n for n in SECTIONS if n.startswith(("scaling", "errors"))}
-    assert "guided" not in chosen([], setting) and "offset_sweep" not in chosen([], setting)
+    assert "guided" not in chosen([], setting)
     assert chosen(["guided"], setting) == ["guided"]
     with pytest.raises(SFDError, match="guided"):
         chosen(["giuded"], setting)
@@ -146,12 +144,3 @@ def test_bytes_of_an_all_reduce():
     assert scaling.communication("XL", given, 8) == pytest.approx(expected)
     assert scaling.communication("XL", given, 1) == 0
     assert scaling.assumptions(("mfu=0.2", "node=4")) == scaling.replace(scaling.Assumptions(), mfu=0.2, node=4)
-
-
-def test_every_offset_is_trained_once_and_evaluated(finished, tmp_path, setting):
-    (tmp_path / "offset-sweep").mkdir()
-    (tmp_path / "offset-sweep" / "parts").symlink_to(Path(finished.folder.root).resolve())
-    recipe, runs = write_recipe(tmp_path), ((0.0, 3), (0.5, 3))
-    rows = offset_sweep(setting, recipe, runs)
-    assert [(row["delta"], row["seed"], row["n_samples"]) for row in rows] == [(0.0, 3, 20), (0.5, 3, 20)]
-    assert offset_sweep(setting, recipe, runs) == rows

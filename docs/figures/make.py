@@ -1,6 +1,6 @@
 """Draws the figures of docs/*.md, from the project's own code and from docs/results/benchmarks.json.
 
-    python docs/figures/make.py [overview schedules times knots offset speed solvers solvers_trained training_curves
+    python docs/figures/make.py [overview schedules times knots speed solvers solvers_trained training_curves
                                  editing]
 
 All of them take about half a minute. They use models/shapes.
@@ -200,25 +200,6 @@ def knots() -> Figure:
     return figure
 
 
-def offset() -> Figure:
-    """What the sweep over Δ measured, a line a seed; bars: two standard errors of a share of so many samples."""
-    rows = results("offset_sweep")
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-    quantities = {"frechet_distance": "Fréchet distance (lower is better)", "class_accuracy": "share recognised"}
-    for axis, (key, title) in zip(figure.subplots(1, 2), quantities.items(), strict=True):
-        for index, seed in enumerate(sorted({row["seed"] for row in rows})):
-            chosen = sorted((row for row in rows if row["seed"] == seed), key=lambda row: row["delta"])
-            share, bars = np.array([row["class_accuracy"] for row in chosen]), None
-            if key == "class_accuracy":
-                bars = 2 * np.sqrt(share * (1 - share) / chosen[0]["n_samples"])
-            x, y = [row["delta"] for row in chosen], [row[key] for row in chosen]
-            axis.errorbar(x, y, bars, color=COLOURS[index], marker="o", capsize=3, label=f"seed {seed}")
-        plain(axis, title, "offset Δ")
-        axis.set_ylim(0, 1.15 * max(y))
-        axis.legend(frameon=False, loc="lower left")
-    return figure
-
-
 def solvers_trained() -> Figure:
     """Error and Fréchet distance over evaluations, on models/shapes; dashed: the converged samples' distance."""
     rows = results("solvers_quality")
@@ -303,7 +284,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "schedules": schedules,
     "times": times,
     "knots": knots,
-    "offset": offset,
     "speed": speed,
     "solvers": solvers,
     "solvers_trained": solvers_trained,
