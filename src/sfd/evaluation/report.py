@@ -14,6 +14,7 @@ from PIL import Image
 from sfd import __version__
 from sfd.evaluation import figures
 from sfd.evaluation.evaluate import Metrics
+from sfd.generation.config import SamplingConfig
 from sfd.generation.curves import ScheduleCurves
 from sfd.utils import files
 from sfd.utils.units import duration, memory
@@ -24,13 +25,17 @@ MAX_SKIPPED = 100  # files that are named
 # Log entries that get no curve; those with a slash are parts of others.
 UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped"}
 UNDRAWN |= {"images_per_second", "checkpoint_pause", "waiting"}
-ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA"}
-CARDS = {
+ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA", "psnr": "PSNR", "ema_distance": "distance to the EMA"}
+COLUMNS = {
     "class_accuracy": "Class accuracy",
     "frechet_distance": "Fréchet distance",
+    "sfid": "sFID",
     "precision": "Precision",
     "recall": "Recall",
 }
+IN_PERCENT = ("class_accuracy", "precision", "recall")
+IN_CARDS = ("class_accuracy", "frechet_distance", "precision", "recall")
+UNSEEN = ("batch_size", "compile")  # settings that change no image
 
 
 @dataclass(frozen=True)
@@ -68,16 +73,18 @@ def write_report(path: Path, content: ReportContent) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sfd.evaluation", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"duration": duration, "memory": memory, "percent": percent, "number": number}
+    environment.filters |= {"duration": duration, "memory": memory}
     page = environment.get_template("report.html").render(
         content=content,
         version=__version__,
-        cards=_cards(content.metrics),
+        columns={k: label for k, label in COLUMNS.items() if any(getattr(m, k) is not None for m in content.metrics)},
+        cards=[key for key in IN_CARDS if content.metrics and getattr(content.metrics[0], key) is not None],
+        value=_value,
+        settings=_settings,
         galleries=[_gallery(gallery) for gallery in content.galleries],
         schedule=figures.schedule(content.schedule) if content.schedule else None,
         previews=[(name, figures.picture(grid, grid.height)) for name, grid in content.previews],
         curves=[_curves(name, lines) for name, lines in content.logs.items() if lines],
-        has_sfid=any(row.sfid is not None for row in content.metrics),
         doubts=list(dict.fromkeys(text for row in content.metrics for why in row.caveats.values() for text in why)),
         protocols=list(dict.fromkeys(_protocol(row) for row in content.metrics)),
         skipped=content.skipped[:MAX_SKIPPED],
@@ -87,38 +94,29 @@ def write_report(path: Path, content: ReportContent) -> None:
     files.write_text(path, page)
 
 
-def percent(share: float | None) -> str:
-    """Format a share in percent; a dash if there is none."""
-    return "–" if share is None else f"{100 * share:.1f} %"
+def _value(row: Metrics, metric: str) -> tuple[str, str]:
+    """Format a metric and its 95 % interval; a dash and nothing if there is none."""
+    value = getattr(row, metric)
+    if value is None:
+        return "–", ""
+    scale, digits, unit = (100, 1, " %") if metric in IN_PERCENT else (1, 2, "")
+    shown, *interval = (f"{scale * x:.{digits}f}" for x in (value, *row.intervals.get(metric, ())))
+    return shown + unit, " to ".join(interval) + (unit if interval else "")
 
 
-def number(value: float | None, digits: int) -> str:
-    """Format a number with `digits` digits after the point; a dash if there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _cards(metrics: Sequence[Metrics]) -> list[dict[str, Any]]:
-    """Make the headline cards of the first row; a metric that is unreliable in any row makes its card doubtful."""
-    cards: list[dict[str, Any]] = []
-    for metric, label in CARDS.items():
-        rows = [row for row in metrics if getattr(row, metric) is not None]
-        if not metrics or getattr(metrics[0], metric) is None:
-            continue
-        values = []
-        for row in rows:
-            low, high = row.intervals[metric]
-            if metric == "frechet_distance":
-                values.append((row.name, number(getattr(row, metric), 2), f"{low:.2f} to {high:.2f}"))
-            else:
-                values.append((row.name, percent(getattr(row, metric)), f"{100 * low:.1f} to {100 * high:.1f} %"))
-        cards.append({"label": label, "values": values, "doubtful": any(metric in row.caveats for row in rows)})
-    return cards
+def _settings(sampling: Mapping[str, Any]) -> str:
+    """Describe how samples were made; settings that are as they always are need no word."""
+    usual = SamplingConfig().model_dump(mode="json", exclude={"solver", "steps", "guidance"})
+    shown = {key: v for key, v in sampling.items() if key not in UNSEEN and v not in (None, {}, "", usual.get(key))}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
 
 
 def _protocol(row: Metrics) -> str:
     """Describe a row's evaluation protocol in a paragraph."""
     p = row.protocol
-    accuracy = "" if p.extractor_accuracy is None else f", {percent(p.extractor_accuracy)} right on images it never saw"
+    accuracy = (
+        "" if p.extractor_accuracy is None else f", {100 * p.extractor_accuracy:.1f} % right on images it never saw"
+    )
     moments = ", by moments stored with it" if p.stored_moments else ""
     features = (
         "The features are not those of Inception: compare these numbers with each other, not with published FIDs."

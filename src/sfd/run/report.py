@@ -104,9 +104,9 @@ def _summary(recipe: Recipe, model: Model, metrics: Sequence[Metrics]) -> str:
 
 
 def _words(values: Mapping[str, Any]) -> str:
-    """Write settings as a reader would: name offset, delta 0.3, leaders semantic."""
+    """Write settings as a reader would: offset, delta 0.3, leaders semantic."""
     listed = {key: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for key, v in values.items()}
-    return ", ".join(f"{key} {value}" for key, value in listed.items())
+    return ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in listed.items())
 
 
 def _data_name(recipe: Recipe) -> str:

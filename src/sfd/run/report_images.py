@@ -21,7 +21,7 @@ SHOWN = 8  # images reconstructed; samples whose neighbours are looked for
 NEAREST = 7  # training images of each
 SEARCHED = 10_000  # training images, at most, among which neighbours are looked for
 BATCH = 250
-PREVIEWS = 6
+PREVIEWS = 3
 
 
 @torch.no_grad()
@@ -78,13 +78,10 @@ def nearest(
 
 
 def previews(training: Path) -> list[tuple[str, Image.Image]]:
-    """Open some sample grids of a training, in order, and the real images that it shows for comparison."""
+    """Open the first, a middle and the last grid of samples of a training."""
     found = sorted((training / "previews").glob("step-*.png"))
-    named = [(f"step {int(found[i].stem.removeprefix('step-')):,}", found[i]) for i in _spread(len(found), PREVIEWS)]
-    real = training / "previews" / "real.png"
-    if named and real.exists():
-        named.append(("real images, encoded and decoded", real))
-    return [(name, Image.open(path)) for name, path in named]
+    chosen = [found[i] for i in _spread(len(found), PREVIEWS)]
+    return [(f"step {int(path.stem.removeprefix('step-')):,}", Image.open(path)) for path in chosen]
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:
