@@ -25,7 +25,7 @@ MAX_SKIPPED = 100  # files that are named
 # Log entries that get no curve; those with a slash are parts of others.
 UNDRAWN = {"step", "learning_rate", "gradient_norm", "skipped"}
 UNDRAWN |= {"images_per_second", "checkpoint_pause", "waiting"}
-ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA", "psnr": "PSNR", "ema_distance": "distance to the EMA"}
+ABBREVIATIONS = {"mse": "MSE", "kl": "KL", "repa": "REPA", "psnr": "PSNR"}
 COLUMNS = {
     "class_accuracy": "Class accuracy",
     "frechet_distance": "Fréchet distance",
