@@ -71,15 +71,16 @@ def test_it_measures_resumes_and_shares(tmp_path):
     )
 
 
-def test_an_interval_covers_the_spread_of_seeds_that_all_arms_share(tmp_path):
+def test_an_interval_covers_what_arms_and_seeds_leave_unexplained(tmp_path):
     results = Results(tmp_path)
-    for arm, values in {"a": (1.0, 3.0), "b": (5.0, 7.0), "c": (4.0,)}.items():
-        for value in values:
+    for arm, values in {"a": (1.0, 3.0), "b": (5.0, 9.0), "c": (4.0,)}.items():
+        for seed, value in enumerate(values):
             metrics = SimpleNamespace(recall=value, intervals={"recall": (value - 0.1, value + 0.1)})
-            results.found[arm]["guidance-1"].append(metrics)
-    one = 4.30 * 2**0.5  # two degrees of freedom, variance 2
+            results.found[arm]["guidance-1"][seed] = metrics
+    one = 12.71  # one degree of freedom; residuals of ±1/2
     assert results.value("a", "recall") == Value(2.0, pytest.approx(one / 2**0.5))
     assert results.value("c", "recall") == Value(4.0, pytest.approx(one))
+    assert results.value("b", "recall", seeds={1}).mean == 9.0
 
 
 def test_an_ordering_holds_only_where_intervals_are_apart():
