@@ -76,11 +76,11 @@ class Results:
         """Half the 95 % interval of one seed, from what is left once each arm and each seed has its mean."""
         several = [arm for arm in self.found if len(self.seeds(arm, what)) > 1]
         common = set.intersection(*(self.seeds(arm, what) for arm in several)) if several else set()
-        freedom = (len(several) - 1) * (len(common) - 1)
-        if freedom < 1:
+        if len(several) < 2 or len(common) < 2:
             return 0.0
         values = np.array([[getattr(self.found[arm][what][seed], metric) for seed in common] for arm in several], float)
         left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+        freedom = (len(several) - 1) * (len(common) - 1)
         return STUDENT[min(freedom, len(STUDENT)) - 1] * float((left**2).sum() / freedom) ** 0.5
 
     def front(self, arm: str, metric: str, seeds: Collection[int] | None = None) -> list[tuple[float, Value]]:
