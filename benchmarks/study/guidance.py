@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.few_steps import sampled
+from benchmarks.few_steps import TIMED, sampled
+from benchmarks.measure import best_times
 from benchmarks.report import table
 from benchmarks.study.probe import Probe
 from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
 from sfd.evaluation.extractors._base import pretrained
 from sfd.evaluation.reference import Reference, reference_of
 from sfd.generation.directory import model_folder
-from sfd.generation.model import load_model
+from sfd.generation.model import Model, load_model
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
 from sfd.training.tasks.classifier import divide
@@ -78,6 +80,16 @@ def measure(
     return [*rows, row({"guidance_from": "real training images"}, found)]
 
 
+def times(model: Model, student: Model) -> list[dict[str, Any]]:
+    """Time per image of sampling and decoding, guided by the null class and by the student, in turn."""
+    guided: dict[str, Any] = {"steps": 24, "guidance": 1.5}
+    ways = {"guided, 24 steps": partial(sampled, model, guided, TIMED)}
+    ways |= {f"student, {k} steps": partial(sampled, student, {"steps": k}, TIMED) for k in (8, 4, 2, 1)}
+    seconds = best_times(ways, 3, model.device)
+    first = next(iter(seconds.values()))
+    return [{"way": w, "image_milliseconds": 1e3 * s / TIMED, "ratio": first / s} for w, s in seconds.items()]
+
+
 def row(way: dict[str, Any], found: Metrics) -> dict[str, Any]:
     """Quality with the interval of the distance, and what an image costs."""
     low, high = found.intervals["frechet_distance"]
@@ -108,6 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
         against = pipeline.evaluator.reference() if given.judge == "run" else judge(pipeline)
         paths = {kind: path for kind, path in others.items() if path}
         print(table(measure(pipeline, against, given.judge, given.samples, paths)))
+        if given.student:
+            print(table(times(pipeline.model, load_model(model_folder(given.student), pipeline.device))))
     except Interrupted:
         sys.exit("stopped; the same command resumes")
     except SFDError as error:

@@ -21,6 +21,7 @@ from sfd.utils import files
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5 % quantiles of t, by degrees of freedom
 DRAWN = ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived")  # arms whose fronts are plotted
 SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
+CONVERGED = {"frechet_distance": "distance", "class_accuracy": "accuracy"}
 CLAIMS = (
     ("repa", "texture", "REPA is better than texture alone"),
     ("offset-0", "repa", "a semantic stream, synchronous, is better than REPA alone"),
@@ -89,12 +90,13 @@ class Results:
         pairs = [(scale, self.value(arm, metric, f"guidance-{scale:g}", seeds)) for scale in scales]
         return [(scale, value) for scale, value in pairs if value is not None]
 
-    def curve(self, arm: str, images: int, steps: int) -> list[tuple[int, float]]:
-        """Unguided distance by images seen, the last point that of the trained model."""
+    def curve(self, arm: str, metric: str, images: int, steps: int) -> list[tuple[int, float]]:
+        """Unguided distance, or share of images not recognised, by images seen; the last is of the trained model."""
         taken = sorted(int(what.split("-")[1]) for what in self.found.get(arm, {}) if what.startswith("step"))
-        points = [(step * images, self.value(arm, "frechet_distance", f"step-{step}")) for step in taken]
-        points.append((steps * images, self.value(arm, "frechet_distance")))
-        return [(seen, value.mean) for seen, value in points if value is not None]
+        points = [(step * images, self.value(arm, metric, f"step-{step}")) for step in taken]
+        points.append((steps * images, self.value(arm, metric)))
+        found = [(seen, value.mean) for seen, value in points if value is not None]
+        return [(seen, 1 - mean) for seen, mean in found] if metric == "class_accuracy" else found
 
     def best(self, arm: str, seeds: Collection[int] | None = None) -> tuple[float, Value] | None:
         """The lowest distance over the scales of guidance, and its scale."""
@@ -166,7 +168,7 @@ def shown(value: Value | None) -> str:
 
 
 def reached(curve: list[tuple[int, float]], distance: float) -> float | None:
-    """Images until a distance was first reached, by straight lines on logarithms of both; None: never."""
+    """Images until a distance (or error) was first reached, by straight lines on logarithms of both; None: never."""
     for (before, high), (after, low) in pairwise(curve):
         if low <= distance < high:
             share = math.log(high / distance) / math.log(high / low)
@@ -176,17 +178,20 @@ def reached(curve: list[tuple[int, float]], distance: float) -> float | None:
 
 def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
     """One row per arm."""
-    final = results.value("texture", "frechet_distance")
     listed = []
-    for arm in results.found:
+    for arm in filter(results.seeds, results.found):
         row: dict[str, Any] = {"arm": arm, "seeds": len(results.seeds(arm))}
         row |= {metric.replace("_", " "): shown(results.value(arm, metric)) for metric in SHOWN}
         best = results.best(arm)
         for few in FEW:
             row[f"distance in {few} steps"] = shown(results.value(arm, "frechet_distance", f"in-{few}-steps"))
         row["best guided distance"] = "—" if best is None else f"{shown(best[1])} at {best[0]:g}"
-        seen = reached(results.curve(arm, images, steps), final.mean) if final is not None else None
-        row["times faster than texture alone"] = "—" if seen is None else f"{images * steps / seen:.2g}"
+        for metric, name in CONVERGED.items():
+            seen = None
+            if results.seeds("texture"):
+                _, final = results.curve("texture", metric, images, steps)[-1]
+                seen = reached(results.curve(arm, metric, images, steps), final)
+            row[f"times faster than texture alone in {name}"] = "—" if seen is None else f"{images * steps / seen:.2g}"
         listed.append(row)
     return listed
 
@@ -211,11 +216,13 @@ def plots(results: Results, images: int, steps: int) -> Figure:
         precision, recall, distance = ([value.mean for _, value in pair] for pair in pairs)
         front.plot(recall, precision, "o-", label=arm)
         by_scale.plot([scale for scale, _ in pairs[2]], distance, "o-", label=arm)
-        curve = results.curve(arm, images, steps)
+        curve = results.curve(arm, "class_accuracy", images, steps)
         convergence.loglog([seen for seen, _ in curve], [value for _, value in curve], "o-", label=arm)
     titles = ("offset Δ", "Fréchet distance"), ("recall", "precision"), ("guidance", "Fréchet distance")
     for axis, (x_name, y_name) in zip(
-        (by_offset, front, by_scale, convergence), (*titles, ("images seen", "unguided Fréchet distance")), strict=True
+        (by_offset, front, by_scale, convergence),
+        (*titles, ("images seen", "share of unguided images not recognised")),
+        strict=True,
     ):
         axis.set(xlabel=x_name, ylabel=y_name)
         axis.grid(alpha=0.3)
