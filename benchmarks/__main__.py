@@ -103,15 +103,15 @@ def chosen(names: list[str], setting: Setting) -> list[str]:
 def measure(names: list[str], setting: Setting, publish: bool) -> list[str]:
     """Measure sections, print each at once and publish it if wanted; give those that failed."""
     failed, results = [], setting.out / "results.json"
-    kept: report.Results = {setting.device.type: {}}
+    kept: report.Results = json.loads(results.read_text()) if results.exists() else {}
     for name in names:
         start = time.monotonic()
         where = None if name.startswith("scaling_") else machine(setting.device)
         try:
             rows: list[Row] = []
-            kept[setting.device.type][name] = {"machine": where, "rows": rows}
             for row in SECTIONS[name].rows(setting):
                 rows.append(row)
+                kept.setdefault(setting.device.type, {})[name] = {"machine": where, "rows": rows}
                 print(row, flush=True)
                 results.write_text(json.dumps(kept, indent=1))  # stays if a later row takes too long
             print(f"\n## {name} ({time.monotonic() - start:.0f} s)\n\n{report.table(rows)}", flush=True)
@@ -150,9 +150,12 @@ def main() -> None:
     parser.add_argument("--take", type=Path, metavar="FILE", help="publish these results of another machine instead")
     given = parser.parse_args()
     if given.take:
-        for device, sections in json.loads(given.take.read_text()).items():
-            for name, kept in sections.items():
-                report.publish(name, kept["rows"], device, kept["machine"])
+        try:
+            for device, sections in json.loads(given.take.read_text()).items():
+                for name, kept in sections.items():
+                    report.publish(name, kept["rows"], device, kept["machine"])
+        except (OSError, ValueError, KeyError, AttributeError, SFDError) as error:
+            parser.error(f"--take {given.take}: no results.json that this command wrote can be published ({error!r})")
         return
     if given.quick and given.publish:
         parser.error("published figures are those of the full run; leave out --quick or --publish")

@@ -122,12 +122,12 @@ def training(setting: Setting) -> Iterator[Row]:
             if device.type == "cuda":
                 net.to("meta")
             times = best_times(steps, setting.repeats, device)
-            plain.setdefault(size, times.get("float32"))
+            plain.setdefault((size, batch), times.get("float32"))
             torch._dynamo.reset()
             for name, seconds in times.items():
                 rate = 3 * flops(net.config) * batch / seconds
                 row = {"size": size, "batch": batch, "way": name, "images_per_second": batch / seconds}
-                row |= {"ratio": plain[size] / seconds, "flops_per_second": rate}
+                row |= {"ratio": plain[size, batch] / seconds, "flops_per_second": rate}
                 precision = "float32" if name == "float32" else "bf16"
                 yield row | {"share_of_matrix_rate": rate / setting.matrix_rates[precision]} | peak(device)
             del steps

@@ -99,16 +99,22 @@ def test_intervals_match_the_spread_over_draws():
     assert found == pytest.approx(expected, rel=0.15)
 
 
-def test_with_as_many_of_each_class_only_differences_within_one_count():
-    labels, mix = np.arange(500) % 5, np.linspace(1, 2, 8)
-    centres, reference = 4 * np.random.default_rng(0).normal(size=(5, 8)), Gaussian(np.zeros(8), np.eye(8), 0)
+@pytest.mark.parametrize("classes", [5, 250])
+def test_with_as_many_of_each_class_only_differences_within_one_count(classes):
+    labels, mix = np.arange(500) % classes, np.linspace(1, 2, 8)
+    centres, reference = 4 * np.random.default_rng(1000).normal(size=(classes, 8)), Gaussian(np.zeros(8), np.eye(8), 0)
 
     def draw(rng):
         return centres[labels] + mix * rng.normal(size=(500, 8))
 
     expected, found = spread(lambda x: intervals.frechet(reference, x, labels), draw)
     assert found == pytest.approx(expected, rel=0.15)
-    assert spread(lambda x: intervals.frechet(reference, x), draw)[1] > 1.5 * expected
+    assert spread(lambda x: intervals.frechet(reference, x), draw)[1] > 1.3 * expected
+
+
+def test_single_images_of_classes_have_the_interval_of_a_plain_draw():
+    reference, features = Gaussian(np.zeros(8), np.eye(8), 0), np.random.default_rng(0).normal(size=(50, 8))
+    assert intervals.frechet(reference, features, np.arange(50)) == intervals.frechet(reference, features)
 
 
 def test_the_interval_of_a_share_is_wide_for_few_images():

@@ -65,7 +65,7 @@ def measure(
         if kind is not None and kind not in others:
             continue
         name = "-".join(str(value) for value in reversed(way.values()))
-        path = folder / f"{f'{others[kind].name}-' if kind else ''}{name}.{judged_by}.{samples}.json"
+        path = folder / f"{f'{loaded[kind].identity[:8]}-' if kind else ''}{name}.{judged_by}.{samples}.json"
         if not path.exists():
             if kind == "student":
                 images = sampled(loaded[kind], {"steps": way["steps"]}, samples)

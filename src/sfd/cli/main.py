@@ -84,12 +84,13 @@ def distill(**arguments: Any) -> None:
 @click.option("--format", "form", type=click.Choice(["sfd", "diffusers"]), default="sfd", show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option("--licence", "--license", help="of the weights, for the card: mit, apache-2.0 …  [default: not stated]")
-@click.option("--step", type=int, help="of a run: the model of this kept checkpoint, such as a guiding model")
+@click.option("--step", type=int, help="of a run: the model of a kept checkpoint, to sample or guide with")
 def export(model: Path, out: Path, form: str, dtype: str, licence: str | None, step: int | None) -> None:
     """Write a MODEL directory, a run's model or an exported pipeline to OUT, with a model card.
 
-    By default with weights of half the size. A run's card has its metrics and a grid of its samples. The format
-    diffusers is a folder for SFDPipeline.from_pretrained and DiffusionPipeline.from_pretrained.
+    By default with weights of half the size. A run's card has its metrics and a grid of its samples. The model of a
+    --step cannot encode new images: it has no semantic encoder. The format diffusers is a folder for
+    SFDPipeline.from_pretrained and DiffusionPipeline.from_pretrained.
     """
     from sfd.cli.export import export_model
 

@@ -29,7 +29,10 @@ class ByStream(click.ParamType):
         """Read the number, or the numbers by name."""
         pairs = [part.partition("=") for part in value.split(",")]
         try:
-            return {name.strip(): float(g) for name, _, g in pairs} if "=" in value else float(value)
+            found = {name.strip(): float(g) for name, _, g in pairs} if "=" in value else float(value)
+            if isinstance(found, dict) and len(found) < len(pairs):
+                self.fail(f"{value!r} names a stream twice", param, ctx)
+            return found
         except ValueError:
             self.fail(f"{value!r} is neither a number nor, by stream, such as semantic=1.5,texture=2", param, ctx)
 
@@ -38,6 +41,6 @@ FOLDER = UserPath()
 BY_STREAM = ByStream()
 MAX_HOURS_HELP = "checkpoint and exit with code 75 after this many hours; rerun the command to resume"
 guidance_option = click.option(
-    "--guidance", type=BY_STREAM, help="scale, or by stream: semantic=1.5,texture=2  [1: no guidance]"
+    "--guidance", type=BY_STREAM, help="scale, or by stream: semantic=1.5,texture=2; 1, also of a stream left out: none"
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps …")

@@ -59,7 +59,7 @@ def frechet(reference: Gaussian, features: NDArray[np.floating], strata: NDArray
 
     Args:
         strata: class of each image (N,), if as many of each were drawn on purpose: another draw has the same
-            classes, so that only differences within a class count.
+            classes, so that only differences within a class count. Ignored where a class has a single image.
     """
     own = gaussian(features)
     root = square_root(reference.covariance)
@@ -72,8 +72,9 @@ def frechet(reference: Gaussian, features: NDArray[np.floating], strata: NDArray
         quadratic = (centred**2).sum(axis=1) - ((centred @ half) ** 2).sum(axis=1)
         contributions.append(2 * centred @ (own.mean - reference.mean) + quadratic)
     each = np.concatenate(contributions)
-    if strata is not None:
-        each -= (np.bincount(strata, each) / np.maximum(np.bincount(strata), 1))[strata]
+    if strata is not None and (counts := np.bincount(strata)[strata]).min() > 1:
+        each -= np.bincount(strata, each)[strata] / counts
+        each *= np.sqrt(counts / (counts - 1))  # a few images spread less about their own mean than about the true one
     found = mean_estimate(frechet_distance(reference, own), each)
     return found._replace(low=max(found.low, 0.0))
 
