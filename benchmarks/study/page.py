@@ -243,6 +243,8 @@ def write(folder: Path, name: str, images: int, steps: int) -> Path:
 
 {summary(checked)}
 
+    python -m benchmarks.study {name}
+
 Each arm is a network of the same size that saw the same {images * steps:,} images, in the same order. Values are means
 over seeds with 95 % intervals that cover the draw of the samples and the spread over seeds: what is left once each arm
 and each seed has its mean, since all arms share a seed's noise. An ordering is checked on the seeds that both arms
