@@ -257,6 +257,16 @@ def test_an_earlier_checkpoint_becomes_a_model_that_guides(finished, tmp_path):
     done(*command, "--out", tmp_path / "guided", "--device", "cpu")
 
 
+def test_a_damaged_checkpoint_is_not_exported(finished, tmp_path):
+    shutil.copytree(finished.folder.root, tmp_path / "run")
+    path = tmp_path / "run/training/checkpoints/step-000000004.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused(sfd("export", tmp_path / "run", tmp_path / "out", "--step", 4), "checksum")
+    assert not (tmp_path / "out").exists()
+
+
 def test_recipes_are_listed(recipe):
     assert "`tiny.yaml`" in done("recipes", recipe.parent)
 

@@ -62,13 +62,15 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def at_step(folder: Path, step: int) -> Checkpoint:
-    """Read the checkpoint of one step."""
+    """Read the checkpoint of one step; a damaged one is refused."""
     path = folder / f"step-{step:09d}.safetensors"
     if not path.exists():
         kept = ", ".join(str(int(each.stem.split("-")[1])) for each in sorted(folder.glob(PATTERN)))
         raise SFDError(
             f"{folder} has no checkpoint of step {step}; it has those of {kept or 'no step'} (train.keep_every)"
         )
+    if not _intact(path):
+        raise SFDError(f"{path} does not match its checksum; take the checkpoint of another step")
     return _read(path)
 
 
@@ -84,8 +86,7 @@ def _newest_intact(folder: Path) -> Path | None:
     paths = _paths(folder)
     for path in paths:
         try:
-            metadata = _metadata(path)
-            if metadata["sha256"] == _digest(metadata["record"], files.read_tensors(path)):
+            if _intact(path):
                 return path
             say(f"checkpoint passed over: {path} does not match its checksum")
         except SFDError as error:
@@ -93,6 +94,11 @@ def _newest_intact(folder: Path) -> Path | None:
     if paths:
         raise SFDError(f"no intact checkpoint in {folder} (all {len(paths)} are damaged); remove it to start anew")
     return None
+
+
+def _intact(path: Path) -> bool:
+    metadata = _metadata(path)
+    return metadata["sha256"] == _digest(metadata["record"], files.read_tensors(path))
 
 
 def _read(path: Path) -> Checkpoint:
