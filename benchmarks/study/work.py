@@ -36,6 +36,7 @@ SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance
 FEW = (5, 10)  # steps of further unguided samples
 LENGTH, BEND = 0.1, 0.01  # of a learned schedule's path, as in `sfd learn-schedule`
 OF_LATENTS = ("data", "texture", "semantic", "compressor", "latents")  # fields of a recipe that latents depend on
+SHARED = Arm("base", (), "")  # what all arms have in common
 REAL = ("real-images", "decoded-real-images")
 PER_SEED = 1_000_000  # images of a training seed have noise of their own, the same for all arms
 
@@ -69,9 +70,9 @@ class Study:
         paths = {name: self.folder / "results" / f"{name}.json" for name in REAL}
         if all(path.exists() for path in paths.values()):
             return
-        parts = self._parts(Arm("base", (), ""))
+        parts = self._parts(SHARED)
         images, codec = parts.images.training, parts.texture.encoder.to(self.device)
-        count = self.recipe(Arm("base", (), "")).evaluation.samples_per_class * len(images.classes)
+        count = self.recipe(SHARED).evaluation.samples_per_class * len(images.classes)
         chosen = np.linspace(0, len(images) - 1, count).astype(int)
         labels, seen = [images.labels[k] for k in chosen], images.load(chosen)
         evaluate(seen, labels, self.reference, name=REAL[0], real=True).write(paths[REAL[0]])
@@ -113,7 +114,7 @@ class Study:
         return load_recipe(path).schedule
 
     def _evaluate(self, model: Model, seed: int, path: Path, sampling: dict[str, Any]) -> None:
-        recipe = self.recipe(Arm("base", (), ""))
+        recipe = self.recipe(SHARED)
         settings = recipe.sample.model_copy(update={"guidance": 1.0, "guidance_from": "null_class", **sampling})
         labels = [c for c in range(len(model.classes)) for _ in range(recipe.evaluation.samples_per_class)]
         seeds = range(PER_SEED * seed, PER_SEED * seed + len(labels))
@@ -124,7 +125,7 @@ class Study:
     @cached_property
     def reference(self) -> Reference:
         """Held-out images as the judge sees them: the run's classifier, or a linear one of an extractor's features."""
-        recipe = self.recipe(Arm("base", (), ""))
+        recipe = self.recipe(SHARED)
         fixed = recipe.fixed()
         run = Pipeline(recipe, self._part("judge", [fixed["data"], fixed["evaluation"]["classifier"]]), self.device)
         if self.base.extractor is None:
