@@ -47,6 +47,7 @@ from benchmarks.measure import ROOT, Row, Setting, machine
 from sfd.models.dit_config import SIZES
 from sfd.utils.device import choose_device
 from sfd.utils.errors import SFDError, unknown
+from sfd.utils.files import write_text
 
 
 class Section(NamedTuple):
@@ -109,14 +110,15 @@ def measure(names: list[str], setting: Setting, publish: bool) -> list[str]:
         where = None if name.startswith("scaling_") else machine(setting.device)
         try:
             rows: list[Row] = []
+            section = {"machine": where, "rows": rows, "quick": setting.quick}
             for row in SECTIONS[name].rows(setting):
                 rows.append(row)
-                kept.setdefault(setting.device.type, {})[name] = {"machine": where, "rows": rows}
+                kept.setdefault(setting.device.type, {})[name] = section
                 print(row, flush=True)
-                results.write_text(json.dumps(kept, indent=1))  # stays if a later row takes too long
+                write_text(results, json.dumps(kept, indent=1))  # stays if a later row takes too long
             print(f"\n## {name} ({time.monotonic() - start:.0f} s)\n\n{report.table(rows)}", flush=True)
             if publish:
-                report.publish(name, rows, setting.device.type, where)
+                report.publish({setting.device.type: {name: section}})
                 if SECTIONS[name].figure and setting.device.type == "cpu":
                     subprocess.run([sys.executable, ROOT / "docs/figures/make.py", SECTIONS[name].figure], check=True)
         except Exception as error:  # the other sections do not depend on it
@@ -151,11 +153,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.take:
         try:
-            for device, sections in json.loads(given.take.read_text()).items():
-                for name, kept in sections.items():
-                    report.publish(name, kept["rows"], device, kept["machine"])
-        except (OSError, ValueError, KeyError, AttributeError, SFDError) as error:
-            parser.error(f"--take {given.take}: no results.json that this command wrote can be published ({error!r})")
+            report.publish(json.loads(given.take.read_text(encoding="utf-8")))
+        except SFDError as error:
+            parser.error(f"--take {given.take}: {error}")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            parser.error(f"--take {given.take}: this is no results.json that this command wrote ({error!r})")
         return
     if given.quick and given.publish:
         parser.error("published figures are those of the full run; leave out --quick or --publish")

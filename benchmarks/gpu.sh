@@ -156,7 +156,6 @@ part samples 20 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-
 wait
 measure 100 guided --sizes $GUIDED
 measure 115 training --sizes $TRAINING
-HOW=(--quick)
 measure 45 loader --sizes "${TRAINING%%,*}"
 
 $PYTHON - "$OUT"/work/*/results.json >"$OUT/results.json" <<'PY'

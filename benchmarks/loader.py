@@ -44,13 +44,12 @@ class Case(NamedTuple):
     trained: int  # images per training step
 
 
-def loader(setting: Setting) -> list[Row]:
+def loader(setting: Setting) -> Iterator[Row]:
     """Images per second of one and two threads that prepare batches, and of training in bf16, which consumes them.
 
     Cold: from files that the system no longer holds in memory, whatever the disk below remembers. The share of a core
     is what a single thread spends on what training consumes.
     """
-    rows = []
     for case in _cases(setting):
         step = _step(case.task, case.trained, setting.device)
         training = case.trained / best_times({"": step}, max(setting.repeats // 2, 1), setting.device)[""]
@@ -59,13 +58,12 @@ def loader(setting: Setting) -> list[Row]:
             row["cold"] = _cold(case, threads, setting.device)
             row["warm"] = max(_rate(case, threads, setting.device) for _ in range(max(setting.repeats, 2)))
             row |= {"training": training, "share_of_a_core": training / row["warm"] if threads == 1 else None}
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _cases(setting: Setting) -> Iterator[Case]:
     size, batch = setting.sizes[0]
-    if not setting.quick:
+    if setting.device.type == "cpu" and not setting.quick:
         yield _demo(prepared(setting.out / "demo"))
     task = published_task(size, LATENTS, setting.out / "published")
     shards = tuple(task.latents.folder.glob("*.safetensors"))

@@ -12,7 +12,9 @@ from sfd.utils import files
 from sfd.utils.errors import SFDError
 
 DOCS = ROOT / "docs"
-Results = dict[str, dict[str, Any]]  # device type → section → {"machine": …, "rows": …}
+Results = dict[
+    str, dict[str, Any]
+]  # device type → section → {"machine": … (None: arithmetic), "rows": …, "quick": … (not in docs/)}
 
 
 def table(rows: list[Row]) -> str:
@@ -45,26 +47,31 @@ def read(docs: Path = DOCS) -> Results:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def publish(section: str, rows: list[Row], device: str, machine: Row | None, docs: Path = DOCS) -> None:
-    """Keep a section's rows in place of earlier ones of the same device type, and write the tables of all pages anew.
+def publish(found: Results, docs: Path = DOCS) -> None:
+    """Keep sections in place of earlier ones of the same device type, and write the tables of all pages anew.
 
     Args:
-        section: its name; pages show it between `<!-- section -->` and `<!-- end of section -->`.
-        rows: what was measured.
-        device: type of device; tables of others than the CPU are shown together, between `<!-- cuda -->` and so on.
-        machine: where it was measured; None if the rows are arithmetic.
+        found: pages show a section between `<!-- section -->` and `<!-- end of section -->`; those of other devices
+            than the CPU are shown together, between `<!-- cuda -->` and so on.
         docs: folder of the pages.
     """
     pages = {path: path.read_text(encoding="utf-8") for path in sorted(docs.rglob("*.md"))}
-    marker = f"<!-- {section if device == 'cpu' else device} -->"
-    if not any(marker in text for text in pages.values()):
-        raise SFDError(f"no page of {docs} has a place for {section} on {device}; write {marker} and its end into one")
     results = read(docs)
-    results.setdefault(device, {})[section] = {"machine": machine, "rows": rows}
+    for device, sections in found.items():
+        for section, kept in sections.items():
+            if kept["quick"]:
+                raise SFDError(f"{section} on {device} was measured with --quick; measure it without, to publish it")
+            marker = f"<!-- {section if device == 'cpu' else device} -->"
+            if not any(marker in text for text in pages.values()):
+                raise SFDError(
+                    f"no page of {docs} has a place for {section} on {device}; write {marker} and its end into one"
+                )
+            results.setdefault(device, {})[section] = {"machine": kept["machine"], "rows": kept["rows"]}
+    filled = {path: fill(text, results) for path, text in pages.items()}
     files.write_text(docs / "results" / "benchmarks.json", json.dumps(results, indent=1) + "\n")
-    for path, text in pages.items():
-        if (filled := fill(text, results)) != text:
-            files.write_text(path, filled)
+    for path, text in filled.items():
+        if text != pages[path]:
+            files.write_text(path, text)
 
 
 def fill(text: str, results: Results) -> str:

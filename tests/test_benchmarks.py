@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -73,16 +75,70 @@ def test_the_script_for_a_gpu_names_a_missing_package(tmp_path):
     assert done.returncode == 2 and "pydantic" in done.stderr and "WHEELS" in done.stderr
 
 
-def test_publishing_replaces_a_section_and_keeps_the_others(tmp_path):
-    page = tmp_path / "page.md"
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A folder of pages in place of docs/, whose one page has places for `a`, `b` and a GPU."""
+    monkeypatch.setattr(report, "publish", partial(report.publish, docs=tmp_path / "docs"))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/page.md"
     page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ("a", "b", "cuda", "machine")))
+    return page
+
+
+def section(error, quick=False):
+    return {"machine": {"device": "x"}, "rows": [{"error": error}], "quick": quick}
+
+
+def take(monkeypatch, folder, found):
+    (folder / "taken.json").write_text(json.dumps(found))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--take", str(folder / "taken.json")])
+    command.main()
+
+
+def test_publishing_replaces_a_section_and_keeps_the_others(page):
     for name, value, device in (("a", 1.0, "cpu"), ("b", 2.0, "cpu"), ("a", 3.0, "cpu"), ("a", 4.0, "cuda")):
-        report.publish(name, [{"error": value}], device, {"device": "x"}, tmp_path)
+        report.publish({device: {name: section(value)}})
     shown = re.sub(r"\s", "", page.read_text())
     assert "|3|<!--endofa-->" in shown and "|2|<!--endofb-->" in shown and "|4|<!--endofcuda-->" in shown
     assert "|1|" not in shown and shown.count("|x|") == 3
     with pytest.raises(SFDError, match="c on cpu"):
-        report.publish("c", [], "cpu", None, tmp_path)
+        report.publish({"cpu": {"c": section(1.0)}})
+
+
+def test_results_of_another_machine_are_published(page, tmp_path, monkeypatch):
+    take(monkeypatch, tmp_path, {"cuda": {"a": section(1.0), "b": section(2.0)}, "cpu": {"b": section(3.0)}})
+    shown = re.sub(r"\s", "", page.read_text())
+    assert "|1|`b`" in shown and "|2|<!--endofcuda-->" in shown and "|3|<!--endofb-->" in shown
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"cpu": {"a": section(1.0), "b": section(2.0, quick=True)}}, "b on cpu was measured with --quick"),
+        ({"cpu": {"a": section(1.0), "c": section(2.0)}}, "c on cpu"),
+        ({"cpu": {"a": {"rows": [], "machine": None}}}, "results.json"),
+        ([], "results.json"),
+    ],
+    ids=["quick", "no place", "unmarked", "a list"],
+)
+def test_results_that_cannot_be_published_change_nothing(page, tmp_path, monkeypatch, capsys, found, said):
+    before = page.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        take(monkeypatch, tmp_path, found)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert page.read_text() == before and list(page.parent.iterdir()) == [page]
+
+
+def test_what_is_measured_joins_earlier_results(setting, monkeypatch):
+    monkeypatch.setitem(SECTIONS, "a", command.Section(lambda setting: [{"error": 1.0}]))
+    monkeypatch.setitem(SECTIONS, "b", command.Section(lambda setting: [{"error": 2.0}]))
+    for name, quick in (("a", True), ("b", True), ("a", False)):
+        assert command.measure([name], replace(setting, quick=quick), publish=False) == []
+    kept = json.loads((setting.out / "results.json").read_text())["cpu"]
+    assert {name: (each["rows"][0]["error"], each["quick"]) for name, each in kept.items()} == {
+        "a": (1.0, False),
+        "b": (2.0, True),
+    }
 
 
 def test_sections_are_chosen_by_prefix_and_unknown_ones_refused(setting):
