@@ -11,7 +11,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study.arms import BASES, arms
 from benchmarks.study.page import Results, Value, reached, verdict
 from benchmarks.study.probe import Probe
-from benchmarks.study.work import FEW, REAL, SCALES
+from benchmarks.study.work import FEW, REAL, SCALES, WEAK
 from sfd.data.folder import FolderSource
 from sfd.evaluation.extractors._base import Extraction
 from sfd.run.recipe import load_recipe
@@ -19,7 +19,7 @@ from sfd.run.recipe import load_recipe
 TOY = [
     "data={source: shapes, image_size: 32, count: 400, holdout: 0.5, seed: 0}",
     *(f"{part}.train={{steps: 2, batch_size: 8, learning_rate: 1.0e-3}}" for part in ("texture", "semantic")),
-    "train={steps: 4, batch_size: 8, learning_rate: 1.0e-3, preview_every: 2}",
+    "train={steps: 4, batch_size: 8, learning_rate: 1.0e-3, preview_every: 2, keep_every: 2}",
     "transformer={size: tiny, depth: 1, repa_block: 1, repa_width: 8, width: 16, heads: 2}",
     "sample={steps: 3, solver: euler}",
     "evaluation={samples_per_class: 2, classifier: {training: {steps: 2, batch_size: 8, learning_rate: 1.0e-3}}}",
@@ -53,7 +53,9 @@ def test_it_measures_resumes_and_shares(tmp_path):
     ]
     study.main(command)
     results = sorted((tmp_path / "shapes/results").glob("*.seed-*"))
-    assert len(results) == 2 * 2 * (len(SCALES) + len(FEW) + 1)  # arms, seeds, samplings, preview
+    assert len(results) == 2 * 2 * (
+        len(SCALES) + len(FEW) + len(WEAK) + 2
+    )  # arms, seeds, samplings, true semantics, preview
     assert len(list((tmp_path / "shapes/parts").glob("latents-*"))) == 1
     page = (tmp_path / "study-shapes.md").read_text(encoding="utf-8")
     assert all((tmp_path / f"shapes/results/{name}.json").exists() for name in REAL)

@@ -22,9 +22,10 @@ class Base(NamedTuple):
     other_compressor: str
 
 
-SIZE = ("train.steps=2400", "train.decay_from=1600", "train.preview_every=400", "train.warmup=100")
+SIZE = ("train.steps=2400", "train.decay_from=1600", "train.preview_every=400", "train.keep_every=800")
 SIZE += ("evaluation.samples_per_class=200", "sample.solver=multistep", "sample.steps=24", "sample.batch_size=250")
-SIZE += ("loss.stationary_streams=false", "transformer={size: tiny, repa_block: 2, repa_width: 256}")
+SIZE += ("train.warmup=100", "loss.stationary_streams=false")
+SIZE += ("transformer={size: tiny, repa_block: 2, repa_width: 256}",)
 SEMVAE = (
     "compressor={{name: semvae, channels: {channels}, width: 96, heads: 4, blocks: 1, train: {{steps: 1000, "
     "batch_size: 128, learning_rate: 2.0e-3, warmup: 50, decay: cosine, precision: bf16}}}}"
@@ -69,6 +70,8 @@ def offset(delta: float) -> str:
 
 
 EQUAL_DENSITY = ("loss.density=stream", "loss.base_time=uniform")
+# Semantics lead by 0.3, as in the base, but end with texture: it is never drawn on semantics that are finished.
+TOGETHER = "schedule={name: learned, increments: {texture: [0, 6, 4], semantic: [3, 6, 1]}, base: [3, 6, 4]}"
 ALONE = ("streams.semantic=null", "schedule={name: synchronous}")
 
 
@@ -84,12 +87,14 @@ def arms(base: Base) -> list[Arm]:
         Arm("stationary", ("loss.stationary_streams=true",), "cause"),
     ]
     listed += [Arm(f"offset-{d:g}", (offset(d),), "offset") for d in (0.1, 0.2, 0.5, 0.7)]
-    listed += [Arm("arrived-1", (offset(1), "loss.arrived=0.75"), "cause")]
+    listed += [Arm("arrived-1", (offset(1), "loss.arrived=0.75"), "cause"), Arm("together", (TOGETHER,), "cause")]
     for delta in (0, 0.3, 1):
         listed += [
             Arm(f"data-{delta:g}", (offset(delta), "transformer.prediction=data"), "prediction"),
             Arm(f"density-{delta:g}", (offset(delta), *EQUAL_DENSITY), "cause"),
         ]
     listed += [Arm("learned", EQUAL_DENSITY, "schedule", learned=True)]
+    few = "compressor={name: pca, channels: 4, standardize: true}"
+    listed += [Arm("channels-4", (few,), "semantics"), Arm("channels-4-0", (few, offset(0)), "semantics")]
     listed += [Arm("compressor", (base.other_compressor,), "semantics"), Arm("embedded", (base.embedded,), "semantics")]
     return listed + [Arm(f"weight-{w:g}", (f"streams.semantic.weight={w:g}",), "weight") for w in (0.5, 1, 4)]

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import table
-from benchmarks.study.work import FEW, REAL
+from benchmarks.study.work import FEW, REAL, TRUE
 from sfd.evaluation.evaluate import Metrics, read_metrics
 from sfd.utils import files
 
@@ -30,6 +30,13 @@ CLAIMS = (
     ("offset-0.3", "stationary", "not training streams at rest is better than training them"),
     ("arrived", "offset-0.3", "noise on finished semantics is better than none"),
     ("arrived-1", "offset-1", "the same, sequential"),
+    (
+        "together",
+        "offset-0.3",
+        "semantics that are finished with texture are better than semantics that are finished before",
+    ),
+    ("channels-4", "offset-0.3", "semantics of 4 channels are better than of 8"),
+    ("channels-4", "channels-4-0", "with 4 channels, 0.3 is better than synchronous"),
     ("data-0.3", "offset-0.3", "predicting the data is better than predicting the velocity"),
     ("data-0.3", "data-0", "with predictions of the data, 0.3 is better than synchronous"),
     ("density-0.3", "density-0", "with equal densities of each stream's time, 0.3 is better than synchronous"),
@@ -52,6 +59,7 @@ class Results:
     """The metrics of a data set: `found[arm][what][seed]`."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.found: dict[str, dict[str, dict[int, Metrics]]] = defaultdict(lambda: defaultdict(dict))
         for path in sorted((folder / "results").glob("*.json")):
             name = re.fullmatch(r"(.+)\.seed-(\d+)\.(.+)\.json", path.name)
@@ -84,10 +92,12 @@ class Results:
         freedom = (len(several) - 1) * (len(common) - 1)
         return STUDENT[min(freedom, len(STUDENT)) - 1] * float((left**2).sum() / freedom) ** 0.5
 
-    def front(self, arm: str, metric: str, seeds: Collection[int] | None = None) -> list[tuple[float, Value]]:
-        """A metric by scale of guidance."""
-        scales = sorted(float(what.split("-")[1]) for what in self.found.get(arm, {}) if what.startswith("guidance"))
-        pairs = [(scale, self.value(arm, metric, f"guidance-{scale:g}", seeds)) for scale in scales]
+    def front(
+        self, arm: str, metric: str, seeds: Collection[int] | None = None, by: str = "guidance"
+    ) -> list[tuple[float, Value]]:
+        """A metric by scale of guidance by the null class, or by a "weak" model."""
+        scales = sorted(float(what.split("-")[1]) for what in self.found.get(arm, {}) if what.startswith(by))
+        pairs = [(scale, self.value(arm, metric, f"{by}-{scale:g}", seeds)) for scale in scales]
         return [(scale, value) for scale, value in pairs if value is not None]
 
     def curve(self, arm: str, metric: str, images: int, steps: int) -> list[tuple[int, float]]:
@@ -98,9 +108,20 @@ class Results:
         found = [(seen, value.mean) for seen, value in points if value is not None]
         return [(seen, 1 - mean) for seen, mean in found] if metric == "class_accuracy" else found
 
-    def best(self, arm: str, seeds: Collection[int] | None = None) -> tuple[float, Value] | None:
+    def best(self, arm: str, seeds: Collection[int] | None = None, by: str = "guidance") -> tuple[float, Value] | None:
         """The lowest distance over the scales of guidance, and its scale."""
-        return min(self.front(arm, "frechet_distance", seeds), key=lambda pair: pair[1].mean, default=None)
+        return min(self.front(arm, "frechet_distance", seeds, by), key=lambda pair: pair[1].mean, default=None)
+
+    def lowest(self, arm: str, seeds: Collection[int], by: str = "guidance") -> Value | None:
+        """The lowest distance over the scales of guidance."""
+        best = self.best(arm, seeds, by)
+        return None if best is None else best[1]
+
+    def semantics(self, arm: str) -> str:
+        """How often generated and real semantics have the right class, over all seeds."""
+        seen = [files.read_json(path, "measurement") for path in self.folder.glob(f"semantics/{arm}.seed-*.json")]
+        shares = [np.mean([each[kind] for each in seen]) for kind in ("generated", "real") if seen]
+        return " of ".join(f"{share:.3f}" for share in shares) or "—"
 
 
 def bounds(folder: Path) -> str:
@@ -129,9 +150,11 @@ def claims(results: Results) -> list[dict[str, Any]]:
     rows = []
     for better, worse, claim in CLAIMS:
         arms, seeds = (better, worse), results.seeds(better) & results.seeds(worse)
+        weak = results.seeds(better, "weak-2") & results.seeds(worse, "weak-2")
         pairs = {
             "unguided distance": [results.value(arm, "frechet_distance", seeds=seeds) for arm in arms],
-            "best guided distance": [best[1] if (best := results.best(arm, seeds)) else None for arm in arms],
+            "best guided distance": [results.lowest(arm, seeds) for arm in arms],
+            "best autoguided distance": [results.lowest(arm, weak, "weak") for arm in arms],
             "distance in 10 steps": [results.value(arm, "frechet_distance", "in-10-steps", seeds) for arm in arms],
             "unguided accuracy": [results.value(arm, "class_accuracy", seeds=seeds) for arm in arms],
             "unguided precision": [results.value(arm, "precision", seeds=seeds) for arm in arms],
@@ -182,10 +205,13 @@ def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
     for arm in filter(results.seeds, results.found):
         row: dict[str, Any] = {"arm": arm, "seeds": len(results.seeds(arm))}
         row |= {metric.replace("_", " "): shown(results.value(arm, metric)) for metric in SHOWN}
-        best = results.best(arm)
         for few in FEW:
             row[f"distance in {few} steps"] = shown(results.value(arm, "frechet_distance", f"in-{few}-steps"))
-        row["best guided distance"] = "—" if best is None else f"{shown(best[1])} at {best[0]:g}"
+        for name, best in (("best guided", results.best(arm)), ("best autoguided", results.best(arm, by="weak"))):
+            row[f"{name} distance"] = "—" if best is None else f"{shown(best[1])} at {best[0]:g}"
+        for name, metric in (("distance", "frechet_distance"), ("accuracy", "class_accuracy")):
+            row[f"{name} with true semantics"] = shown(results.value(arm, metric, TRUE))
+        row["class of generated semantics right"] = results.semantics(arm)
         for metric, name in CONVERGED.items():
             seen = None
             if results.seeds("texture"):

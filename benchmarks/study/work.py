@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from torch import nn
 
 from benchmarks.study.arms import Arm, Base
 from benchmarks.study.probe import Probe
+from benchmarks.study.semantics import chosen, class_accuracy, on_true_semantics, read
 from sfd.data.images import to_tensor, to_uint8
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
 from sfd.evaluation.extractors._base import pretrained
 from sfd.evaluation.reference import Reference, reference_of
+from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
+from sfd.latents import SEMANTIC
 from sfd.models.dit import LightningDiT
 from sfd.run.learn_schedule import ProbeSettings
 from sfd.run.pipeline import Pipeline
@@ -28,12 +32,17 @@ from sfd.run.recipe import Recipe, load_recipe
 from sfd.run.stages import Stage
 from sfd.run.transformer import transformer_config
 from sfd.schedule import build_schedule
+from sfd.training.checkpoint import weights_at
 from sfd.training.tasks.classifier import divide
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
+from sfd.utils import files
 
-SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance
+SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance by the null class
+WEAK = (2.0, 3.0)  # scales of AutoGuidance, by the arm's own network at the first checkpoint that is kept
 FEW = (5, 10)  # steps of further unguided samples
+FROM_WEAK = {"guidance_from": "guiding_model"}
+TRUE = "true-semantics"  # unguided samples whose semantics are those of real images
 LENGTH, BEND = 0.1, 0.01  # of a learned schedule's path, as in `sfd learn-schedule`
 OF_LATENTS = ("data", "texture", "semantic", "compressor", "latents")  # fields of a recipe that latents depend on
 SHARED = Arm("base", (), "")  # what all arms have in common
@@ -57,13 +66,18 @@ class Study:
         wanted: dict[Path, dict[str, Any]] = {
             **{self.path(arm, seed, f"guidance-{scale:g}"): {"guidance": scale} for scale in SCALES},
             **{self.path(arm, seed, f"in-{steps}-steps"): {"steps": steps} for steps in FEW},
+            **{self.path(arm, seed, f"weak-{scale:g}"): {"guidance": scale} | FROM_WEAK for scale in WEAK},
         }
         missing = {path: sampling for path, sampling in wanted.items() if not path.exists()}
-        if missing:
+        lacks_semantics = SEMANTIC in self.recipe(arm).streams and not self.semantics(arm, seed).exists()
+        if missing or lacks_semantics:
             model = self._train(arm, seed)
             for path, sampling in missing.items():
-                self._evaluate(model, seed, path, sampling)
-        return bool(missing)
+                guiding = self._weak(model, arm, seed) if "guidance_from" in sampling else None
+                self._evaluate(model, seed, path, sampling, guiding)
+            if lacks_semantics:
+                self._evaluate_semantics(model, arm, seed)
+        return bool(missing) or lacks_semantics
 
     def measure_real(self) -> None:
         """Measure as many training images as samples, as they are and decoded from latents: they bound all arms."""
@@ -87,6 +101,13 @@ class Study:
         """The file of one set of metrics."""
         return self.folder / "results" / f"{arm.name}.seed-{seed}.{what}.json"
 
+    def _training(self, arm: Arm, seed: int) -> Path:
+        return self.folder / "training" / f"{arm.name}.seed-{seed}"
+
+    def semantics(self, arm: Arm, seed: int) -> Path:
+        """The file that says how often generated semantics, and real ones, have the right class."""
+        return self.folder / "semantics" / f"{arm.name}.seed-{seed}.json"
+
     def recipe(self, arm: Arm) -> Recipe:
         """The complete recipe of an arm."""
         return load_recipe(self.base.recipe, [*self.changes, *arm.changes])
@@ -104,7 +125,7 @@ class Study:
 
         network, size = LightningDiT(config, seed=seed), recipe.train.batch_size
         task = DiffusionTask(network, latents, schedule, recipe.loss, seed=seed, batch_size=size, previewer=preview)
-        trained = fit(task, recipe.train, self.folder / "training" / f"{arm.name}.seed-{seed}", device=self.device)
+        trained = fit(task, recipe.train, self._training(arm, seed), device=self.device)
         return Model(trained, schedule, texture, latents.manifest.classes)
 
     def _learned(self, parts: Pipeline) -> dict[str, Any]:
@@ -113,14 +134,40 @@ class Study:
         assert path is not None  # on rank 0
         return load_recipe(path).schedule
 
-    def _evaluate(self, model: Model, seed: int, path: Path, sampling: dict[str, Any]) -> None:
-        recipe = self.recipe(SHARED)
-        settings = recipe.sample.model_copy(update={"guidance": 1.0, "guidance_from": "null_class", **sampling})
-        labels = [c for c in range(len(model.classes)) for _ in range(recipe.evaluation.samples_per_class)]
-        seeds = range(PER_SEED * seed, PER_SEED * seed + len(labels))
-        images = np.concatenate([batch.images for batch in model.sample_batches(labels, seeds, settings)])
+    def _weak(self, model: Model, arm: Arm, seed: int) -> Model:
+        """The arm's network early in its training."""
+        step = self.recipe(arm).train.keep_every
+        assert step is not None
+        network = LightningDiT(model.transformer.config)
+        network.load_state_dict(weights_at(self._training(arm, seed) / "checkpoints", step))
+        return replace(model, transformer=network.to(self.device).eval())
+
+    def _evaluate(
+        self, model: Model, seed: int, path: Path, sampling: dict[str, Any], guiding: Model | None = None
+    ) -> None:
+        labels, seeds, settings = self._sampling(model, seed, sampling)
+        images = np.concatenate([b.images for b in model.sample_batches(labels, seeds, settings, guiding=guiding)])
         used = settings.model_dump(mode="json")
         evaluate(images, labels, self.reference, name=path.name, sampling=used).write(path)
+
+    def _evaluate_semantics(self, model: Model, arm: Arm, seed: int) -> None:
+        """Draw texture on the semantics of real images; and ask which classes generated semantics have."""
+        labels, seeds, settings = self._sampling(model, seed, {})
+        latents = LatentSet(self._parts(arm).folder.latents)
+        images = on_true_semantics(model, read(latents, chosen(latents, labels)), labels, seeds, settings)
+        path = self.path(arm, seed, TRUE)
+        evaluate(images, labels, self.reference, name=path.name).write(path)
+        few, few_seeds = labels[::4], seeds[::4]
+        packed = torch.cat([batch.latents for batch in model.sample_batches(few, few_seeds, settings)])
+        generated = model.composite.unpack(packed)[SEMANTIC]
+        files.write_json(self.semantics(arm, seed), class_accuracy(latents, generated, few))
+
+    def _sampling(self, model: Model, seed: int, changes: dict[str, Any]) -> tuple[list[int], range, SamplingConfig]:
+        """Labels, seeds and settings of an arm's samples."""
+        recipe = self.recipe(SHARED)
+        settings = recipe.sample.model_copy(update={"guidance": 1.0, "guidance_from": "null_class", **changes})
+        labels = [c for c in range(len(model.classes)) for _ in range(recipe.evaluation.samples_per_class)]
+        return labels, range(PER_SEED * seed, PER_SEED * seed + len(labels)), settings
 
     @cached_property
     def reference(self) -> Reference:

@@ -25,7 +25,7 @@ from sfd.run.recipe import Recipe
 from sfd.run.stages import Run, Stage
 from sfd.run.validate import architecture
 from sfd.schedule import Schedule, build_schedule
-from sfd.training.checkpoint import at_step
+from sfd.training.checkpoint import weights_at
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
 from sfd.utils import distributed, files
@@ -92,10 +92,8 @@ class TransformerStage(Stage[Run]):
 
     def model_at(self, step: int) -> Model:
         """The model of a kept checkpoint, with its averaged weights; without encoder and compressor of semantics."""
-        saved = at_step(self.folder / "checkpoints", step).tensors
+        weights = weights_at(self.folder / "checkpoints", step)
         config = transformer_config(self.run.recipe, self.latents.latents)
-        prefix = "model." if self.run.recipe.train.ema is None else "ema."
-        weights = {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
         network = assemble(lambda: LightningDiT(config), weights, f"the checkpoint of step {step} in {self.folder}")
         return self._model(network, build_schedule(self.run.recipe.schedule, config.composite.names), step)
 

@@ -74,6 +74,13 @@ def at_step(folder: Path, step: int) -> Checkpoint:
     return _read(path)
 
 
+def weights_at(folder: Path, step: int) -> dict[str, Tensor]:
+    """The model's weights in the checkpoint of one step; averaged ones (EMA) where it has them."""
+    saved = at_step(folder, step).tensors
+    prefix = "ema." if any(name.startswith("ema.") for name in saved) else "model."
+    return {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
+
+
 def newest_record(folder: Path) -> dict[str, Any] | None:
     """Read the record of the newest checkpoint that has one, without reading or verifying its tensors."""
     for path in _paths(folder):
