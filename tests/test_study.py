@@ -5,15 +5,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from benchmarks.measure import MODEL
 from benchmarks.study import __main__ as study
 from benchmarks.study.arms import BASES, arms
 from benchmarks.study.page import Results, Value, reached, verdict
 from benchmarks.study.probe import Probe
+from benchmarks.study.semantics import on_true_semantics
 from benchmarks.study.work import FEW, REAL, SCALES, WEAK
 from sfd.data.folder import FolderSource
 from sfd.evaluation.extractors._base import Extraction
+from sfd.generation.model import load_model
+from sfd.latents import SEMANTIC, TEXTURE
 from sfd.run.recipe import load_recipe
 
 TOY = [
@@ -59,6 +64,7 @@ def test_it_measures_resumes_and_shares(tmp_path):
     assert len(list((tmp_path / "shapes/parts").glob("latents-*"))) == 1
     page = (tmp_path / "study-shapes.md").read_text(encoding="utf-8")
     assert all((tmp_path / f"shapes/results/{name}.json").exists() for name in REAL)
+    assert len(list((tmp_path / "shapes/semantics").iterdir())) == 2 * 2
     assert "| offset-0.3 | 2 |" in page and (tmp_path / "study-shapes.png").exists()
 
     results[0].unlink()
@@ -71,6 +77,16 @@ def test_it_measures_resumes_and_shares(tmp_path):
     assert values.value("learned", "frechet_distance").mean == pytest.approx(
         (seen[0].frechet_distance + seen[1].frechet_distance) / 2
     )
+
+
+def test_texture_is_drawn_on_the_semantics_that_are_given():
+    model = load_model(MODEL, torch.device("cpu"))
+    labels, seeds, config = [0, 1, 2], range(3), model.config(steps=6, batch_size=2)
+    true = torch.randn(3, *model.composite[SEMANTIC].shape, generator=torch.Generator().manual_seed(0))
+    sampled = model.composite.unpack(on_true_semantics(model, true, labels, seeds, config))
+    torch.testing.assert_close(sampled[SEMANTIC], true, rtol=0, atol=1e-5)
+    plain = model.sample(labels, list(seeds), output="latent", steps=6, batch_size=2)
+    assert not torch.allclose(sampled[TEXTURE], model.composite.unpack(plain)[TEXTURE], atol=0.1)
 
 
 def test_an_interval_covers_what_arms_and_seeds_leave_unexplained(tmp_path):

@@ -6,6 +6,7 @@ Samples whose semantics are those of real images show what texture could be if s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,35 +36,24 @@ def read(latents: LatentSet, indices: np.ndarray) -> Tensor:
 
 def on_true_semantics(
     model: Model, true: Tensor, labels: Sequence[int], seeds: Sequence[int], config: SamplingConfig
-) -> np.ndarray:
-    """Sample images (B, S, S, 3) while semantics go straight from their noise to given latents (B, C, g, g).
-
-    At every time semantics are as in training, where noise and data are interpolated linearly.
-    """
-    images, size = [], config.batch_size
+) -> Tensor:
+    """Sample latents (B, N) while semantics go straight from their noise to given ones (B, C, g, g), as in training."""
+    composite, size, found = model.composite, config.batch_size, []
     for first in range(0, len(labels), size):
         part = slice(first, first + size)
-        noise = initial_noise(seeds[part], model.composite).to(model.device)
-        target = true[part].to(model.device).flatten(1) - noise.split(model.composite.sizes, 1)[_index(model)]
+        noise = initial_noise(seeds[part], composite).to(model.device)
+        target = true[part].to(model.device).flatten(1) - noise.split(composite.sizes, 1)[composite.index(SEMANTIC)]
         velocity = model.velocity_field(torch.tensor(labels[part], device=model.device), config)
-        straight = _replaced(velocity, target, model.composite)
-        images.append(model.decode(integrate(straight, noise, model.schedule, model.composite, **config.integration).x))
-    return np.concatenate(images)
+        straight = partial(_replaced, velocity, target, composite)
+        found.append(integrate(straight, noise, model.schedule, composite, **config.integration).x)
+    return torch.cat(found)
 
 
-def _index(model: Model) -> int:
-    return model.composite.index(SEMANTIC)
-
-
-def _replaced(velocity: VelocityField, target: Tensor, composite: CompositeLatent) -> VelocityField:
-    """A velocity field whose semantic part is given: (B, M)."""
-
-    def replaced(x: Tensor, t: Tensor) -> Tensor:
-        parts = list(velocity(x, t).split(composite.sizes, 1))
-        parts[composite.index(SEMANTIC)] = target
-        return torch.cat(parts, 1)
-
-    return replaced
+def _replaced(velocity: VelocityField, target: Tensor, composite: CompositeLatent, x: Tensor, t: Tensor) -> Tensor:
+    """A velocity whose semantic part is given, (B, M)."""
+    parts = list(velocity(x, t).split(composite.sizes, 1))
+    parts[composite.index(SEMANTIC)] = target
+    return torch.cat(parts, 1)
 
 
 def class_accuracy(latents: LatentSet, generated: Tensor, labels: Sequence[int]) -> dict[str, float]:

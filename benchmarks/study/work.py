@@ -154,9 +154,9 @@ class Study:
         """Draw texture on the semantics of real images; and ask which classes generated semantics have."""
         labels, seeds, settings = self._sampling(model, seed, {})
         latents = LatentSet(self._parts(arm).folder.latents)
-        images = on_true_semantics(model, read(latents, chosen(latents, labels)), labels, seeds, settings)
+        sampled = on_true_semantics(model, read(latents, chosen(latents, labels)), labels, seeds, settings)
         path = self.path(arm, seed, TRUE)
-        evaluate(images, labels, self.reference, name=path.name).write(path)
+        evaluate(model.decode(sampled), labels, self.reference, name=path.name).write(path)
         few, few_seeds = labels[::4], seeds[::4]
         packed = torch.cat([batch.latents for batch in model.sample_batches(few, few_seeds, settings)])
         generated = model.composite.unpack(packed)[SEMANTIC]
