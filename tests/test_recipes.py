@@ -21,6 +21,7 @@ from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, load_recipe
 from sfd.run.validate import check, planned_compressor
 from sfd.utils import files
+from sfd.utils.errors import SFDError
 from small_published import save_kl, save_vit
 
 CPU = torch.device("cpu")
@@ -63,6 +64,13 @@ def test_parameters_of_the_semvae():
     semvae, keys = planned_compressor(imagenet("common")), golden_keys("semvae")
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in semvae.named_children()}
     assert counts == {"encoder": keys["encoder_parameters"], "decoder": keys["decoder_parameters"]}
+
+
+def test_the_error_of_another_solvers_options_names_it_and_what_mends_it():
+    given = ["sample.solver=dopri5", "sample.options.rtol=1e-4", "sample.solver=multistep"]
+    with pytest.raises(SFDError, match=r"solver dopri5.*\(its options: order\).*sample\.options=\{\}"):
+        check(recipe("shapes-demo.yaml", *given))
+    check(recipe("shapes-demo.yaml", *given, "sample.options={}"))
 
 
 def trained_from(recipe: Recipe) -> dict:

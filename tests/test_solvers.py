@@ -117,7 +117,7 @@ def test_dopri5_fails_with_one_sentence_on_nan():
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("huen", {}, "heun"), ("dopri5", {"rtol": 0}, "greater than 0"), ("euler", {"rtol": 1e-3}, "'rtol'")],
+    [("huen", {}, "heun"), ("dopri5", {"rtol": 0}, "greater than 0"), ("dopri5", {"rtoll": 1e-3}, "'rtol'")],
 )
 def test_unknown_names_and_options_are_refused(name, options, message):
     with pytest.raises(SFDError, match=message):
