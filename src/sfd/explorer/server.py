@@ -11,6 +11,7 @@ import json
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -62,7 +63,7 @@ class Worker:
 def build_app(model: Model, known: dict[str, Any], port: int, worker: Worker, **settings: Any) -> ASGIApp:
     """Make the application: `GET /` is the page, `POST /compute` a drawing; nothing else exists."""
     from starlette.applications import Starlette
-    from starlette.responses import HTMLResponse, JSONResponse
+    from starlette.responses import HTMLResponse
     from starlette.routing import Route
 
     page = render(known)
@@ -70,32 +71,42 @@ def build_app(model: Model, known: dict[str, Any], port: int, worker: Worker, **
     async def show(request: HTTPRequest) -> Response:
         return HTMLResponse(page, headers=HEADERS)
 
-    def refuse(message: str, status: int) -> Response:
-        return JSONResponse({"error": message}, status, headers=HEADERS)
-
-    async def draw(request: HTTPRequest) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            return refuse("a request must be application/json", 415)
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY:
-                return refuse(f"a request may have {MAX_BODY} bytes", 413)
-        try:
-            asked = parse(Request, _record(body), "request")
-            return JSONResponse(await worker.run(lambda stop: compute(model, asked, stop, **settings)), headers=HEADERS)
-        except SFDError as error:
-            return refuse(str(error), 400)
-        except Superseded:
-            return refuse("a newer request took its place", 409)
-
-    app = Starlette(routes=[Route("/", show), Route("/compute", draw, methods=["POST"])])
+    drawing = partial(draw, model=model, worker=worker, **settings)
+    app = Starlette(routes=[Route("/", show), Route("/compute", drawing, methods=["POST"])])
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         reason = foreign(scope, port) if scope["type"] == "http" else None
-        await (app if reason is None else refuse(reason, 403))(scope, receive, send)
+        await (app if reason is None else _refusal(reason, 403))(scope, receive, send)
 
     return guarded
+
+
+async def draw(request: HTTPRequest, *, model: Model, worker: Worker, **settings: Any) -> Response:
+    """Answer a request for a drawing, or say in JSON what is wrong with it; `settings` are those of `serve`."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        return _refusal("a request must be application/json", 415)
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            return _refusal(f"a request may have {MAX_BODY} bytes", 413)
+    try:
+        asked = parse(Request, _record(body), "request")
+        return _json(await worker.run(lambda stop: compute(model, asked, stop, **settings)))
+    except SFDError as error:
+        return _refusal(str(error), 400)
+    except Superseded:
+        return _refusal("a newer request took its place", 409)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(value, status, headers=HEADERS)
+
+
+def _refusal(message: str, status: int) -> Response:
+    return _json({"error": message}, status)
 
 
 def foreign(scope: Scope, port: int) -> str | None:
