@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfd.data.published import identity, open_published, write_published
+from helpers.latents import open_published
+from sfd.data.published import identity, write_published
 from sfd.data.shards import FEATURES
 from sfd.utils import files
 from sfd.utils.errors import SFDError

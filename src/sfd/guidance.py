@@ -71,7 +71,7 @@ def guide(
                 f"guidance scale {scale} needs a guiding model; give one, or leave guidance at 1 "
                 "(a model without classes cannot be guided by its null class)"
             )
-        batched = _two_calls(cond, guiding)
+        return GuidedVelocity(cond, lambda x, t: (cond(x, t), guiding(x, t)), scales, intervals, latent)
     return GuidedVelocity(cond, batched, scales, intervals, latent)
 
 
@@ -137,13 +137,6 @@ class GuidedVelocity(PiecewiseVelocity):
         parts = zip(v_w.to(x.dtype).split(self._sizes, 1), v_c.to(x.dtype).split(self._sizes, 1), scales, strict=True)
         # lerp is exact at 0 and 1, so a stream that is not guided gets v_c to the last bit.
         return torch.cat([torch.lerp(from_w, from_c, g) for from_w, from_c, g in parts], dim=1)
-
-
-def _two_calls(cond: VelocityField, guiding: VelocityField) -> VelocityPair:
-    def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return cond(x, t), guiding(x, t)
-
-    return both
 
 
 def _by_stream(given: T | Mapping[str, T], default: T, latent: CompositeLatent, what: str) -> list[T]:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from helpers.encoders import Encoder
 from sfd.data.encode import LatentSettings, LatentWriter
+from sfd.data.published import describe_published
 from sfd.data.shards import FEATURES, LatentSet
 from sfd.models.dit import LightningDiT
 from sfd.models.dit_config import DiTConfig
@@ -30,6 +31,10 @@ def make_latents(source, folder, **fields):
     compressor = Encoder(lambda features: features.mean(1, keepdim=True))
     LatentWriter(source, texture, semantic, compressor, folder, LatentSettings(shard_size=10, **fields)).write()
     return LatentSet(folder)
+
+
+def open_published(folder):
+    return LatentSet(folder, describe_published(folder))
 
 
 def make_model(latents, repa=True, **more):

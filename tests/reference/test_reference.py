@@ -12,12 +12,12 @@ import torch
 from cases import Case, Row, bad, files_of, find_cases
 from torch import Tensor
 
+from helpers.latents import open_published
 from sfd import flow
 from sfd.convert import autoencoder
 from sfd.convert import transformer as published
-from sfd.data.published import open_published
 from sfd.data.shards import FEATURES
-from sfd.encoders._base import autoencoder_class
+from sfd.encoders import autoencoder_class
 from sfd.evaluation.metrics import frechet_distance, gaussian, inception_score, precision_recall
 from sfd.guidance import GuidedVelocity, guide
 from sfd.models.component import assemble

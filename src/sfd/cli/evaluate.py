@@ -13,6 +13,7 @@ from sfd.evaluation.features import extract
 from sfd.evaluation.npz import RECORD, Npz
 from sfd.evaluation.reference import Reference, open_reference
 from sfd.evaluation.samples import Samples, load_samples, pack
+from sfd.generation.card import METRICS
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, load_recipe
 from sfd.utils import files
@@ -103,14 +104,8 @@ def pack_samples(samples: Path, out: Path) -> None:
 def describe(metrics: Metrics) -> str:
     """Format metrics with intervals, protocol and caveats."""
     protocol = metrics.protocol
-    names = {
-        "frechet_distance": DISTANCES.get(protocol.extractor, "Fréchet distance"),
-        "sfid": "sFID",
-        "inception_score": "inception score",
-        "precision": f"precision (k = {protocol.neighbours})",
-        "recall": f"recall (k = {protocol.neighbours})",
-        "class_accuracy": "class accuracy",
-    }
+    names = METRICS | {metric: f"{metric} (k = {protocol.neighbours})" for metric in ("precision", "recall")}
+    names["frechet_distance"] = DISTANCES.get(protocol.extractor, names["frechet_distance"])
     rows = {}
     for metric, (low, high) in metrics.intervals.items():
         doubtful = "  not reliable, see below" if metric in metrics.caveats else ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sfd.encoders._base import autoencoder_class
+from sfd.encoders import autoencoder_class
 from sfd.models.component import assemble
 from sfd.utils.errors import SFDError
 

@@ -26,12 +26,9 @@ class Checkpoint(NamedTuple):
     """One state dictionary out of a file."""
 
     tensors: dict[str, Tensor]
-    state: str
-    """The name it was kept under; "" if the file holds nothing else."""
-    others: dict[str, Any]
-    """What else the file holds."""
-    foreign: tuple[str, ...] = ()
-    """Names of other libraries' classes, whose objects became placeholders."""
+    state: str  # the name it was kept under; "" if the file holds nothing else
+    others: dict[str, Any]  # what else the file holds
+    foreign: tuple[str, ...] = ()  # names of other libraries' classes, whose objects became placeholders
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -55,16 +55,12 @@ class LatentWriter:
     """Encodes images into a folder of latent shards."""
 
     images: ImageSource
-    texture: TextureEncoder
-    """Makes the texture stream."""
-    semantic: SemanticEncoder | None
-    """Its features are kept if `settings.features`; None where no stream and no loss needs them."""
-    compressor: Compressor | None
-    """Makes the semantic stream from the features; None where there is no such stream."""
+    texture: TextureEncoder  # makes the texture stream
+    semantic: SemanticEncoder | None  # features are kept if `settings.features`; None: no stream or loss needs them
+    compressor: Compressor | None  # makes the semantic stream from the features; None where there is no such stream
     folder: Path
     settings: LatentSettings
-    device: torch.device | str = "cpu"
-    """Of the encoders."""
+    device: torch.device | str = "cpu"  # of the encoders
 
     @cached_property
     def tokenizers(self) -> dict[str, str]:

@@ -44,8 +44,25 @@ REDUCED_PIXELS = 2**24
 MAX_ASPECT = 16
 
 
-class ImageSource(Protocol):
-    """A data set of square images of one size, addressed by index."""
+class Images(Protocol):
+    """Square images of one size; evaluation loads successive indices only."""
+
+    @property
+    def image_size(self) -> int:
+        """Rows and columns S of every image."""
+
+    @property
+    def identity(self) -> str:
+        """Short stable hash of what the images are; equal ones have equal identities on any machine."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, indices: Indices) -> np.ndarray:
+        """Return the images at `indices` (each in [0, length)) as uint8 (B, S, S, 3)."""
+
+
+class ImageSource(Images, Protocol):
+    """A data set; any of its images can be loaded at any time."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -56,21 +73,8 @@ class ImageSource(Protocol):
         """(length,) int64, the class index of every image; all 0 when unconditional."""
 
     @property
-    def image_size(self) -> int:
-        """Rows and columns S of every image."""
-
-    @property
-    def identity(self) -> str:
-        """Short stable hash of what the data set is; equal data sets have equal identities on any machine."""
-
-    @property
     def resident(self) -> bool:
         """Whether the decoded images are in memory, so that loading is a look-up."""
-
-    def __len__(self) -> int: ...
-
-    def load(self, indices: Indices) -> np.ndarray:
-        """Return the images at `indices` (each in [0, length)) as uint8 (B, S, S, 3)."""
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

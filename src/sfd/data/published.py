@@ -68,13 +68,6 @@ class PublishedLatents:
         files.write_json(self.folder / shards.MANIFEST, manifest.model_dump(mode="json"))
 
 
-def open_published(
-    folder: Path, *, tokenizers: Mapping[str, str] | None = None, classes: int | None = None
-) -> LatentSet:
-    """Open published shards where they are; nothing is written. See `describe_published`."""
-    return LatentSet(folder, describe_published(folder, tokenizers=tokenizers, classes=classes))
-
-
 def describe_published(
     folder: Path, *, tokenizers: Mapping[str, str] | None = None, classes: int | None = None
 ) -> Manifest:

@@ -78,8 +78,7 @@ class Header:
     """What is known of a shard without reading its tensors."""
 
     path: Path
-    size: int
-    """Bytes of the file."""
+    size: int  # bytes of the file
     entries: dict[str, Entry]
     metadata: dict[str, str]
 

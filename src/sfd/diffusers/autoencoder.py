@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
@@ -14,21 +15,6 @@ from torch import Tensor
 from sfd.encoders import TEXTURE, encoder_module
 from sfd.utils.config import parse
 from sfd.utils.errors import SFDError
-
-
-class Latents:
-    """What `encode` gives: a distribution that is one point, because encoding is deterministic."""
-
-    def __init__(self, mean: Tensor) -> None:
-        self.mean = mean
-
-    def mode(self) -> Tensor:
-        """(B, C, h, w)."""
-        return self.mean
-
-    def sample(self, generator: Any = None) -> Tensor:
-        """(B, C, h, w), the same each time."""
-        return self.mean
 
 
 class SFDAutoencoder(ModelMixin, ConfigMixin):
@@ -51,7 +37,8 @@ class SFDAutoencoder(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Images to a record whose `latent_dist.mode()` is the latents; False: a tuple."""
-        latents = Latents(self.net.encode(x.to(self.dtype)))
+        mean = self.net.encode(x.to(self.dtype))
+        latents = DiagonalGaussianDistribution(torch.cat([mean, torch.zeros_like(mean)], 1), deterministic=True)
         return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
 
     @apply_forward_hook

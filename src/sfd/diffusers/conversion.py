@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,8 +17,6 @@ from sfd.generation.model import Model
 from sfd.latents import TEXTURE
 from sfd.models.component import Component
 from sfd.utils.config import parse
-
-INDEX = "model_index.json"
 
 
 def from_model(model: Model) -> SFDPipeline:
@@ -59,13 +56,8 @@ def to_model(pipeline: SFDPipeline) -> Model:
         pipeline.classes,
         dict(pipeline.config["history"]),
         pipeline.config["identity"],
-        parse(SamplingConfig, pipeline.config["sampling"], INDEX),
+        parse(SamplingConfig, pipeline.config["sampling"], "model_index.json"),
     )
-
-
-def is_pipeline(folder: Path) -> bool:
-    """Whether a folder holds a pipeline."""
-    return (folder / INDEX).is_file()
 
 
 def _autoencoder(texture: Component) -> torch.nn.Module:

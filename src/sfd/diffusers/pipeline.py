@@ -136,10 +136,7 @@ class SFDPipeline(DiffusionPipeline):
             if name not in self._callback_tensor_inputs:
                 raise unknown("tensor input of a callback", name, self._callback_tensor_inputs)
         settings = self._settings(
-            steps=num_inference_steps,
-            guidance=guidance_scale,
-            interval=guidance_interval,
-            guidance_from=guidance_from,
+            steps=num_inference_steps, guidance=guidance_scale, interval=guidance_interval, guidance_from=guidance_from
         )
         chosen = self._labels(class_labels, num_images_per_prompt, generator, latents)
         device = self._execution_device

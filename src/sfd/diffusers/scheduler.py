@@ -145,8 +145,9 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_k = τ_k(u)·x1_k + (1 − τ_k(u))·x0_k for base times u (B,) and packed latents (B, N)."""
-        t = self._per_entry(self.schedule.at(timesteps.cpu().double()).time).to(original_samples)
-        return torch.lerp(noise, original_samples, t)
+        t = self.schedule.at(timesteps.cpu().double()).time
+        t = t.repeat_interleave(torch.tensor(self.config["sizes"]), dim=1)
+        return torch.lerp(noise, original_samples, t.to(original_samples))
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
@@ -193,10 +194,6 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
         self._corrected, self._history = corrected, nodes
         self._predicted = add_integral(corrected, nodes, now.start, now.end)
         return self._predicted
-
-    def _per_entry(self, values: Tensor) -> Tensor:
-        """Repeat one value per stream (…, K) over its entries: (…, N)."""
-        return values.repeat_interleave(torch.tensor(self.config["sizes"]), dim=-1)
 
     def __len__(self) -> int:
         return len(self.evaluations)

@@ -2,8 +2,8 @@
 
 Sources are packed, normalised latents (B, N): of a sample `model.sample(..., output="latent")`, of an image
 `model.encode`. The *plan* is what they hold in all streams but texture. Results are latents too; `model.decode` shows
-them. Without classes the null class is used, so that the plan alone says what is drawn. Keyword arguments that are not
-listed are those of `edit`: a schedule, a callback, and fields of `SamplingConfig`.
+them. Without classes the null class is used, so that the plan alone says what is drawn. Arguments that a function does
+not describe are those of `edit`: the model, classes, a schedule, a callback, and fields of `SamplingConfig`.
 """
 
 from __future__ import annotations
@@ -89,12 +89,11 @@ def keep_plan(
     """Keep each source's plan and redraw its texture.
 
     Args:
-        model: the generator.
         latents: (B, N), the sources.
         seeds: of the texture's noise, one per image.
         plan_seeds: of the noise that the plans emerge from; None: `seeds`. Of a sample its own seed fits best.
         where: mask (H, W) or (B, H, W) of the part of the plan that is kept; None: all of it.
-        plan_guidance, classes, settings: see `edit`.
+        plan_guidance: see `edit`.
     """
     streams = model.composite.unpack(latents)
     paths = {name: Follow(streams[name], where=where) for name in plan_streams(model.composite)}
@@ -115,11 +114,9 @@ def swap_plans(
     """Give each of two samples the plan of the other and keep its own texture's noise.
 
     Args:
-        model: the generator.
         latents: (2, N), the samples.
         seeds: two, that made them.
-        classes: of the results, so of the plans: those of the samples in reverse; see `edit`.
-        settings: see `edit`.
+        classes: of the results, so of the plans: those of the samples in reverse.
     """
     if len(latents) != 2 or len(seeds) != 2:
         raise SFDError(f"two samples swap plans; got {len(latents)} with {len(seeds)} seeds")
@@ -140,13 +137,11 @@ def paint(
     """Redraw each source where the brush went, and keep the plan elsewhere.
 
     Args:
-        model: the generator.
         latents: (B, N), the sources.
         brush: mask (H, W) or (B, H, W), 1 where to redraw.
         seeds: of the noise, one per image.
         keep_texture: keep the texture elsewhere too; False: all of it is drawn anew from the noise of `seeds`.
         plan_seeds: of the plan's noise; None: `seeds`.
-        classes, settings: see `edit`.
     """
     kept, streams = 1 - brush.float(), model.composite.unpack(latents)
     names = model.composite.names if keep_texture else plan_streams(model.composite)
@@ -167,13 +162,11 @@ def sdedit(
     """Noise sources up to a time and denoise them again (SDEdit, Meng et al. 2021, arXiv 2108.01073), by streams.
 
     Args:
-        model: the generator.
         latents: (B, N), the sources.
         start: a base time u: all streams start at their τ_k(u), so at one point of the schedule. Or a stream time by
             name, 0 for those left out: {"semantic": 1, "texture": 0.4} keeps the plan and starts texture at 0.4.
         seeds: of the noise, one per image.
         plans: (B, N), sources of the plans; None: `latents`.
-        classes, settings: see `edit`.
     """
     composite = model.composite
     if isinstance(start, Mapping):
@@ -206,12 +199,10 @@ def interpolate_plans(
     Plans, and the noises that they emerge from, are interpolated on the sphere, which keeps their norms.
 
     Args:
-        model: the generator.
         latents: (2, N), the sources of the plans.
         seed: of the texture's noise.
         count: images, the ends included.
         plan_seeds: two, of the plans' noises; None: `seed`.
-        classes, settings: see `edit`.
     """
     if len(latents) != 2 or count < 2:
         raise SFDError(f"an interpolation needs 2 plans and 2 images or more, got {len(latents)} and {count}")

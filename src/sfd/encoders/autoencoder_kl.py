@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfd.encoders._base import TEXTURE, autoencoder_class, check_divisible
+from sfd.encoders import TEXTURE, autoencoder_class, check_divisible
 from sfd.models.component import Component
 from sfd.models.gaussian import DiagonalGaussian
 from sfd.utils.config import Settings

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sfd.encoders._base import SEMANTIC
+from sfd.encoders import SEMANTIC
 from sfd.models.component import Component
 from sfd.models.convnet import ConvNet, ConvNetConfig
 from sfd.utils.config import Settings

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfd.encoders._base import SEMANTIC, check_divisible
+from sfd.encoders import SEMANTIC, check_divisible
 from sfd.models.component import Component, fill
 from sfd.models.efficientnet_lite import STAGES, VARIANTS, EfficientNetLite, folded, stages
 from sfd.utils.config import Settings, parse

@@ -14,8 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sfd.encoders import _hub
-from sfd.encoders._base import TEXTURE, autoencoder_class, check_divisible
+from sfd.encoders import TEXTURE, _hub, autoencoder_class, check_divisible
 from sfd.models.component import Component
 from sfd.utils import files
 from sfd.utils.config import Settings

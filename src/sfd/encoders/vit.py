@@ -17,8 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfd.encoders import _hub
-from sfd.encoders._base import SEMANTIC, check_divisible
+from sfd.encoders import SEMANTIC, _hub, check_divisible
 from sfd.models.component import Component
 from sfd.utils import files
 from sfd.utils.config import Settings

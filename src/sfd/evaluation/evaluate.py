@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sfd.data.images import ImageSource
+from sfd.data.images import Images, ImageSource
 from sfd.data.split import Subset
 from sfd.evaluation import intervals
 from sfd.evaluation.extractors._base import Extraction
-from sfd.evaluation.features import Images, extract
+from sfd.evaluation.features import extract
 from sfd.evaluation.intervals import Estimate
 from sfd.evaluation.metrics import within_manifold
 from sfd.evaluation.reference import NEIGHBOURS, Protocol, Reference

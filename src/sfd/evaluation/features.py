@@ -7,12 +7,12 @@ extractor. A chunk depends on nothing else.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from sfd.data.images import Indices
+from sfd.data.images import Images
 from sfd.evaluation.extractors._base import Extraction, Extractor
 from sfd.utils import distributed, files
 from sfd.utils.errors import SFDError
@@ -20,23 +20,6 @@ from sfd.utils.progress import bar
 
 CHUNK = 1000
 BATCH = 256
-
-
-class Images(Protocol):
-    """Square images of one size, read a batch at a time; every `ImageSource` is one."""
-
-    @property
-    def image_size(self) -> int:
-        """Rows and columns."""
-
-    @property
-    def identity(self) -> str:
-        """Hash of what the images are."""
-
-    def __len__(self) -> int: ...
-
-    def load(self, indices: Indices) -> np.ndarray:
-        """Return the images at successive indices as uint8 (B, S, S, 3)."""
 
 
 def extract(

@@ -112,15 +112,8 @@ def sensitivities(errors: np.ndarray, names: Sequence[str], curves: Mapping[str,
     titles = [f"-∂(error of {names[1 - k]}) / ∂(time of {names[k]})" for k in (0, 1)]
     titles.append(f"red: {names[0]} should lead, blue: {names[1]}")
     for axis, values, title in zip(figure.subplots(1, 3), (*helped, helped[0] - helped[1]), titles, strict=True):
-        image = axis.imshow(
-            values,
-            origin="lower",
-            extent=(-spacing / 2, 1 + spacing / 2) * 2,
-            cmap="RdBu_r",
-            vmin=-largest,
-            vmax=largest,
-            aspect="equal",
-        )
+        sides, limits = (-spacing / 2, 1 + spacing / 2), {"vmin": -largest, "vmax": largest}
+        image = axis.imshow(values, origin="lower", extent=sides * 2, cmap="RdBu_r", aspect="equal", **limits)
         axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.set_title(title, fontsize=8, color=INK)
         axis.set_xlabel(f"time of {names[1]}", color=INK, fontsize=8)

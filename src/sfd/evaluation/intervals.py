@@ -13,15 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfd.evaluation.metrics import (
-    BLOCK,
-    Array,
-    Gaussian,
-    class_divergences,
-    frechet_distance,
-    gaussian,
-    square_root,
-)
+from sfd.evaluation.metrics import BLOCK, Array, Gaussian, class_divergences, frechet_distance, gaussian, square_root
 from sfd.utils import rng
 
 LEVEL = 0.95

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from sfd.data.folder import FolderSource
+from sfd.data.images import Images
 from sfd.evaluation.extractors import inception
 from sfd.evaluation.extractors._base import Extractor
-from sfd.evaluation.features import BATCH, Images, extract
+from sfd.evaluation.features import BATCH, extract
 from sfd.evaluation.metrics import Gaussian, gaussian
 from sfd.evaluation.npz import IMAGES, Npz, NpzImages, read_moments
 from sfd.utils.config import Settings

@@ -15,9 +15,8 @@ from numpy.lib import format as npy
 
 from sfd.data.classes import find_class
 from sfd.data.folder import FolderSource
-from sfd.data.images import Indices, decode, read_image, stable_hash
+from sfd.data.images import Images, Indices, decode, read_image, stable_hash
 from sfd.evaluation.evaluate import balanced
-from sfd.evaluation.features import Images
 from sfd.evaluation.npz import IMAGES, LABELS, RECORD, Npz, NpzImages, read_labels
 from sfd.utils import files
 from sfd.utils.errors import SFDError

@@ -12,14 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfd.data.images import to_tensor
-from sfd.encoders import (
-    SemanticEncoder,
-    TextureEncoder,
-    open_semantic,
-    open_texture,
-    save_semantic,
-    semantic_identity,
-)
+from sfd.encoders import SemanticEncoder, TextureEncoder, open_semantic, open_texture, save_semantic, semantic_identity
 from sfd.generation.directory import COMPRESSOR_FOLDER, SEMANTIC_FOLDER, TEXTURE_FOLDER
 from sfd.latents import SEMANTIC, TEXTURE, CompositeLatent
 from sfd.models.component import Component

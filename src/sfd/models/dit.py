@@ -15,15 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sfd.models.dit_config import DiTConfig
-from sfd.models.layers import (
-    Block,
-    ModulatedNorm,
-    TimeEmbedder,
-    patchify,
-    rope_table,
-    sincos_pos_embed,
-    unpatchify,
-)
+from sfd.models.layers import Block, ModulatedNorm, TimeEmbedder, patchify, rope_table, sincos_pos_embed, unpatchify
 from sfd.utils import rng
 from sfd.utils.errors import SFDError
 
@@ -33,12 +25,9 @@ MIN_REMAINING = 0.05  # least 1 − t that a prediction of the data is divided b
 class DiTOutput(NamedTuple):
     """The network's output for one batch."""
 
-    velocity: Tensor
-    """(B, N) packed like the input, float32."""
-    projection: Tensor | None
-    """(B, T, C) tokens after the REPA projector, if requested."""
-    guiding: Tensor | None = None
-    """(B, N) velocity of the second head, float32, if requested."""
+    velocity: Tensor  # (B, N) packed like the input, float32
+    projection: Tensor | None  # (B, T, C) tokens after the REPA projector, if requested
+    guiding: Tensor | None = None  # (B, N) velocity of the second head, float32, if requested
 
 
 class LightningDiT(nn.Module):

@@ -54,8 +54,7 @@ class DiTConfig(Settings):
         description="1-based block after which a second head predicts the guiding velocity; None: no second head",
     )
     flow_map: tuple[float, ...] = Field(
-        (),
-        description="base times of the finest steps whose mean velocity it predicts (sfd.flow_map); (): velocities",
+        (), description="base times of the finest steps whose mean velocity it predicts (sfd.flow_map); (): velocities"
     )
     checkpointing: bool | Literal["selective"] = Field(
         False,

@@ -45,20 +45,14 @@ class Inference:
     def velocity(self, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """v̂(x, t) for labels (B,): a function of x (B, N) and t (K,) or (B, K), which returns (B, N), float32."""
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with torch.no_grad():
-                return self._forward(x, to_device(t.to(x.dtype), x.device).expand(len(x), -1), labels).velocity
-
-        return velocity
+        return lambda x, t: self._call(x, t, labels).velocity
 
     def pair(self, labels: Tensor, guiding: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """v̂ for labels (B,) and for guiding labels (B,), in one call of twice the batch; see `velocity`."""
         both = torch.cat([labels, guiding])
 
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            times = to_device(t.to(x.dtype), x.device).expand(len(x), -1)
-            with torch.no_grad():
-                v_c, v_w = self._forward(x.repeat(2, 1), times.repeat(2, 1), both).velocity.chunk(2)
+            v_c, v_w = self._call(x.repeat(2, 1), t.expand(len(x), -1).repeat(2, 1), both).velocity.chunk(2)
             return v_c, v_w
 
         return pair
@@ -67,9 +61,7 @@ class Inference:
         """v̂ for labels (B,) and the second head's guiding velocity, in one call of the same batch; see `velocity`."""
 
         def inside(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                times = to_device(t.to(x.dtype), x.device).expand(len(x), -1)
-                output = self._forward(x, times, labels, second_head=True)
+            output = self._call(x, t, labels, second_head=True)
             assert output.guiding is not None
             return output.velocity, output.guiding
 
@@ -78,12 +70,16 @@ class Inference:
     def mean_velocity(self, labels: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """m̂(x, t, end) of a flow map for labels (B,): x (B, N) and the times (K,) of the step's start and end."""
 
-        def mean_velocity(x: Tensor, t: Tensor, end: Tensor) -> Tensor:
-            t, end = (to_device(each.to(x.dtype), x.device).expand(len(x), -1) for each in (t, end))
-            with torch.no_grad():
-                return self._forward(x, t, labels, ends=end).velocity
+        return lambda x, t, end: self._call(x, t, labels, ends=_per_image(end, x)).velocity
 
-        return mean_velocity
+    @torch.no_grad()
+    def _call(self, x: Tensor, t: Tensor, labels: Tensor, **options: Any) -> DiTOutput:
+        return self._forward(x, _per_image(t, x), labels, **options)
+
+
+def _per_image(t: Tensor, x: Tensor) -> Tensor:
+    """Times (K,) or (B, K) as (B, K), in the dtype and on the device of x (B, N)."""
+    return to_device(t.to(x.dtype), x.device).expand(len(x), -1)
 
 
 def in_bf16(network: LightningDiT) -> LightningDiT:

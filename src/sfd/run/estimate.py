@@ -115,10 +115,7 @@ def missing(recipe: Recipe) -> list[str]:
 
 def table(recipes: Mapping[str, Recipe], tflops: float) -> str:
     """List recipes as a Markdown table: name in the table, purpose, published numbers, parameters and hours."""
-    lines = [
-        f"| recipe | purpose | published | parameters | hours at {tflops:g} TFLOP/s |",
-        "|---|---|---|---:|---:|",
-    ]
+    lines = [f"| recipe | purpose | published | parameters | hours at {tflops:g} TFLOP/s |", "|---|---|---|---:|---:|"]
     for name, recipe in recipes.items():
         known = estimate(recipe)
         published = ", ".join(f"{k} {_number(v)}" for k, v in recipe.published.items())

@@ -37,9 +37,8 @@ class LatentsStage(Stage[Run]):
         self.images, self.texture, self.semantic, self.compressor = images, texture, semantic, compressor
         self.sources, self.published = (texture, semantic, compressor), run.recipe.latents.published
         self.together = self.published is None
-        super().__init__(
-            run, "latents", "sfd prepare", run.folder.latents, ("data", "latents") if self.together else ()
-        )
+        fields = ("data", "latents") if self.together else ()
+        super().__init__(run, "latents", "sfd prepare", run.folder.latents, fields)
         self.fields["published latents"] = self.published is not None
 
     @cached_property

@@ -78,13 +78,8 @@ class ProbeStage(Stage[Run]):
 
         if joint:
             model = JointModel(network, len(recipe.streams), self.settings.grid)
-            trained = fit(
-                JointTask(model, task(train.batch_size), self.settings.kinetic),
-                train,
-                self.folder,
-                device=self.run.device,
-            )
-            self._write_result(learned_increments(trained))
+            both = JointTask(model, task(train.batch_size), self.settings.kinetic)
+            self._write_result(learned_increments(fit(both, train, self.folder, device=self.run.device)))
             return
         probe = cast(LightningDiT, fit(task(train.batch_size), train, self.folder, device=self.run.device))
         if distributed.is_main_process():

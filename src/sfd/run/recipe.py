@@ -157,12 +157,10 @@ class EvaluationSettings(Settings):
     seed: int = Field(0, ge=0, description="image i has seed + i")
     unguided: bool = Field(True, description="also measure samples without guidance")
     classifier: ClassifierSettings | None = Field(
-        ClassifierSettings(),
-        description="the evaluation classifier; null: none, use `sfd evaluate`",
+        ClassifierSettings(), description="the evaluation classifier; null: none, use `sfd evaluate`"
     )
     guiding_model: Free[PathText | None] = Field(
-        None,
-        description="what sample.guidance_from: guiding_model takes: a model's directory or a run's folder",
+        None, description="what sample.guidance_from: guiding_model takes: a model's directory or a run's folder"
     )
 
 

@@ -158,10 +158,7 @@ def _next_steps(run: Run, model: Model) -> list[tuple[str, str]]:
             f"Train for {run.recipe.train.steps:,} more steps, from these weights",
             f"sfd run {recipe} --out {longer} train.init={folder}",
         ),
-        (
-            "Fine-tune on other images",
-            f"sfd run fine-tune --out {tuned} data.source=FOLDER train.init={folder}",
-        ),
+        ("Fine-tune on other images", f"sfd run fine-tune --out {tuned} data.source=FOLDER train.init={folder}"),
     ]
     return steps if model.semantic is not None or len(model.composite.streams) < 2 else steps[:2]
 

@@ -102,10 +102,8 @@ class Stage(ABC, Generic[RunType]):
     more steps for a stage whose result was used. `make` and `require` also compare the inputs, which may load them.
     """
 
-    together = True
-    """Whether all ranks do the work; otherwise rank 0 does, and the others wait for it."""
-    sources: tuple[Stage[Any], ...] = ()
-    """Stages whose results it reads."""
+    together = True  # whether all ranks do the work; otherwise rank 0 does, and the others wait for it
+    sources: tuple[Stage[Any], ...] = ()  # stages whose results it reads
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,14 +68,9 @@ class TransformerStage(Stage[Run]):
             total = len(network.state_dict())
             taken = total - sum(not name.startswith("class ") for name in fresh)
             say(f"starts from {recipe.train.init}: {taken} of {total} tensors; fresh: {', '.join(fresh) or 'nothing'}")
+        size, preview = recipe.train.batch_size, partial(self._preview, schedule)
         task = DiffusionTask(
-            network,
-            latents,
-            schedule,
-            recipe.loss,
-            seed=recipe.seed,
-            batch_size=recipe.train.batch_size,
-            previewer=lambda step, net, folder: self._preview(step, net, schedule, folder),
+            network, latents, schedule, recipe.loss, seed=recipe.seed, batch_size=size, previewer=preview
         )
         trained = fit(task, recipe.train, self.folder, device=self.run.device)
         if distributed.is_main_process():
@@ -116,7 +111,7 @@ class TransformerStage(Stage[Run]):
         if self.run.recipe.latents.published is not None:
             say(f"check that these are images, not noise: {path}")
 
-    def _preview(self, step: int, network: nn.Module, schedule: Schedule, folder: Path) -> None:
+    def _preview(self, schedule: Schedule, step: int, network: nn.Module, folder: Path) -> None:
         classes, recipe = self.latents.latents.manifest.classes, self.run.recipe
         model = Model(cast(LightningDiT, network), schedule, self.texture.encoder, classes)
         labels = [i % max(1, len(classes)) for i in range(PREVIEW_IMAGES)]

@@ -66,10 +66,8 @@ def check_out(recipe: Recipe, out: Path) -> None:
 
 def check_models(recipe: Recipe) -> None:
     """Refuse models to start from or to guide by that are not there or do not fit, before hours of work."""
-    for field, given in (
-        ("evaluation.guiding_model", recipe.evaluation.guiding_model),
-        ("train.init", recipe.train.init),
-    ):
+    named = {"evaluation.guiding_model": recipe.evaluation.guiding_model, "train.init": recipe.train.init}
+    for field, given in named.items():
         try:
             config = model_config(given) if given is not None else None
             if config is not None and field == "train.init":
