@@ -22,7 +22,6 @@ from sfd.data.listing import meant_as_image
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.latents import TEXTURE
-from sfd.sampling import initial_noise
 from sfd.utils import distributed, files
 from sfd.utils.device import slow_bf16
 from sfd.utils.errors import SFDError
@@ -77,16 +76,13 @@ def write_samples(
     writing: list[Future[None]] = []
     with bar("sampling", sum(map(len, todo))) as shown, ThreadPoolExecutor(WRITERS) as pool:
         for batch in todo:
-            its_labels = torch.tensor([labels[i] for i in batch], device=model.device)
-            its_seeds = [seeds[i] for i in batch]
-            noise = initial_noise(its_seeds, model.composite).to(model.device)
+            its_labels, its_seeds = [labels[i] for i in batch], [seeds[i] for i in batch]
             try:
-                x = model.sample_latents(noise, its_labels, config, guiding, its_seeds).x
-                images = model.decode(x, config.precision)
+                (made,) = model.sample_batches(its_labels, its_seeds, config, guiding=guiding)
             except torch.OutOfMemoryError:
                 raise SFDError(f"{size} images do not fit the memory of {model.device}; set batch_size") from None
             _wait(writing)  # at most one batch behind
-            numbered = zip(batch, images, strict=True)
+            numbered = zip(batch, made.images, strict=True)
             writing = [
                 pool.submit(_write_image, image_path(folder, i, count), image) for i, image in numbered if i in missing
             ]
