@@ -6,15 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfd.encoders import (
-    _base,
-    load_encoder,
-    load_published,
-    open_semantic,
-    planned_encoder,
-    save_semantic,
-    vit,
-)
+from sfd import encoders
+from sfd.encoders import load_encoder, load_published, open_semantic, planned_encoder, save_semantic, vit
 from sfd.utils.errors import SFDError
 from small_published import VITS, change_config, offline, save_vit  # noqa: F401
 
@@ -50,7 +43,7 @@ def expected(network, tiles: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_large_one_is_saved_by_name_and_loaded_at_need(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(_base, "LARGE", 1000)
+    monkeypatch.setattr(encoders, "LARGE", 1000)
     source = shutil.copytree(models["dinov2"][1], tmp_path / "hub")
     encoder = load_published("vit", str(source), CHOICES)
     save_semantic(encoder, tmp_path / "saved")
