@@ -10,10 +10,11 @@ from PIL import Image
 
 from benchmarks.measure import MODEL
 from benchmarks.study import __main__ as study
+from benchmarks.study import semantics
 from benchmarks.study.arms import BASES, arms
 from benchmarks.study.page import Results, Value, reached, verdict
 from benchmarks.study.probe import Probe
-from benchmarks.study.semantics import on_true_semantics
+from benchmarks.study.semantics import on_semantics
 from benchmarks.study.work import FEW, REAL, SCALES, WEAK
 from sfd.data.folder import FolderSource
 from sfd.evaluation.extractors._base import Extraction
@@ -44,28 +45,21 @@ def test_every_arm_has_a_valid_recipe_of_its_own(name):
 
 @pytest.mark.slow
 def test_it_measures_resumes_and_shares(tmp_path):
-    command = [
-        "shapes",
-        *TOY,
-        "--arms",
-        "offset-0.3,learned",
-        "--seeds",
-        "2",
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
+    rest = ["--out", str(tmp_path), "--device", "cpu"]
+    command = ["shapes", *TOY, "--arms", "offset-0.3,learned", "--seeds", "2", *rest]
     study.main(command)
     results = sorted((tmp_path / "shapes/results").glob("*.seed-*"))
-    assert len(results) == 2 * 2 * (
-        len(SCALES) + len(FEW) + len(WEAK) + 2
-    )  # arms, seeds, samplings, true semantics, preview
+    assert len(results) == 2 * 2 * (len(SCALES) + len(FEW) + len(WEAK) + 1)  # arms, seeds, samplings, preview
     assert len(list((tmp_path / "shapes/parts").glob("latents-*"))) == 1
     page = (tmp_path / "study-shapes.md").read_text(encoding="utf-8")
     assert all((tmp_path / f"shapes/results/{name}.json").exists() for name in REAL)
-    assert len(list((tmp_path / "shapes/semantics").iterdir())) == 2 * 2
     assert "| offset-0.3 | 2 |" in page and (tmp_path / "study-shapes.png").exists()
+
+    semantics.main(["shapes", *TOY, "--arms", "offset-0.3", "--seeds", "1", *rest])
+    seen = json.loads((tmp_path / "shapes/semantics/offset-0.3.seed-0.json").read_text(encoding="utf-8"))
+    assert 0 <= seen["classes right"]["generated"] <= seen["classes right"]["real"] <= 1
+    study.main(command)
+    assert "of the early network" in (tmp_path / "study-shapes.md").read_text(encoding="utf-8")
 
     results[0].unlink()
     before = {path: path.stat().st_mtime_ns for path in results[1:]}
@@ -83,7 +77,7 @@ def test_texture_is_drawn_on_the_semantics_that_are_given():
     model = load_model(MODEL, torch.device("cpu"))
     labels, seeds, config = [0, 1, 2], range(3), model.config(steps=6, batch_size=2)
     true = torch.randn(3, *model.composite[SEMANTIC].shape, generator=torch.Generator().manual_seed(0))
-    sampled = model.composite.unpack(on_true_semantics(model, true, labels, seeds, config))
+    sampled = model.composite.unpack(on_semantics(model, true, labels, seeds, config))
     torch.testing.assert_close(sampled[SEMANTIC], true, rtol=0, atol=1e-5)
     plain = model.sample(labels, list(seeds), output="latent", steps=6, batch_size=2)
     assert not torch.allclose(sampled[TEXTURE], model.composite.unpack(plain)[TEXTURE], atol=0.1)

@@ -8,29 +8,15 @@ come first, each with all its seeds. FIELD=VALUE changes the recipe of all arms;
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from pathlib import Path
 
-from benchmarks.study import page
-from benchmarks.study.arms import BASES, Arm, arms
+from benchmarks.study import command, page
+from benchmarks.study.arms import Arm
 from benchmarks.study.work import Study
-from sfd.utils.device import choose_device
-from sfd.utils.errors import Interrupted, SFDError, unknown
 from sfd.utils.progress import say
 
 
-def chosen(listed: list[Arm], names: str | None) -> list[Arm]:
-    """The arms that are named, or all."""
-    by_name = {arm.name: arm for arm in listed}
-    for name in names.split(",") if names else ():
-        if name not in by_name:
-            raise unknown("arm", name, by_name)
-    return [by_name[name] for name in names.split(",")] if names else listed
-
-
-def run(study: Study, listed: list[Arm], seeds: int, name: str) -> Path:
+def work(study: Study, listed: list[Arm], seeds: int, name: str) -> None:
     """Measure all arms and seeds that are left; the page is written anew after each."""
     recipe = study.recipe(listed[0])
     images, steps = recipe.train.batch_size, recipe.train.steps
@@ -41,28 +27,11 @@ def run(study: Study, listed: list[Arm], seeds: int, name: str) -> Path:
         if study.measure(arm, seed):
             say(f"{number} of {len(pairs)}: {arm.name}, seed {seed}: {(time.monotonic() - start) / 60:.0f} minutes")
             page.write(study.folder, name, images, steps)
-    return page.write(study.folder, name, images, steps)
+    say(str(page.write(study.folder, name, images, steps)))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", choices=BASES)
-    parser.add_argument("changes", nargs="*", metavar="FIELD=VALUE")
-    parser.add_argument("--arms", help="names, with commas between  [default: all]")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    given = parser.parse_args(arguments)
-    base = BASES[given.data]
-    try:
-        study = Study(base, given.changes, given.out / given.data, choose_device(given.device))
-        say(str(run(study, chosen(arms(base), given.arms), given.seeds, given.data)))
-    except Interrupted:
-        sys.exit("stopped; the same command resumes")
-    except SFDError as error:
-        sys.exit(f"error: {error}")
+    command.run("benchmarks.study", __doc__, work, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import table
-from benchmarks.study.work import FEW, REAL, TRUE
+from benchmarks.study.work import FEW, REAL
 from sfd.evaluation.evaluate import Metrics, read_metrics
 from sfd.utils import files
 
@@ -22,6 +22,7 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5 
 DRAWN = ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived")  # arms whose fronts are plotted
 SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 CONVERGED = {"frechet_distance": "distance", "class_accuracy": "accuracy"}
+LIMITS = "python -m benchmarks.study.semantics"
 CLAIMS = (
     ("repa", "texture", "REPA is better than texture alone"),
     ("offset-0", "repa", "a semantic stream, synchronous, is better than REPA alone"),
@@ -117,12 +118,6 @@ class Results:
         best = self.best(arm, seeds, by)
         return None if best is None else best[1]
 
-    def semantics(self, arm: str) -> str:
-        """How often generated and real semantics have the right class, over all seeds."""
-        seen = [files.read_json(path, "measurement") for path in self.folder.glob(f"semantics/{arm}.seed-*.json")]
-        shares = [np.mean([each[kind] for each in seen]) for kind in ("generated", "real") if seen]
-        return " of ".join(f"{share:.3f}" for share in shares) or "—"
-
 
 def bounds(folder: Path) -> str:
     """Say what real images get, as they are and decoded from their latents."""
@@ -209,9 +204,6 @@ def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
             row[f"distance in {few} steps"] = shown(results.value(arm, "frechet_distance", f"in-{few}-steps"))
         for name, best in (("best guided", results.best(arm)), ("best autoguided", results.best(arm, by="weak"))):
             row[f"{name} distance"] = "—" if best is None else f"{shown(best[1])} at {best[0]:g}"
-        for name, metric in (("distance", "frechet_distance"), ("accuracy", "class_accuracy")):
-            row[f"{name} with true semantics"] = shown(results.value(arm, metric, TRUE))
-        row["class of generated semantics right"] = results.semantics(arm)
         for metric, name in CONVERGED.items():
             seen = None
             if results.seeds("texture"):
@@ -219,6 +211,22 @@ def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
                 seen = reached(results.curve(arm, metric, images, steps), final)
             row[f"times faster than texture alone in {name}"] = "—" if seen is None else f"{images * steps / seen:.2g}"
         listed.append(row)
+    return listed
+
+
+def limits(folder: Path) -> list[dict[str, Any]]:
+    """What `benchmarks.study.semantics` measured: one row per arm, seed and kind of semantics."""
+    listed = []
+    for path in sorted(folder.glob("semantics/*.json")):
+        found = files.read_json(path, "measurement")
+        right = found.pop("classes right")
+        for kind, seen in found.items():
+            low, high = seen.pop("interval")
+            row = {"arm": path.stem, "semantics": kind}
+            row |= {name.replace("_", " "): f"{value:.3g}" for name, value in seen.items()}
+            row["interval of the distance"] = f"{low:.3g} to {high:.3g}"
+            classes = {"own": right["generated"], "of real images": right["real"]}
+            listed.append(row | {"class of semantics right": classes.get(kind)})
     return listed
 
 
@@ -264,7 +272,12 @@ def write(folder: Path, name: str, images: int, steps: int) -> Path:
     with files.atomic_write(picture) as partial:
         plots(results, images, steps).savefig(partial, format="png", dpi=110)
     checked, measured = claims(results), rows(results, images, steps)
-    files.write_json(numbers, {"claims": checked, "arms": measured, "images a step": images, "steps": steps})
+    files.write_json(
+        numbers,
+        {"claims": checked, "arms": measured, "semantics": limits(folder), "images a step": images, "steps": steps},
+    )
+    limited = limits(folder)
+    what_limits = f"\n## What limits an arm\n\n    {LIMITS} {name} --arms …\n\n{table(limited)}\n" if limited else ""
     text = f"""# Study: {name}
 
 {summary(checked)}
@@ -281,6 +294,6 @@ have; it holds if the intervals do not overlap. {bounds(folder)}
 {table(checked) if checked else ""}
 
 {table(measured) if measured else ""}
-"""
+{what_limits}"""
     files.write_text(page, text)
     return page

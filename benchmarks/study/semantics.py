@@ -1,24 +1,38 @@
-"""What limits an arm: its texture on the semantics of real images, and the classes that its own semantics say.
+"""What limits an arm of the study: how its semantics are generated, or how texture is drawn on them.
 
-Samples whose semantics are those of real images show what texture could be if semantics were generated without error.
+    python -m benchmarks.study.semantics shapes|photos [FIELD=VALUE]... --arms NAME,... [--seeds 1] [--out runs/study]
+
+Texture is drawn on the semantics of real images; on those of the arm's own network early in its training; and on its
+final semantics by the early network. A linear probe says which classes generated semantics have. Results are kept in
+the study's folder, and its page shows them. Semantics that are finished before texture begins (an offset of 1) can be
+exchanged exactly; those of other schedules are put on straight lines from their noise, as in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.study import command
+from benchmarks.study.arms import Arm
 from benchmarks.study.probe import Linear
+from benchmarks.study.work import Study
 from sfd.data.shards import LatentSet
+from sfd.evaluation.evaluate import evaluate
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.guidance import VelocityField
 from sfd.latents import SEMANTIC, CompositeLatent
 from sfd.sampling import initial_noise, integrate
+from sfd.utils import files
+from sfd.utils.progress import say
+
+SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 
 
 def chosen(latents: LatentSet, labels: Sequence[int]) -> np.ndarray:
@@ -34,15 +48,15 @@ def read(latents: LatentSet, indices: np.ndarray) -> Tensor:
     return (raw - mean) / deviation
 
 
-def on_true_semantics(
-    model: Model, true: Tensor, labels: Sequence[int], seeds: Sequence[int], config: SamplingConfig
+def on_semantics(
+    model: Model, given: Tensor, labels: Sequence[int], seeds: Sequence[int], config: SamplingConfig
 ) -> Tensor:
     """Sample latents (B, N) while semantics go straight from their noise to given ones (B, C, g, g), as in training."""
     composite, size, found = model.composite, config.batch_size, []
     for first in range(0, len(labels), size):
         part = slice(first, first + size)
         noise = initial_noise(seeds[part], composite).to(model.device)
-        target = true[part].to(model.device).flatten(1) - noise.split(composite.sizes, 1)[composite.index(SEMANTIC)]
+        target = given[part].to(model.device).flatten(1) - noise.split(composite.sizes, 1)[composite.index(SEMANTIC)]
         velocity = model.velocity_field(torch.tensor(labels[part], device=model.device), config)
         straight = partial(_replaced, velocity, target, composite)
         found.append(integrate(straight, noise, model.schedule, composite, **config.integration).x)
@@ -67,3 +81,48 @@ def class_accuracy(latents: LatentSet, generated: Tensor, labels: Sequence[int])
     parts = {"generated": generated, "real": read(latents, numbers)}
     found = {name: probe(part.flatten(1).numpy()).argmax(axis=1) for name, part in parts.items()}
     return {name: float((classes == np.asarray(labels)).mean()) for name, classes in found.items()}
+
+
+def measure(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
+    """Measure one trained arm; what was measured before is read."""
+    path = study.folder / "semantics" / f"{arm.name}.seed-{seed}.json"
+    if path.exists():
+        return dict(files.read_json(path, "measurement"))
+    model, latents = study.train(arm, seed), LatentSet(study.parts(arm).folder.latents)
+    early = study.weak(model, arm, seed)
+    labels, seeds, settings = study.sampling(model, seed, {})
+    others = range(seeds[-1] + 1, seeds[-1] + 1 + len(labels))  # noise of texture, where semantics had theirs
+
+    def generated(by: Model) -> Tensor:
+        batches = by.sample_batches(labels, seeds, settings)
+        return by.composite.unpack(torch.cat([batch.latents for batch in batches]))[SEMANTIC]
+
+    own = generated(model)
+    ways = {
+        "own": (model, own),
+        "of real images": (model, read(latents, chosen(latents, labels))),
+        "of the early network": (model, generated(early)),
+        "own, texture of the early network": (early, own),
+    }
+    found: dict[str, Any] = {"classes right": class_accuracy(latents, own, labels)}
+    for name, (texture, semantics) in ways.items():
+        images = texture.decode(on_semantics(texture, semantics, labels, others, settings))
+        seen = evaluate(images, labels, study.reference, name=name)
+        found[name] = {metric: getattr(seen, metric) for metric in SHOWN} | {"interval": seen.intervals[SHOWN[0]]}
+    files.write_json(path, found)
+    return found
+
+
+def work(study: Study, listed: list[Arm], seeds: int, _: str) -> None:
+    """Measure all arms and seeds."""
+    for arm in listed:
+        for seed in range(seeds):
+            say(f"{arm.name}, seed {seed}: {measure(study, arm, seed)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    command.run("benchmarks.study.semantics", __doc__, work, arguments)
+
+
+if __name__ == "__main__":
+    main()

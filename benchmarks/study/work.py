@@ -16,7 +16,6 @@ from torch import nn
 
 from benchmarks.study.arms import Arm, Base
 from benchmarks.study.probe import Probe
-from benchmarks.study.semantics import chosen, class_accuracy, on_true_semantics, read
 from sfd.data.images import to_tensor, to_uint8
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
@@ -24,7 +23,6 @@ from sfd.evaluation.extractors._base import pretrained
 from sfd.evaluation.reference import Reference, reference_of
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
-from sfd.latents import SEMANTIC
 from sfd.models.dit import LightningDiT
 from sfd.run.learn_schedule import ProbeSettings
 from sfd.run.pipeline import Pipeline
@@ -36,13 +34,11 @@ from sfd.training.checkpoint import weights_at
 from sfd.training.tasks.classifier import divide
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
-from sfd.utils import files
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance by the null class
 WEAK = (2.0, 3.0)  # scales of AutoGuidance, by the arm's own network at the first checkpoint that is kept
 FEW = (5, 10)  # steps of further unguided samples
 FROM_WEAK = {"guidance_from": "guiding_model"}
-TRUE = "true-semantics"  # unguided samples whose semantics are those of real images
 LENGTH, BEND = 0.1, 0.01  # of a learned schedule's path, as in `sfd learn-schedule`
 OF_LATENTS = ("data", "texture", "semantic", "compressor", "latents")  # fields of a recipe that latents depend on
 SHARED = Arm("base", (), "")  # what all arms have in common
@@ -69,22 +65,19 @@ class Study:
             **{self.path(arm, seed, f"weak-{scale:g}"): {"guidance": scale} | FROM_WEAK for scale in WEAK},
         }
         missing = {path: sampling for path, sampling in wanted.items() if not path.exists()}
-        lacks_semantics = SEMANTIC in self.recipe(arm).streams and not self.semantics(arm, seed).exists()
-        if missing or lacks_semantics:
-            model = self._train(arm, seed)
+        if missing:
+            model = self.train(arm, seed)
             for path, sampling in missing.items():
-                guiding = self._weak(model, arm, seed) if "guidance_from" in sampling else None
-                self._evaluate(model, seed, path, sampling, guiding)
-            if lacks_semantics:
-                self._evaluate_semantics(model, arm, seed)
-        return bool(missing) or lacks_semantics
+                guiding = self.weak(model, arm, seed) if "guidance_from" in sampling else None
+                self._sample_and_evaluate(model, seed, path, sampling, guiding)
+        return bool(missing)
 
     def measure_real(self) -> None:
         """Measure as many training images as samples, as they are and decoded from latents: they bound all arms."""
         paths = {name: self.folder / "results" / f"{name}.json" for name in REAL}
         if all(path.exists() for path in paths.values()):
             return
-        parts = self._parts(SHARED)
+        parts = self.parts(SHARED)
         images, codec = parts.images.training, parts.texture.encoder.to(self.device)
         count = self.recipe(SHARED).evaluation.samples_per_class * len(images.classes)
         chosen = np.linspace(0, len(images) - 1, count).astype(int)
@@ -104,16 +97,13 @@ class Study:
     def _training(self, arm: Arm, seed: int) -> Path:
         return self.folder / "training" / f"{arm.name}.seed-{seed}"
 
-    def semantics(self, arm: Arm, seed: int) -> Path:
-        """The file that says how often generated semantics, and real ones, have the right class."""
-        return self.folder / "semantics" / f"{arm.name}.seed-{seed}.json"
-
     def recipe(self, arm: Arm) -> Recipe:
         """The complete recipe of an arm."""
         return load_recipe(self.base.recipe, [*self.changes, *arm.changes])
 
-    def _train(self, arm: Arm, seed: int) -> Model:
-        recipe, parts = self.recipe(arm), self._parts(arm)
+    def train(self, arm: Arm, seed: int) -> Model:
+        """Train an arm, or read what was trained."""
+        recipe, parts = self.recipe(arm), self.parts(arm)
         latents, texture = LatentSet(parts.folder.latents), parts.texture.encoder
         config = transformer_config(recipe, latents)
         schedule = build_schedule(self._learned(parts) if arm.learned else recipe.schedule, config.composite.names)
@@ -121,7 +111,7 @@ class Study:
         def preview(step: int, network: nn.Module, _: Path) -> None:
             path = self.path(arm, seed, f"step-{step}")
             if step < recipe.train.steps and not path.exists():
-                self._evaluate(Model(network, schedule, texture, latents.manifest.classes), seed, path, {})
+                self._sample_and_evaluate(Model(network, schedule, texture, latents.manifest.classes), seed, path, {})
 
         network, size = LightningDiT(config, seed=seed), recipe.train.batch_size
         task = DiffusionTask(network, latents, schedule, recipe.loss, seed=seed, batch_size=size, previewer=preview)
@@ -134,7 +124,7 @@ class Study:
         assert path is not None  # on rank 0
         return load_recipe(path).schedule
 
-    def _weak(self, model: Model, arm: Arm, seed: int) -> Model:
+    def weak(self, model: Model, arm: Arm, seed: int) -> Model:
         """The arm's network early in its training."""
         step = self.recipe(arm).train.keep_every
         assert step is not None
@@ -142,32 +132,20 @@ class Study:
         network.load_state_dict(weights_at(self._training(arm, seed) / "checkpoints", step))
         return replace(model, transformer=network.to(self.device).eval())
 
-    def _evaluate(
-        self, model: Model, seed: int, path: Path, sampling: dict[str, Any], guiding: Model | None = None
-    ) -> None:
-        labels, seeds, settings = self._sampling(model, seed, sampling)
-        images = np.concatenate([b.images for b in model.sample_batches(labels, seeds, settings, guiding=guiding)])
-        used = settings.model_dump(mode="json")
-        evaluate(images, labels, self.reference, name=path.name, sampling=used).write(path)
-
-    def _evaluate_semantics(self, model: Model, arm: Arm, seed: int) -> None:
-        """Draw texture on the semantics of real images; and ask which classes generated semantics have."""
-        labels, seeds, settings = self._sampling(model, seed, {})
-        latents = LatentSet(self._parts(arm).folder.latents)
-        sampled = on_true_semantics(model, read(latents, chosen(latents, labels)), labels, seeds, settings)
-        path = self.path(arm, seed, TRUE)
-        evaluate(model.decode(sampled), labels, self.reference, name=path.name).write(path)
-        few, few_seeds = labels[::4], seeds[::4]
-        packed = torch.cat([batch.latents for batch in model.sample_batches(few, few_seeds, settings)])
-        generated = model.composite.unpack(packed)[SEMANTIC]
-        files.write_json(self.semantics(arm, seed), class_accuracy(latents, generated, few))
-
-    def _sampling(self, model: Model, seed: int, changes: dict[str, Any]) -> tuple[list[int], range, SamplingConfig]:
+    def sampling(self, model: Model, seed: int, changes: dict[str, Any]) -> tuple[list[int], range, SamplingConfig]:
         """Labels, seeds and settings of an arm's samples."""
         recipe = self.recipe(SHARED)
         settings = recipe.sample.model_copy(update={"guidance": 1.0, "guidance_from": "null_class", **changes})
         labels = [c for c in range(len(model.classes)) for _ in range(recipe.evaluation.samples_per_class)]
         return labels, range(PER_SEED * seed, PER_SEED * seed + len(labels)), settings
+
+    def _sample_and_evaluate(
+        self, model: Model, seed: int, path: Path, changes: dict[str, Any], guiding: Model | None = None
+    ) -> None:
+        labels, seeds, settings = self.sampling(model, seed, changes)
+        images = np.concatenate([b.images for b in model.sample_batches(labels, seeds, settings, guiding=guiding)])
+        used = settings.model_dump(mode="json")
+        evaluate(images, labels, self.reference, name=path.name, sampling=used).write(path)
 
     @cached_property
     def reference(self) -> Reference:
@@ -183,7 +161,7 @@ class Study:
         training, real = divide(run.images.held_out, settings)
         return reference_of(real, Probe(network, training, real, run.folder.root / "features"), "held-out real images")
 
-    def _parts(self, arm: Arm) -> Pipeline:
+    def parts(self, arm: Arm) -> Pipeline:
         """Encoders and latents for an arm; those of equal recipes are one."""
         own = [change for change in arm.changes if change.split(".")[0].split("=")[0] in OF_LATENTS]
         recipe = load_recipe(self.base.recipe, [*self.changes, *own])
