@@ -154,9 +154,9 @@ meanwhile part resume 80 bash -c "$DECLARED; resume"
 part run $((TRAINED + 35)) bash -c "$DECLARED; timed"
 part samples 20 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-3 --device "$DEVICE"
 wait
-measure 100 guided --sizes $GUIDED
-measure 115 training --sizes $TRAINING
-measure 45 loader --sizes "${TRAINING%%,*}"
+measure 95 guided --sizes $GUIDED
+measure 100 training --sizes $TRAINING
+measure 75 loader --sizes "${TRAINING%%,*}"
 
 $PYTHON - "$OUT"/work/*/results.json >"$OUT/results.json" <<'PY'
 import json, pathlib, sys

@@ -12,9 +12,8 @@ from sfd.utils import files
 from sfd.utils.errors import SFDError
 
 DOCS = ROOT / "docs"
-Results = dict[
-    str, dict[str, Any]
-]  # device type → section → {"machine": … (None: arithmetic), "rows": …, "quick": … (not in docs/)}
+# device type → section → {"machine": … (None: arithmetic), "rows": …, "quick": … (true: not for docs/)}
+Results = dict[str, dict[str, Any]]
 
 
 def table(rows: list[Row]) -> str:

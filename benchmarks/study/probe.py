@@ -19,13 +19,13 @@ DECAY = 1e-3  # of the weights, of features of unit variance
 
 
 class Linear:
-    """Logistic regression of features (B, D) on labels (B,), for as many classes as there are labels."""
+    """Logistic regression of features (B, D) on labels (B,) of K classes."""
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(self, features: np.ndarray, labels: np.ndarray, classes: int) -> None:
         """Fit to features scaled to unit variance."""
         self._mean, self._deviation = features.mean(axis=0), features.std(axis=0) + 1e-6
         inputs, targets = self._inputs(features), torch.from_numpy(np.asarray(labels, np.int64))
-        self._weights = torch.zeros(inputs.shape[1], int(targets.max()) + 1, requires_grad=True)
+        self._weights = torch.zeros(inputs.shape[1], classes, requires_grad=True)
         optimizer = torch.optim.LBFGS([self._weights], max_iter=200, line_search_fn="strong_wolfe")
 
         def closure() -> torch.Tensor:
@@ -57,7 +57,7 @@ class Probe:
         seen, unseen = (extract(part, network, "features", cache=cache) for part in (training, reference))
         assert seen is not None and unseen is not None
         self.trained_on, self.identity = len(training), f"{self.name}-{network.identity}-{training.identity}"
-        self._linear = Linear(seen.features, np.asarray(training.labels))
+        self._linear = Linear(seen.features, np.asarray(training.labels), len(self.classes))
         predicted = self._linear(unseen.features).argmax(axis=1)
         self.accuracy = float((predicted == np.asarray(reference.labels)).mean())
 

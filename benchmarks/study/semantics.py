@@ -1,6 +1,6 @@
 """What limits an arm of the study: how its semantics are generated, or how texture is drawn on them.
 
-    python -m benchmarks.study.semantics shapes|photos [FIELD=VALUE]... --arms NAME,... [--seeds 1] [--out runs/study]
+    python -m benchmarks.study.semantics shapes|photos [FIELD=VALUE]... [--arms NAME,...] [--seeds 3] [--out runs/study]
 
 Texture is drawn on the semantics of real images; on those of the arm's own network early in its training; and on its
 final semantics by the early network. A linear probe says which classes generated semantics have. Results are kept in
@@ -30,18 +30,28 @@ from sfd.guidance import VelocityField
 from sfd.latents import SEMANTIC, CompositeLatent
 from sfd.sampling import initial_noise, integrate
 from sfd.utils import files
+from sfd.utils.errors import SFDError
 from sfd.utils.progress import say
 
 SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 
 
 def chosen(latents: LatentSet, labels: Sequence[int]) -> np.ndarray:
-    """Numbers of different training images with these labels."""
-    left = {label: iter(np.flatnonzero(latents.labels.numpy() == label)) for label in set(labels)}
-    return np.array([next(left[label]) for label in labels])
+    """Numbers (B,) of different training images with these labels."""
+    found = np.empty(len(labels), int)
+    for label in set(labels):
+        places, there = np.flatnonzero(np.asarray(labels) == label), np.flatnonzero(latents.labels.numpy() == label)
+        if len(there) < len(places):
+            name = latents.manifest.classes[label]
+            raise SFDError(
+                f"{len(places)} training images of class {name!r} are needed, there are {len(there)}; lower "
+                "evaluation.samples_per_class"
+            )
+        found[places] = there[: len(places)]
+    return found
 
 
-def read(latents: LatentSet, indices: np.ndarray) -> Tensor:
+def semantic_latents(latents: LatentSet, indices: np.ndarray) -> Tensor:
     """Normalised semantic latents (B, C, g, g) of images."""
     raw = latents.read(SEMANTIC, indices, np.zeros(len(indices), bool))
     mean, deviation = latents.composite()[SEMANTIC].statistics(raw)
@@ -64,7 +74,7 @@ def on_semantics(
 
 
 def _replaced(velocity: VelocityField, target: Tensor, composite: CompositeLatent, x: Tensor, t: Tensor) -> Tensor:
-    """A velocity whose semantic part is given, (B, M)."""
+    """Velocity (B, N) of x (B, N) at the times t (K,), its semantic part replaced by the target (B, C·g²)."""
     parts = list(velocity(x, t).split(composite.sizes, 1))
     parts[composite.index(SEMANTIC)] = target
     return torch.cat(parts, 1)
@@ -77,8 +87,9 @@ def class_accuracy(latents: LatentSet, generated: Tensor, labels: Sequence[int])
     """
     numbers = chosen(latents, labels)
     others = np.setdiff1d(np.arange(len(latents)), numbers)
-    probe = Linear(read(latents, others).flatten(1).numpy(), latents.labels[torch.from_numpy(others)].numpy())
-    parts = {"generated": generated, "real": read(latents, numbers)}
+    known, labels_known = semantic_latents(latents, others), latents.labels[torch.from_numpy(others)]
+    probe = Linear(known.flatten(1).numpy(), labels_known.numpy(), len(latents.manifest.classes))
+    parts = {"generated": generated, "real": semantic_latents(latents, numbers)}
     found = {name: probe(part.flatten(1).numpy()).argmax(axis=1) for name, part in parts.items()}
     return {name: float((classes == np.asarray(labels)).mean()) for name, classes in found.items()}
 
@@ -89,7 +100,7 @@ def measure(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
     if path.exists():
         return dict(files.read_json(path, "measurement"))
     model, latents = study.train(arm, seed), LatentSet(study.parts(arm).folder.latents)
-    early = study.weak(model, arm, seed)
+    early = study.early(model, arm, seed)
     labels, seeds, settings = study.sampling(model, seed, {})
     others = range(seeds[-1] + 1, seeds[-1] + 1 + len(labels))  # noise of texture, where semantics had theirs
 
@@ -100,7 +111,7 @@ def measure(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
     own = generated(model)
     ways = {
         "own": (model, own),
-        "of real images": (model, read(latents, chosen(latents, labels))),
+        "of real images": (model, semantic_latents(latents, chosen(latents, labels))),
         "of the early network": (model, generated(early)),
         "own, texture of the early network": (early, own),
     }
@@ -114,8 +125,8 @@ def measure(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def work(study: Study, listed: list[Arm], seeds: int, _: str) -> None:
-    """Measure all arms and seeds."""
-    for arm in listed:
+    """Measure all seeds of the arms that have a semantic stream."""
+    for arm in [arm for arm in listed if SEMANTIC in study.recipe(arm).streams]:
         for seed in range(seeds):
             say(f"{arm.name}, seed {seed}: {measure(study, arm, seed)}")
 

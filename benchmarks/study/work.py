@@ -34,6 +34,7 @@ from sfd.training.checkpoint import weights_at
 from sfd.training.tasks.classifier import divide
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
+from sfd.utils.errors import SFDError
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of guidance by the null class
 WEAK = (2.0, 3.0)  # scales of AutoGuidance, by the arm's own network at the first checkpoint that is kept
@@ -52,6 +53,12 @@ class Study:
     def __init__(self, base: Base, changes: Sequence[str], folder: Path, device: torch.device) -> None:
         self.base, self.folder, self.device = base, folder, device
         self.changes = (*base.changes, *changes)
+        train = self.recipe(SHARED).train
+        if train.keep_every is None or train.keep_every >= train.steps:
+            raise SFDError(
+                f"train.keep_every is {train.keep_every}; AutoGuidance takes the first checkpoint that is kept, so set "
+                f"it below train.steps ({train.steps})"
+            )
 
     def measure(self, arm: Arm, seed: int) -> bool:
         """Train an arm and measure its samples: at each scale of guidance, in few steps, and while it is trained.
@@ -68,7 +75,7 @@ class Study:
         if missing:
             model = self.train(arm, seed)
             for path, sampling in missing.items():
-                guiding = self.weak(model, arm, seed) if "guidance_from" in sampling else None
+                guiding = self.early(model, arm, seed) if "guidance_from" in sampling else None
                 self._sample_and_evaluate(model, seed, path, sampling, guiding)
         return bool(missing)
 
@@ -124,7 +131,7 @@ class Study:
         assert path is not None  # on rank 0
         return load_recipe(path).schedule
 
-    def weak(self, model: Model, arm: Arm, seed: int) -> Model:
+    def early(self, model: Model, arm: Arm, seed: int) -> Model:
         """The arm's network early in its training."""
         step = self.recipe(arm).train.keep_every
         assert step is not None

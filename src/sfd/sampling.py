@@ -281,7 +281,7 @@ def find_solver(name: str, options: Mapping[str, Any] | None = None) -> tuple[So
     if name not in SOLVERS:
         raise unknown("solver", name, SOLVERS)
     records = {each: options_record(solver.solve) for each, solver in SOLVERS.items()}
-    for option in (options or {}).keys() - records[name].model_fields.keys():
+    for option in sorted((options or {}).keys() - records[name].model_fields.keys()):
         owners = [each for each, record in records.items() if option in record.model_fields]
         if owners:
             own = ", ".join(records[name].model_fields) or "none"

@@ -146,7 +146,7 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_k = τ_k(u)·x1_k + (1 − τ_k(u))·x0_k for base times u (B,) and packed latents (B, N)."""
         t = self.schedule.at(timesteps.cpu().double()).time
-        t = t.repeat_interleave(torch.tensor(self.config["sizes"]), dim=1)
+        t = t.repeat_interleave(torch.tensor(self.config["sizes"]), dim=-1)
         return torch.lerp(noise, original_samples, t.to(original_samples))
 
     def step(
