@@ -22,6 +22,7 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5 
 DRAWN = ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived")  # arms whose fronts are plotted
 SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 CONVERGED = {"frechet_distance": "distance", "class_accuracy": "accuracy"}
+GUIDED = {"guidance": "best, guided by the null class", "weak": "best, AutoGuidance"}
 LIMITS = "python -m benchmarks.study.semantics"
 CLAIMS = (
     ("repa", "texture", "REPA is better than texture alone"),
@@ -249,15 +250,16 @@ def plots(results: Results, images: int, steps: int) -> Figure:
     """Distance by offset, the fronts of precision and recall and of distance over guidance, and convergence."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     (by_offset, front), (by_scale, convergence) = figure.subplots(2, 2)
-    for what, style in (("unguided", "o-"), ("best guided", "s--")):
+    for what, style in (("unguided", "o-"), ("guidance", "s--"), ("weak", "^:")):
         points = []
         for arm in results.found:
-            best, plain = results.best(arm), results.value(arm, "frechet_distance")
-            if (found := re.fullmatch(r"offset-([\d.]+)", arm)) and best is not None and plain is not None:
-                points.append((float(found[1]), *(plain if what == "unguided" else best[1])))
+            plain, best = results.value(arm, "frechet_distance"), results.best(arm, by=what)
+            value = plain if what == "unguided" else best and best[1]
+            if (found := re.fullmatch(r"offset-([\d.]+)", arm)) and value:
+                points.append((float(found[1]), *value))
         if points:
             x, y, half = zip(*sorted(points), strict=True)
-            by_offset.errorbar(x, y, half, fmt=style, capsize=3, label=what)
+            by_offset.errorbar(x, y, half, fmt=style, capsize=3, label=GUIDED.get(what, what))
     if by_offset.lines:
         by_offset.legend()
     for arm in [arm for arm in DRAWN if arm in results.found]:
