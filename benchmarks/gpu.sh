@@ -156,7 +156,7 @@ part samples 20 $PYTHON -m sfd sample "$OUT/run" --out "$OUT/samples" --seeds 0-
 wait
 measure 95 guided --sizes $GUIDED
 measure 100 training --sizes $TRAINING
-measure 75 loader --sizes "${TRAINING%%,*}"
+measure 65 loader --sizes "${TRAINING%%,*}"
 
 $PYTHON - "$OUT"/work/*/results.json >"$OUT/results.json" <<'PY'
 import json, pathlib, sys

@@ -20,6 +20,7 @@ from benchmarks.few_steps import TIMED, sampled
 from benchmarks.measure import best_times
 from benchmarks.report import table
 from benchmarks.study.probe import Probe
+from benchmarks.study.work import SHOWN
 from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
 from sfd.evaluation.extractors._base import pretrained
 from sfd.evaluation.reference import Reference, reference_of
@@ -38,7 +39,6 @@ for source, scales in SCALES.items():
 WAYS += [{"steps": steps, "guidance_from": "student"} for steps in (8, 4, 2, 1)]
 CALLS = {"null_class": 2, "inside": 1, "guiding_model": 2, "student": 1}  # per step
 MULTISTEP = {"solver": "multistep", "options": {}}  # one evaluation per step, whatever the run has by default
-SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 
 
 def judge(pipeline: Pipeline) -> Reference:

@@ -14,13 +14,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import table
-from benchmarks.study.work import FEW, REAL
+from benchmarks.study.work import FEW, REAL, SHOWN
 from sfd.evaluation.evaluate import Metrics, read_metrics
 from sfd.utils import files
 
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5 % quantiles of t, by degrees of freedom
 DRAWN = ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived")  # arms whose fronts are plotted
-SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 CONVERGED = {"frechet_distance": "distance", "class_accuracy": "accuracy"}
 GUIDED = {"guidance": "best, guided by the null class", "weak": "best, AutoGuidance"}
 LIMITS = "python -m benchmarks.study.semantics"

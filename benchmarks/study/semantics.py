@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.study import command
 from benchmarks.study.arms import Arm
 from benchmarks.study.probe import Linear
-from benchmarks.study.work import Study
+from benchmarks.study.work import SHOWN, Study
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
 from sfd.generation.config import SamplingConfig
@@ -32,8 +32,6 @@ from sfd.sampling import initial_noise, integrate
 from sfd.utils import files
 from sfd.utils.errors import SFDError
 from sfd.utils.progress import say
-
-SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")
 
 
 def chosen(latents: LatentSet, labels: Sequence[int]) -> np.ndarray:

@@ -43,6 +43,7 @@ FROM_WEAK = {"guidance_from": "guiding_model"}
 LENGTH, BEND = 0.1, 0.01  # of a learned schedule's path, as in `sfd learn-schedule`
 OF_LATENTS = ("data", "texture", "semantic", "compressor", "latents")  # fields of a recipe that latents depend on
 SHARED = Arm("base", (), "")  # what all arms have in common
+SHOWN = ("frechet_distance", "class_accuracy", "precision", "recall")  # metrics that tables show
 REAL = ("real-images", "decoded-real-images")
 PER_SEED = 1_000_000  # images of a training seed have noise of their own, the same for all arms
 

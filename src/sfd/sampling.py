@@ -280,16 +280,16 @@ def find_solver(name: str, options: Mapping[str, Any] | None = None) -> tuple[So
     """Look a solver up and check its options; those left out have their defaults."""
     if name not in SOLVERS:
         raise unknown("solver", name, SOLVERS)
-    records = {each: options_record(solver.solve) for each, solver in SOLVERS.items()}
-    for option in sorted((options or {}).keys() - records[name].model_fields.keys()):
-        owners = [each for each, record in records.items() if option in record.model_fields]
+    record = options_record(SOLVERS[name].solve)
+    for option in sorted((options or {}).keys() - record.model_fields.keys()):
+        owners = [each for each, other in SOLVERS.items() if option in options_record(other.solve).model_fields]
         if owners:
-            own = ", ".join(records[name].model_fields) or "none"
+            own = ", ".join(record.model_fields) or "none"
             raise SFDError(
                 f"{option!r} is an option of solver {owners[0]}, but the solver is {name} (its options: {own}); where "
                 f"the solver is changed, change its options too: sample.options={{}} (in `sfd sample`: options={{}})"
             )
-    return SOLVERS[name], dict(parse(records[name], options or {}, f"solver {name!r}"))
+    return SOLVERS[name], dict(parse(record, options or {}, f"solver {name!r}"))
 
 
 def _check_shapes(noise: Tensor, schedule: Schedule, latent: CompositeLatent, seeds: Sequence[int] | None) -> None:

@@ -52,7 +52,7 @@ class Inference:
         both = torch.cat([labels, guiding])
 
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            v_c, v_w = self._call(x.repeat(2, 1), t.expand(len(x), -1).repeat(2, 1), both).velocity.chunk(2)
+            v_c, v_w = self._call(x.repeat(2, 1), _per_image(t, x).repeat(2, 1), both).velocity.chunk(2)
             return v_c, v_w
 
         return pair
