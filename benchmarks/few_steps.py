@@ -6,6 +6,7 @@ Both train what they need in `--out`, from models/shapes, and resume.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ DISTILLED += ["train.ema_warmup=true", "train.precision=bf16"]
 TOKENIZERS = ("texture", "semantic", "compressor")
 HEAD = ["data.count=20000", "latents.features=false", "loss.repa=0", "transformer.guide_block=2", "loss.guide=0.25"]
 HEAD += ["train.steps=400", "train.learning_rate=5e-4", "train.warmup=50", "train.decay_from=100", "train.ema=0.99"]
-HEAD += ["train.preview_every=0", "sample.guidance_from=inside", f"train.init={MODEL}"]
+HEAD += ["train.preview_every=0", "sample.guidance_from=inside"]
 SCALES = (1.0, 1.5, 2.0, 3.0)
+CALLS = {"null_class": 2, "inside": 1, "guiding_model": 2}  # of networks, per step
 
 
 def few_steps(setting: Setting) -> list[Row]:
@@ -54,25 +56,33 @@ def _ratio(seconds: dict[str, float], name: str) -> float:
 
 
 def inside(setting: Setting) -> list[Row]:
-    """Guidance by the null class and by a second head, on one model that was trained on for some hundred steps."""
-    given = [f"{part}.train=null" for part in TOKENIZERS]
-    given += [f"{part}.folder={MODEL / part}" for part in TOKENIZERS]
-    recipe = load_recipe(ROOT / "recipes" / "shapes.yaml", [*given, *HEAD])
-    pipeline, against = Pipeline(recipe, setting.out / "inside", setting.device), reference(setting)
-    pipeline.latents.make()
-    pipeline.transformer.make()
-    model, rows = pipeline.model, []
-    for source, calls in (("null_class", 2), ("inside", 1)):
-        for scale in SCALES:
-            if scale == 1 and source == "inside":
-                continue
+    """Guidance by the null class, by a second head, and by a less trained network (AutoGuidance), of one model.
+
+    The model was trained on for some hundred steps, for the head; the less trained network for as many from the start.
+    """
+    model, guiding = (_trained_with_head(setting, *how) for how in (("inside", MODEL), ("early", None)))
+    against, rows = reference(setting), []
+    for source, calls in CALLS.items():
+        for scale in SCALES if source == "null_class" else SCALES[1:]:
             for steps in (24, 12):
                 how = {"steps": steps, "guidance": scale, "guidance_from": source}
                 row = {"guidance_from": source if scale != 1 else "none", "guidance": scale, "steps": steps}
                 row["network_calls"] = steps * (calls if scale != 1 else 1)
-                rows.append(row | quality(model, how, against))
+                rows.append(row | quality(model, how, against, guiding if source == "guiding_model" else None))
                 print(rows[-1], flush=True)
     return rows
+
+
+def _trained_with_head(setting: Setting, folder: str, init: Path | None) -> Model:
+    """A network with a second head, trained from given weights or from the start."""
+    given = [f"{part}.train=null" for part in TOKENIZERS]
+    given += [f"{part}.folder={MODEL / part}" for part in TOKENIZERS]
+    given += [f"train.init={init}"] if init else []
+    recipe = load_recipe(ROOT / "recipes" / "shapes.yaml", [*given, *HEAD])
+    pipeline = Pipeline(recipe, setting.out / folder, setting.device)
+    pipeline.latents.make()
+    pipeline.transformer.make()
+    return pipeline.model
 
 
 def sampled(model: Model, how: dict[str, Any], count: int, guiding: Model | None = None) -> np.ndarray:
@@ -83,10 +93,10 @@ def sampled(model: Model, how: dict[str, Any], count: int, guiding: Model | None
     return np.concatenate([batch.images for batch in batches])
 
 
-def quality(model: Model, how: dict[str, Any], against: Reference) -> Row:
+def quality(model: Model, how: dict[str, Any], against: Reference, guiding: Model | None = None) -> Row:
     """Fréchet distance with its interval, and class accuracy."""
     labels = [k % len(model.classes) for k in range(SAMPLES)]
-    seen = evaluate(sampled(model, how, SAMPLES), labels, against, name=str(how))
+    seen = evaluate(sampled(model, how, SAMPLES, guiding), labels, against, name=str(how))
     low, high = seen.intervals["frechet_distance"]
     found = {"frechet_distance": seen.frechet_distance, "interval": f"{low:.3g} to {high:.3g}"}
     return found | {"class_accuracy": seen.class_accuracy}

@@ -21,7 +21,13 @@ from sfd.utils import files
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5 % quantiles of t, by degrees of freedom
 DRAWN = ("texture", "repa", "offset-0", "offset-0.3", "offset-1", "arrived")  # arms whose fronts are plotted
 CONVERGED = {"frechet_distance": "distance", "class_accuracy": "accuracy"}
-GUIDED = {"guidance": "best, guided by the null class", "weak": "best, AutoGuidance"}
+GUIDED = {"guidance": "best guided distance", "weak": "best autoguided distance"}
+COMPARED = {
+    "unguided distance": ("frechet_distance", "guidance-1"),
+    "unguided accuracy": ("class_accuracy", "guidance-1"),
+}
+COMPARED |= {f"unguided {name}": (name, "guidance-1") for name in ("precision", "recall")}
+COMPARED |= {f"distance in {few} steps": ("frechet_distance", f"in-{few}-steps") for few in FEW}
 LIMITS = "python -m benchmarks.study.semantics"
 CLAIMS = (
     ("repa", "texture", "REPA is better than texture alone"),
@@ -30,16 +36,8 @@ CLAIMS = (
     ("offset-0.3", "offset-1", "semantics that lead by 0.3 are better than sequential ones"),
     ("offset-0.3", "stationary", "not training streams at rest is better than training them"),
     ("arrived", "offset-0.3", "noise on finished semantics is better than none"),
-    (
-        "arrived-1",
-        "offset-1",
-        "noise on finished semantics is better than none, where semantics are finished before texture begins",
-    ),
-    (
-        "together",
-        "offset-0.3",
-        "semantics that are finished with texture are better than semantics that are finished before",
-    ),
+    ("arrived-1", "offset-1", "noise on finished semantics is better than none, at an offset of 1"),
+    ("together", "offset-0.3", "semantics that end with texture are better than those that end before"),
     ("channels-4", "offset-0.3", "semantics of 4 channels are better than of more"),
     ("channels-4", "channels-4-0", "with 4 channels, 0.3 is better than synchronous"),
     ("data-0.3", "offset-0.3", "predicting the data is better than predicting the velocity"),
@@ -86,15 +84,15 @@ class Results:
         return Value(float(np.mean([getattr(seen, metric) for seen in kept])), half)
 
     def _spread(self, metric: str, what: str) -> float:
-        """Half the 95 % interval of one seed, from what is left once each arm and each seed has its mean."""
-        several = [arm for arm in self.found if len(self.seeds(arm, what)) > 1]
-        common = set.intersection(*(self.seeds(arm, what) for arm in several)) if several else set()
-        if len(several) < 2 or len(common) < 2:
-            return 0.0
-        values = np.array([[getattr(self.found[arm][what][seed], metric) for seed in common] for arm in several], float)
-        left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
-        freedom = (len(several) - 1) * (len(common) - 1)
-        return STUDENT[min(freedom, len(STUDENT)) - 1] * float((left**2).sum() / freedom) ** 0.5
+        """Half the 95 % interval of one seed, from what effects of arms and of seeds leave unexplained."""
+        cells = [(arm, *cell) for arm, kinds in self.found.items() for cell in kinds.get(what, {}).items()]
+        arms, seeds = (np.array([cell[part] for cell in cells])[:, None] for part in (0, 1))
+        values = np.array([getattr(seen, metric) for _, _, seen in cells])
+        design = 1.0 * np.hstack([arms == np.unique(arms), seeds == np.unique(seeds)])
+        effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+        freedom = len(values) - int(rank)
+        left = float(np.square(values - design @ effects).sum())
+        return STUDENT[min(freedom, len(STUDENT)) - 1] * (left / freedom) ** 0.5 if freedom else 0.0
 
     def front(
         self, arm: str, metric: str, seeds: Collection[int] | None = None, by: str = "guidance"
@@ -119,14 +117,12 @@ class Results:
         found = [(seen, value.mean) for seen, value in points if value is not None]
         return [(seen, 1 - mean) for seen, mean in found] if metric == "class_accuracy" else found
 
-    def best(self, arm: str, seeds: Collection[int] | None = None, by: str = "guidance") -> tuple[float, Value] | None:
-        """The lowest distance over the scales of guidance, and its scale."""
-        return min(self.front(arm, "frechet_distance", seeds, by), key=lambda pair: pair[1].mean, default=None)
-
-    def lowest(self, arm: str, seeds: Collection[int], by: str = "guidance") -> Value | None:
-        """The lowest distance over the scales of guidance."""
-        best = self.best(arm, seeds, by)
-        return None if best is None else best[1]
+    def best(
+        self, arm: str, seeds: Collection[int] | None = None, by: str = "guidance"
+    ) -> tuple[float | None, Value | None]:
+        """The scale of guidance with the lowest distance, and the distance."""
+        front = self.front(arm, "frechet_distance", seeds, by)
+        return min(front, key=lambda pair: pair[1].mean, default=(None, None))
 
 
 def bounds(folder: Path) -> str:
@@ -155,21 +151,12 @@ def claims(results: Results) -> list[dict[str, Any]]:
     rows = []
     for better, worse, claim in CLAIMS:
         arms, seeds = (better, worse), results.seeds(better) & results.seeds(worse)
-        weak = results.seeds(better, "weak-2") & results.seeds(worse, "weak-2")
         pairs = {
-            "unguided distance": [results.value(arm, "frechet_distance", seeds=seeds) for arm in arms],
-            "best guided distance": [results.lowest(arm, seeds) for arm in arms],
-            "best autoguided distance": [results.lowest(arm, weak, "weak") for arm in arms],
-            **{
-                f"distance in {few} steps": [
-                    results.value(arm, "frechet_distance", f"in-{few}-steps", seeds) for arm in arms
-                ]
-                for few in FEW
-            },
-            "unguided accuracy": [results.value(arm, "class_accuracy", seeds=seeds) for arm in arms],
-            "unguided precision": [results.value(arm, "precision", seeds=seeds) for arm in arms],
-            "unguided recall": [results.value(arm, "recall", seeds=seeds) for arm in arms],
+            name: [results.value(arm, metric, what, seeds) for arm in arms] for name, (metric, what) in COMPARED.items()
         }
+        for by, name in GUIDED.items():
+            seeds_guided = results.seeds(better, f"{by}-2") & results.seeds(worse, f"{by}-2")
+            pairs[name] = [results.best(arm, seeds_guided, by)[1] for arm in arms]
         row: dict[str, Any] = {"claim": claim, "seeds": len(seeds)}
         for what, (one, other) in pairs.items():
             row[what] = f"{verdict(one, other, 'distance' in what)}: {shown(one)}, {shown(other)}"
@@ -217,8 +204,9 @@ def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
         row |= {metric.replace("_", " "): shown(results.value(arm, metric)) for metric in SHOWN}
         for few in FEW:
             row[f"distance in {few} steps"] = shown(results.value(arm, "frechet_distance", f"in-{few}-steps"))
-        for name, best in (("best guided", results.best(arm)), ("best autoguided", results.best(arm, by="weak"))):
-            row[f"{name} distance"] = "—" if best is None else f"{shown(best[1])} at {best[0]:g}"
+        for by, name in GUIDED.items():
+            scale, value = results.best(arm, by=by)
+            row[name] = f"{shown(value)} at {scale:g}" if value else "—"
         for metric, name in CONVERGED.items():
             seen = None
             if results.seeds("texture"):
@@ -252,8 +240,8 @@ def plots(results: Results, images: int, steps: int) -> Figure:
     for what, style in (("unguided", "o-"), ("guidance", "s--"), ("weak", "^:")):
         points = []
         for arm in results.found:
-            plain, best = results.value(arm, "frechet_distance"), results.best(arm, by=what)
-            value = plain if what == "unguided" else best and best[1]
+            plain = what == "unguided"
+            value = results.value(arm, "frechet_distance") if plain else results.best(arm, by=what)[1]
             if (found := re.fullmatch(r"offset-([\d.]+)", arm)) and value:
                 points.append((float(found[1]), *value))
         if points:

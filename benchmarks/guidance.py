@@ -1,6 +1,6 @@
 """Sources and scales of guidance, and few steps, by network calls, on a trained run of photographs with a second head.
 
-    python -m benchmarks.study.guidance RUN [--judge imagenet|run] [--samples 1000] [--guiding-model MODEL]
+    python -m benchmarks.guidance RUN [--judge imagenet|run] [--samples 1000] [--guiding-model MODEL]
         [--student MODEL]
 
 Samples are judged in features of a network that saw a million photographs, whose linear probe, trained on images that
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.few_steps import TIMED, sampled
+from benchmarks.few_steps import CALLS, TIMED, sampled
 from benchmarks.measure import best_times
 from benchmarks.report import table
 from benchmarks.study.probe import Probe
@@ -37,7 +37,6 @@ WAYS: list[dict[str, Any]] = [{"guidance": 1.0, "steps": steps} for steps in (24
 for source, scales in SCALES.items():
     WAYS += [{"guidance": scale, "steps": steps, "guidance_from": source} for scale in scales for steps in (24, 12)]
 WAYS += [{"steps": steps, "guidance_from": "student"} for steps in (8, 4, 2, 1)]
-CALLS = {"null_class": 2, "inside": 1, "guiding_model": 2, "student": 1}  # per step
 MULTISTEP = {"solver": "multistep", "options": {}}  # one evaluation per step, whatever the run has by default
 
 
@@ -106,7 +105,7 @@ def row(way: dict[str, Any], found: Metrics) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.study.guidance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.guidance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--judge", choices=("imagenet", "run"), default="imagenet")
