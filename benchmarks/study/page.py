@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import table
-from benchmarks.study.work import FEW, REAL, SHOWN
+from benchmarks.study.work import FEW, REAL, SHOWN, WEAK
 from sfd.evaluation.evaluate import Metrics, read_metrics
 from sfd.utils import files
 
@@ -27,6 +27,7 @@ COMPARED = {
     "unguided accuracy": ("class_accuracy", "guidance-1"),
 }
 COMPARED |= {f"unguided {name}": (name, "guidance-1") for name in ("precision", "recall")}
+COMPARED |= {f"autoguided {name} at {WEAK[0]:g}": (metric, f"weak-{WEAK[0]:g}") for metric, name in CONVERGED.items()}
 COMPARED |= {f"distance in {few} steps": ("frechet_distance", f"in-{few}-steps") for few in FEW}
 LIMITS = "python -m benchmarks.study.semantics"
 CLAIMS = (
@@ -155,7 +156,7 @@ def claims(results: Results) -> list[dict[str, Any]]:
             name: [results.value(arm, metric, what, seeds) for arm in arms] for name, (metric, what) in COMPARED.items()
         }
         for by, name in GUIDED.items():
-            seeds_guided = results.seeds(better, f"{by}-2") & results.seeds(worse, f"{by}-2")
+            seeds_guided = results.seeds(better, f"{by}-{WEAK[0]:g}") & results.seeds(worse, f"{by}-{WEAK[0]:g}")
             pairs[name] = [results.best(arm, seeds_guided, by)[1] for arm in arms]
         row: dict[str, Any] = {"claim": claim, "seeds": len(seeds)}
         for what, (one, other) in pairs.items():

@@ -2,10 +2,11 @@
 
     python -m benchmarks.study.semantics shapes|photos [FIELD=VALUE]... [--arms NAME,...] [--seeds 3] [--out runs/study]
 
-Texture is drawn on the semantics of real images; on those of the arm's own network early in its training; and on its
-final semantics by the early network. A linear probe says which classes generated semantics have. Results are kept in
-the study's folder, and its page shows them. Semantics that are finished before texture begins (an offset of 1) can be
-exchanged exactly; those of other schedules are put on straight lines from their noise, as in training.
+Texture is drawn, without guidance, on the semantics of real images; on the arm's own, also with AutoGuidance; on those
+of its network early in training; and on its final semantics by the early network. A linear probe says which classes
+generated semantics have. Results are kept in the study's folder, and its page shows them. Semantics that are finished
+before texture begins (an offset of 1) can be exchanged exactly; those of other schedules are put on straight lines from
+their noise, as in training.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from benchmarks.study import command
 from benchmarks.study.arms import Arm
 from benchmarks.study.probe import Linear
-from benchmarks.study.work import SHOWN, Study
+from benchmarks.study.work import FROM_WEAK, SHOWN, WEAK, Study
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
 from sfd.generation.config import SamplingConfig
@@ -102,14 +103,16 @@ def measure(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
     labels, seeds, settings = study.sampling(model, seed, {})
     others = range(seeds[-1] + 1, seeds[-1] + 1 + len(labels))  # noise of texture, where semantics had theirs
 
-    def generated(by: Model) -> Tensor:
-        batches = by.sample_batches(labels, seeds, settings)
+    def generated(by: Model, guiding: Model | None = None) -> Tensor:
+        how = settings if guiding is None else settings.model_copy(update={"guidance": WEAK[-1]} | FROM_WEAK)
+        batches = by.sample_batches(labels, seeds, how, guiding=guiding)
         return by.composite.unpack(torch.cat([batch.latents for batch in batches]))[SEMANTIC]
 
     own = generated(model)
     ways = {
         "own": (model, own),
         "of real images": (model, semantic_latents(latents, chosen(latents, labels))),
+        f"own, AutoGuidance at {WEAK[-1]:g}": (model, generated(model, early)),
         "of the early network": (model, generated(early)),
         "own, texture of the early network": (early, own),
     }
