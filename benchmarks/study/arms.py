@@ -61,7 +61,6 @@ class Arm(NamedTuple):
 
     name: str
     changes: tuple[str, ...]
-    group: str  # the question that it helps to answer
     learned: bool = False  # a schedule that a probe of 5 % of the training finds
 
 
@@ -78,23 +77,23 @@ ALONE = ("streams.semantic=null", "schedule={name: synchronous}")
 def arms(base: Base) -> list[Arm]:
     """All arms of a data set. The base is the offset 0.3."""
     listed = [
-        Arm("texture", (*ALONE, "loss.repa=0"), "ladder"),
-        Arm("repa", ALONE, "ladder"),
-        Arm("offset-0", (offset(0),), "ladder"),
-        Arm("offset-0.3", (), "ladder"),
-        Arm("offset-1", (offset(1),), "offset"),
-        Arm("arrived", ("loss.arrived=0.75",), "cause"),
-        Arm("stationary", ("loss.stationary_streams=true",), "cause"),
+        Arm("texture", (*ALONE, "loss.repa=0")),
+        Arm("repa", ALONE),
+        Arm("offset-0", (offset(0),)),
+        Arm("offset-0.3", ()),
+        Arm("offset-1", (offset(1),)),
+        Arm("arrived", ("loss.arrived=0.75",)),
+        Arm("stationary", ("loss.stationary_streams=true",)),
     ]
-    listed += [Arm(f"offset-{d:g}", (offset(d),), "offset") for d in (0.1, 0.2, 0.5, 0.7)]
-    listed += [Arm("arrived-1", (offset(1), "loss.arrived=0.75"), "cause"), Arm("together", (TOGETHER,), "cause")]
+    listed += [Arm(f"offset-{d:g}", (offset(d),)) for d in (0.1, 0.2, 0.5, 0.7)]
+    listed += [Arm("arrived-1", (offset(1), "loss.arrived=0.75")), Arm("together", (TOGETHER,))]
     for delta in (0, 0.3, 1):
         listed += [
-            Arm(f"data-{delta:g}", (offset(delta), "transformer.prediction=data"), "prediction"),
-            Arm(f"density-{delta:g}", (offset(delta), *EQUAL_DENSITY), "cause"),
+            Arm(f"data-{delta:g}", (offset(delta), "transformer.prediction=data")),
+            Arm(f"density-{delta:g}", (offset(delta), *EQUAL_DENSITY)),
         ]
-    listed += [Arm("learned", EQUAL_DENSITY, "schedule", learned=True)]
+    listed += [Arm("learned", EQUAL_DENSITY, learned=True)]
     few = "compressor={name: pca, channels: 4, standardize: true}"
-    listed += [Arm("channels-4", (few,), "semantics"), Arm("channels-4-0", (few, offset(0)), "semantics")]
-    listed += [Arm("compressor", (base.other_compressor,), "semantics"), Arm("embedded", (base.embedded,), "semantics")]
-    return listed + [Arm(f"weight-{w:g}", (f"streams.semantic.weight={w:g}",), "weight") for w in (0.5, 1, 4)]
+    listed += [Arm("channels-4", (few,)), Arm("channels-4-0", (few, offset(0)))]
+    listed += [Arm("compressor", (base.other_compressor,)), Arm("embedded", (base.embedded,))]
+    return listed + [Arm(f"weight-{w:g}", (f"streams.semantic.weight={w:g}",)) for w in (0.5, 1, 4)]

@@ -98,9 +98,10 @@ class Results:
     def front(
         self, arm: str, metric: str, seeds: Collection[int] | None = None, by: str = "guidance"
     ) -> list[tuple[float, Value]]:
-        """A metric by scale of guidance by the null class, or by a "weak" model."""
-        scales = sorted(float(what.split("-")[1]) for what in self.found.get(arm, {}) if what.startswith(by))
-        pairs = [(scale, self.value(arm, metric, f"{by}-{scale:g}", seeds)) for scale in scales]
+        """A metric by scale of guidance by the null class, or by a "weak" model; a scale of 1 is none."""
+        kinds = {float(what.split("-")[1]): what for what in self.found.get(arm, {}) if what.startswith(f"{by}-")}
+        kinds |= {1.0: "guidance-1"} if kinds else {}
+        pairs = [(scale, self.value(arm, metric, what, seeds)) for scale, what in sorted(kinds.items())]
         return [(scale, value) for scale, value in pairs if value is not None]
 
     def means(self) -> dict[str, Any]:
@@ -209,10 +210,8 @@ def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
             scale, value = results.best(arm, by=by)
             row[name] = f"{shown(value)} at {scale:g}" if value else "—"
         for metric, name in CONVERGED.items():
-            seen = None
-            if results.seeds("texture"):
-                _, final = results.curve("texture", metric, images, steps)[-1]
-                seen = reached(results.curve(arm, metric, images, steps), final)
+            final = results.curve("texture", metric, images, steps)[-1:]
+            seen = reached(results.curve(arm, metric, images, steps), final[0][1]) if final else None
             row[f"times faster than texture alone in {name}"] = "—" if seen is None else f"{images * steps / seen:.2g}"
         listed.append(row)
     return listed
@@ -238,35 +237,31 @@ def plots(results: Results, images: int, steps: int) -> Figure:
     """Distance by offset, the fronts of precision and recall and of distance over guidance, and convergence."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     (by_offset, front), (by_scale, convergence) = figure.subplots(2, 2)
+    offsets = sorted(float(arm.removeprefix("offset-")) for arm in results.found if arm.startswith("offset-"))
     for what, style in (("unguided", "o-"), ("guidance", "s--"), ("weak", "^:")):
-        points = []
-        for arm in results.found:
-            plain = what == "unguided"
-            value = results.value(arm, "frechet_distance") if plain else results.best(arm, by=what)[1]
-            if (found := re.fullmatch(r"offset-([\d.]+)", arm)) and value:
-                points.append((float(found[1]), *value))
+        values = [
+            results.value(arm, "frechet_distance") if what == "unguided" else results.best(arm, by=what)[1]
+            for arm in (f"offset-{delta:g}" for delta in offsets)
+        ]
+        points = [(delta, *value) for delta, value in zip(offsets, values, strict=True) if value]
         if points:
-            x, y, half = zip(*sorted(points), strict=True)
+            x, y, half = zip(*points, strict=True)
             by_offset.errorbar(x, y, half, fmt=style, capsize=3, label=GUIDED.get(what, what))
-    if by_offset.lines:
-        by_offset.legend()
-    for arm in [arm for arm in DRAWN if arm in results.found]:
-        pairs = results.front(arm, "precision"), results.front(arm, "recall"), results.front(arm, "frechet_distance")
-        precision, recall, distance = ([value.mean for _, value in pair] for pair in pairs)
-        front.plot(recall, precision, "o-", label=arm)
-        by_scale.plot([scale for scale, _ in pairs[2]], distance, "o-", label=arm)
+            by_offset.legend()
+    for colour, arm in enumerate(arm for arm in DRAWN if arm in results.found):
+        for by, style in (("guidance", "o:"), ("weak", "o-")):
+            pairs = [results.front(arm, metric, by=by) for metric in ("precision", "recall", "frechet_distance")]
+            precision, recall, distance = ([value.mean for _, value in pair] for pair in pairs)
+            name = arm if by == "guidance" else None
+            front.plot(recall, precision, style, color=f"C{colour}", label=name)
+            by_scale.plot([scale for scale, _ in pairs[2]], distance, style, color=f"C{colour}")
         curve = results.curve(arm, "class_accuracy", images, steps)
-        convergence.loglog([seen for seen, _ in curve], [value for _, value in curve], "o-", label=arm)
-    titles = ("offset Δ", "Fréchet distance"), ("recall", "precision"), ("guidance", "Fréchet distance")
-    for axis, (x_name, y_name) in zip(
-        (by_offset, front, by_scale, convergence),
-        (*titles, ("images seen", "share of unguided images not recognised")),
-        strict=True,
-    ):
-        axis.set(xlabel=x_name, ylabel=y_name)
-        axis.grid(alpha=0.3)
-    if results.found:
+        convergence.loglog([seen for seen, _ in curve], [value for _, value in curve], "o-")
         front.legend()
+    by_offset.set(xlabel="offset Δ", ylabel="Fréchet distance")
+    front.set(xlabel="recall", ylabel="precision", title="dotted: guided by the null class; line: AutoGuidance")
+    by_scale.set(xlabel="guidance", ylabel="Fréchet distance")
+    convergence.set(xlabel="images seen", ylabel="share of unguided images not recognised")
     return figure
 
 
@@ -277,17 +272,8 @@ def write(folder: Path, name: str, images: int, steps: int) -> Path:
     with files.atomic_write(picture) as partial:
         plots(results, images, steps).savefig(partial, format="png", dpi=110)
     checked, measured, limited = claims(results), rows(results, images, steps), limits(folder)
-    files.write_json(
-        numbers,
-        {
-            "claims": checked,
-            "arms": measured,
-            "semantics": limited,
-            "samples": results.means(),
-            "images a step": images,
-            "steps": steps,
-        },
-    )
+    found = {"claims": checked, "arms": measured, "semantics": limited, "samples": results.means()}
+    files.write_json(numbers, found | {"images a step": images, "steps": steps})
     what_limits = f"\n## What limits an arm\n\n    {LIMITS} {name}\n\n{table(limited)}\n" if limited else ""
     text = f"""# Study: {name}
 
