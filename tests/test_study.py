@@ -57,7 +57,8 @@ def test_it_measures_resumes_and_shares(tmp_path):
 
     semantics.main(["shapes", *TOY, "--arms", "offset-0.3", "--seeds", "1", *rest])
     seen = json.loads((tmp_path / "shapes/semantics/offset-0.3.seed-0.json").read_text(encoding="utf-8"))
-    assert all(0 <= share <= 1 for share in seen["classes right"].values())
+    shares = {row["semantics"]: row["share_of_classes_right"] for row in seen}
+    assert all(0 <= shares[kind] <= 1 for kind in ("own", "of real images"))
     study.main(command)
     assert "of the early network" in (tmp_path / "study-shapes.md").read_text(encoding="utf-8")
 

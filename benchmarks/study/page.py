@@ -219,18 +219,7 @@ def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
 
 def limits(folder: Path) -> list[dict[str, Any]]:
     """What `benchmarks.study.semantics` measured: one row per arm, seed and kind of semantics."""
-    listed = []
-    for path in sorted(folder.glob("semantics/*.json")):
-        found = files.read_json(path, "measurement")
-        right = found.pop("classes right")
-        for kind, seen in found.items():
-            low, high = seen.pop("interval")
-            row = {"arm": path.stem, "semantics": kind}
-            row |= {name.replace("_", " "): f"{value:.3g}" for name, value in seen.items()}
-            row["interval of the distance"] = f"{low:.3g} to {high:.3g}"
-            classes = {"own": right["generated"], "of real images": right["real"]}
-            listed.append(row | {"class of semantics right": classes.get(kind)})
-    return listed
+    return [row for path in sorted(folder.glob("semantics/*.json")) for row in files.read_json(path, "measurement")]
 
 
 def plots(results: Results, images: int, steps: int) -> Figure:

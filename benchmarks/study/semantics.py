@@ -36,18 +36,12 @@ from sfd.utils.progress import say
 
 
 def chosen(latents: LatentSet, labels: Sequence[int]) -> np.ndarray:
-    """Numbers (B,) of different training images with these labels."""
-    found = np.empty(len(labels), int)
-    for label in set(labels):
-        places, there = np.flatnonzero(np.asarray(labels) == label), np.flatnonzero(latents.labels.numpy() == label)
-        if len(there) < len(places):
-            name = latents.manifest.classes[label]
-            raise SFDError(
-                f"{len(places)} training images of class {name!r} are needed, there are {len(there)}; lower "
-                "evaluation.samples_per_class"
-            )
-        found[places] = there[: len(places)]
-    return found
+    """Numbers (B,) of different training images with these labels (B,), sorted."""
+    known, wanted = latents.labels.numpy(), np.asarray(labels)
+    found = [np.flatnonzero(known == label)[: (wanted == label).sum()] for label in np.unique(wanted)]
+    if sum(map(len, found)) < len(labels):
+        raise SFDError("a class has too few training images for as many samples; lower evaluation.samples_per_class")
+    return np.concatenate(found)
 
 
 def semantic_latents(latents: LatentSet, indices: np.ndarray) -> Tensor:
@@ -88,16 +82,16 @@ def class_accuracy(latents: LatentSet, generated: Tensor, labels: Sequence[int])
     others = np.setdiff1d(np.arange(len(latents)), numbers)
     known, labels_known = semantic_latents(latents, others), latents.labels[torch.from_numpy(others)]
     probe = Linear(known.flatten(1).numpy(), labels_known.numpy(), len(latents.manifest.classes))
-    parts = {"generated": generated, "real": semantic_latents(latents, numbers)}
+    parts = {"own": generated, "of real images": semantic_latents(latents, numbers)}
     found = {name: probe(part.flatten(1).numpy()).argmax(axis=1) for name, part in parts.items()}
     return {name: float((classes == np.asarray(labels)).mean()) for name, classes in found.items()}
 
 
-def measure(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
-    """Measure one trained arm; what was measured before is read."""
+def measure(study: Study, arm: Arm, seed: int) -> list[dict[str, Any]]:
+    """One row per kind of semantics of a trained arm; what was measured before is read."""
     path = study.folder / "semantics" / f"{arm.name}.seed-{seed}.json"
     if path.exists():
-        return dict(files.read_json(path, "measurement"))
+        return list(files.read_json(path, "measurement"))
     model, latents = study.train(arm, seed), LatentSet(study.parts(arm).folder.latents)
     early = study.early(model, arm, seed)
     labels, seeds, settings = study.sampling(model, seed, {})
@@ -116,11 +110,14 @@ def measure(study: Study, arm: Arm, seed: int) -> dict[str, Any]:
         "of the early network": (model, generated(early)),
         "own, texture of the early network": (early, own),
     }
-    found: dict[str, Any] = {"classes right": class_accuracy(latents, own, labels)}
+    right, found = class_accuracy(latents, own, labels), []
     for name, (texture, semantics) in ways.items():
         images = texture.decode(on_semantics(texture, semantics, labels, others, settings))
         seen = evaluate(images, labels, study.reference, name=name)
-        found[name] = {metric: getattr(seen, metric) for metric in SHOWN} | {"interval": seen.intervals[SHOWN[0]]}
+        low, high = seen.intervals[SHOWN[0]]
+        row = {"arm": path.stem, "semantics": name} | {metric: getattr(seen, metric) for metric in SHOWN}
+        row |= {"interval_of_the_distance": f"{low:.3g} to {high:.3g}", "share_of_classes_right": right.get(name)}
+        found.append(row)
     files.write_json(path, found)
     return found
 

@@ -82,21 +82,19 @@ class Study:
 
     def measure_real(self) -> None:
         """Measure as many training images as samples, as they are and decoded from latents: they bound all arms."""
-        paths = {name: self.folder / "results" / f"{name}.json" for name in REAL}
-        if all(path.exists() for path in paths.values()):
+        paths = [self.folder / "results" / f"{name}.json" for name in REAL]
+        if all(path.exists() for path in paths):
             return
         parts = self.parts(SHARED)
         images, codec = parts.images.training, parts.texture.encoder.to(self.device)
         count = self.recipe(SHARED).evaluation.samples_per_class * len(images.classes)
         chosen = np.linspace(0, len(images) - 1, count).astype(int)
         labels, seen = [images.labels[k] for k in chosen], images.load(chosen)
-        evaluate(seen, labels, self.reference, name=REAL[0], real=True).write(paths[REAL[0]])
+        batches = [to_tensor(part).to(self.device) for part in np.array_split(seen, -(-count // 250))]
         with torch.no_grad():
-            decoded = [
-                to_uint8(codec.decode(codec.encode(to_tensor(part).to(self.device))))
-                for part in np.array_split(seen, -(-count // 250))
-            ]
-        evaluate(np.concatenate(decoded), labels, self.reference, name=REAL[1], real=True).write(paths[REAL[1]])
+            decoded = np.concatenate([to_uint8(codec.decode(codec.encode(batch))) for batch in batches])
+        for path, real in zip(paths, (seen, decoded), strict=True):
+            evaluate(real, labels, self.reference, name=path.stem, real=True).write(path)
 
     def path(self, arm: Arm, seed: int, what: str) -> Path:
         """The file of one set of metrics."""
