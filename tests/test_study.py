@@ -57,7 +57,7 @@ def test_it_measures_resumes_and_shares(tmp_path):
 
     semantics.main(["shapes", *TOY, "--arms", "offset-0.3", "--seeds", "1", *rest])
     seen = json.loads((tmp_path / "shapes/semantics/offset-0.3.seed-0.json").read_text(encoding="utf-8"))
-    shares = {row["semantics"]: row["share_of_classes_right"] for row in seen}
+    shares = {row["semantics"]: row["share_of_classes_right"] for row in seen["rows"]}
     assert all(0 <= shares[kind] <= 1 for kind in ("own", "of real images"))
     study.main(command)
     assert "of the early network" in (tmp_path / "study-shapes.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ def run(name: str, description: str | None, work: Work, arguments: list[str] | N
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     base = BASES[given.data]
     try:
         study = Study(base, given.changes, given.out / given.data, choose_device(given.device))

@@ -219,7 +219,8 @@ def rows(results: Results, images: int, steps: int) -> list[dict[str, Any]]:
 
 def limits(folder: Path) -> list[dict[str, Any]]:
     """What `benchmarks.study.semantics` measured: one row per arm, seed and kind of semantics."""
-    return [row for path in sorted(folder.glob("semantics/*.json")) for row in files.read_json(path, "measurement")]
+    paths = sorted(folder.glob("semantics/*.json"))
+    return [row for path in paths for row in files.read_json(path, "measurement")["rows"]]
 
 
 def plots(results: Results, images: int, steps: int) -> Figure:

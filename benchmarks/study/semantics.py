@@ -91,7 +91,7 @@ def measure(study: Study, arm: Arm, seed: int) -> list[dict[str, Any]]:
     """One row per kind of semantics of a trained arm; what was measured before is read."""
     path = study.folder / "semantics" / f"{arm.name}.seed-{seed}.json"
     if path.exists():
-        return list(files.read_json(path, "measurement"))
+        return list(files.read_json(path, "measurement")["rows"])
     model, latents = study.train(arm, seed), LatentSet(study.parts(arm).folder.latents)
     early = study.early(model, arm, seed)
     labels, seeds, settings = study.sampling(model, seed, {})
@@ -118,7 +118,7 @@ def measure(study: Study, arm: Arm, seed: int) -> list[dict[str, Any]]:
         row = {"arm": path.stem, "semantics": name} | {metric: getattr(seen, metric) for metric in SHOWN}
         row |= {"interval_of_the_distance": f"{low:.3g} to {high:.3g}", "share_of_classes_right": right.get(name)}
         found.append(row)
-    files.write_json(path, found)
+    files.write_json(path, {"rows": found})
     return found
 
 
