@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for what sections write")
     parser.add_argument("--publish", action="store_true", help="keep the results for docs/")
     parser.add_argument("--take", type=Path, metavar="FILE", help="publish these results of another machine instead")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.take:
         try:
             report.publish(json.loads(given.take.read_text(encoding="utf-8")))

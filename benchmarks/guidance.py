@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--student", type=Path, help="a model that `sfd distill` made from this one")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--device", default="auto")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     others = {"guiding_model": given.guiding_model, "student": given.student}
     try:
         pipeline = Pipeline(load_recipe(given.run / "recipe.yaml"), given.run, choose_device(given.device))
