@@ -19,16 +19,14 @@ from typing import Any
 from benchmarks.few_steps import CALLS, TIMED, sampled
 from benchmarks.measure import best_times
 from benchmarks.report import table
-from benchmarks.study.probe import Probe
+from benchmarks.study.probe import probed
 from benchmarks.study.work import SHOWN
 from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
-from sfd.evaluation.extractors._base import pretrained
-from sfd.evaluation.reference import Reference, reference_of
+from sfd.evaluation.reference import Reference
 from sfd.generation.directory import model_folder
 from sfd.generation.model import Model, load_model
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
-from sfd.training.tasks.classifier import divide
 from sfd.utils.device import choose_device
 from sfd.utils.errors import Interrupted, SFDError
 
@@ -41,15 +39,11 @@ MULTISTEP = {"solver": "multistep", "options": {}}  # one evaluation per step, w
 
 
 def judge(pipeline: Pipeline) -> Reference:
-    """Held-out images as the probe sees them, fitted on others of them."""
-    settings = pipeline.recipe.evaluation.classifier
+    """Held-out images as a probe of ImageNet features sees them."""
+    settings, cache = pipeline.recipe.evaluation.classifier, pipeline.folder.root / "guidance" / "features"
     if settings is None:
         raise SFDError("the recipe has no evaluation.classifier, which says how held-out images are divided")
-    training, real = divide(pipeline.images.held_out, settings)
-    network = pretrained("efficientnet_lite", None, pipeline.device)
-    return reference_of(
-        real, Probe(network, training, real, pipeline.folder.root / "guidance" / "features"), "held-out real images"
-    )
+    return probed("efficientnet_lite", pipeline.images.held_out, settings, cache, pipeline.device)
 
 
 def measure(

@@ -69,8 +69,6 @@ def offset(delta: float) -> str:
 
 
 EQUAL_DENSITY = ("loss.density=stream", "loss.base_time=uniform")
-# Semantics lead by 0.3, as in the base, but end with texture: it is never drawn on semantics that are finished.
-TOGETHER = "schedule={name: learned, increments: {texture: [0, 6, 4], semantic: [3, 6, 1]}, base: [3, 6, 4]}"
 ALONE = ("streams.semantic=null", "schedule={name: synchronous}")
 
 
@@ -86,14 +84,13 @@ def arms(base: Base) -> list[Arm]:
         Arm("stationary", ("loss.stationary_streams=true",)),
     ]
     listed += [Arm(f"offset-{d:g}", (offset(d),)) for d in (0.1, 0.2, 0.5, 0.7)]
-    listed += [Arm("arrived-1", (offset(1), "loss.arrived=0.75")), Arm("together", (TOGETHER,))]
+    listed += [Arm("arrived-1", (offset(1), "loss.arrived=0.75"))]
     for delta in (0, 0.3, 1):
         listed += [
             Arm(f"data-{delta:g}", (offset(delta), "transformer.prediction=data")),
             Arm(f"density-{delta:g}", (offset(delta), *EQUAL_DENSITY)),
         ]
     listed += [Arm("learned", EQUAL_DENSITY, learned=True)]
-    few = "compressor={name: pca, channels: 4, standardize: true}"
-    listed += [Arm("channels-4", (few,)), Arm("channels-4-0", (few, offset(0)))]
+    listed += [Arm("channels-4", ("compressor={name: pca, channels: 4, standardize: true}",))]
     listed += [Arm("compressor", (base.other_compressor,)), Arm("embedded", (base.embedded,))]
     return listed + [Arm(f"weight-{w:g}", (f"streams.semantic.weight={w:g}",)) for w in (0.5, 1, 4)]

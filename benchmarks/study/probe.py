@@ -12,8 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from sfd.data.images import ImageSource
-from sfd.evaluation.extractors._base import Extraction, Extractor
+from sfd.evaluation.extractors._base import Extraction, Extractor, pretrained
 from sfd.evaluation.features import extract
+from sfd.evaluation.reference import Reference, reference_of
+from sfd.training.tasks.classifier import ClassifierSettings, divide
 
 DECAY = 1e-3  # of the weights, of features of unit variance
 
@@ -65,3 +67,11 @@ class Probe:
         """Compute features and class probabilities of uint8 images (B, S, S, 3)."""
         features = self.network.extract(images).features
         return Extraction(features=features, probabilities=self._linear(features))
+
+
+def probed(
+    extractor: str, held_out: ImageSource, settings: ClassifierSettings, cache: Path, device: torch.device
+) -> Reference:
+    """Held-out images as a published extractor sees them, with a probe that is fitted on others of them."""
+    training, real = divide(held_out, settings)
+    return reference_of(real, Probe(pretrained(extractor, None, device), training, real, cache), "held-out real images")

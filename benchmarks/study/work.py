@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from benchmarks.study.arms import Arm, Base
-from benchmarks.study.probe import Probe
+from benchmarks.study.probe import probed
 from sfd.data.images import to_tensor, to_uint8
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
-from sfd.evaluation.extractors._base import pretrained
-from sfd.evaluation.reference import Reference, reference_of
+from sfd.evaluation.reference import Reference
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
 from sfd.models.dit import LightningDiT
@@ -31,7 +30,6 @@ from sfd.run.stages import Stage
 from sfd.run.transformer import transformer_config
 from sfd.schedule import build_schedule
 from sfd.training.checkpoint import weights_at
-from sfd.training.tasks.classifier import divide
 from sfd.training.tasks.diffusion import DiffusionTask
 from sfd.training.trainer import fit
 from sfd.utils.errors import SFDError
@@ -162,10 +160,9 @@ class Study:
         if self.base.extractor is None:
             run.evaluator.make()
             return run.evaluator.reference()
-        network, settings = pretrained(self.base.extractor, None, self.device), recipe.evaluation.classifier
+        settings, cache = recipe.evaluation.classifier, run.folder.root / "features"
         assert settings is not None
-        training, real = divide(run.images.held_out, settings)
-        return reference_of(real, Probe(network, training, real, run.folder.root / "features"), "held-out real images")
+        return probed(self.base.extractor, run.images.held_out, settings, cache, self.device)
 
     def parts(self, arm: Arm) -> Pipeline:
         """Encoders and latents for an arm; those of equal recipes are one."""

@@ -9,10 +9,8 @@ a line integral in the square: it depends on the path from (0, 0) to (1, 1), not
 theorem two paths differ by the integral of ∂e_1/∂t_0 − ∂e_0/∂t_1 over the area between them, so stream 0 should lead
 where more of it lowers the error of stream 1 by more than the other way round.
 
-The base time along a path is its length where a diagonal step is as long as a straight one (the maximum norm). So the
-path of `offset` has length 1 + Δ and becomes `offset` itself. A path along the axes and the diagonal moves a stream at
-rate τ_k′ = length or 0, and its kinetic energy Σ_k ∫ τ_k′² du is twice its length. A price on length keeps paths away
-from the corners (1, 0) and (0, 1) of the square; a price on bends keeps knots few.
+The base time along a path is its length in the maximum norm, so the path of `offset`, of length 1 + Δ, becomes `offset`
+itself. A price on length keeps paths away from the corners of the square; a price on bends keeps knots few.
 """
 
 from __future__ import annotations
