@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfd.cli.export import export_model
 from sfd.data.published import write_published
 from sfd.data.shards import LatentSet
 from sfd.generation.folder import read_images
+from sfd.generation.model import load_model
 from sfd.latents import CompositeLatent, Stream
 from sfd.models.dit import LightningDiT
 from sfd.models.dit_config import DiTConfig
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 FOLDER = Path(__file__).parent.parent / "recipes"
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
-SHARED = {"imagenet256/common.yaml", "imagenet256/autoguidance.yaml", "imagenet256/guidance-b.yaml"}
+SHARED = {f"imagenet256/{name}.yaml" for name in ("common", "autoguidance", "guidance-b", "ablation/common")}
 
 
 def recipe(name: str, *overrides: str) -> Recipe:
@@ -77,9 +79,16 @@ def trained_from(recipe: Recipe) -> dict:
     return recipe.model_dump(exclude={"name", "note", "published", "sample", "evaluation"})
 
 
-@pytest.mark.parametrize("name", ["xl-80", "offset/0.3", "common"])
+@pytest.mark.parametrize("name", ["xl-80", "ablation/4-offset"])
 def test_recipes_of_the_whole_method_train_alike(name):
-    assert trained_from(imagenet(name)) == trained_from(imagenet("ablation/4-offset"))
+    ablations = ["loss.repa=0.5", "train.learning_rate=2e-4", "train.betas=[0.9,0.95]"] if "ablation" in name else []
+    assert trained_from(imagenet(name)) == trained_from(imagenet("common", *ablations))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if re.search(r"/(ablation|offset|redi|vavae)/|own-semvae", n)])
+def test_ablations_are_optimised_alike(name):
+    ablation, given = imagenet("ablation/4-offset"), recipe(name)
+    assert given.train == ablation.train and given.loss.repa in (ablation.loss.repa, 0)
 
 
 def test_the_guiding_model_differs_in_network_and_training_alone():
@@ -183,14 +192,15 @@ def test_the_recipe_of_published_latents_trains(small, tmp_path):
 
 
 def test_autoguidance_end_to_end(small, tmp_path):
-    weak = Pipeline(shrunk(small, "guidance-b"), tmp_path / "weak", CPU)
-    weak.make_model()
-    names = f"evaluation.guiding_model={tmp_path / 'weak'}"
+    Pipeline(shrunk(small, "guidance-b", "train.keep_every=1"), tmp_path / "weak", CPU).make_model()
+    export_model(tmp_path / "weak", tmp_path / "guide", "sfd", "float32", None, step=1)
+    names = f"evaluation.guiding_model={tmp_path / 'guide'}"
     strong = Pipeline(shrunk(small, "xl-80", names, "train.steps=6", "transformer.depth=3"), tmp_path / "strong", CPU)
     strong.make_model()
     strong.report()
     record = files.read_json(strong.folder.samples / "guided" / "samples.json", "samples")
-    assert record["guiding"] == weak.model.identity and record["sampling"]["guidance"] == 1.5
+    guide = load_model(tmp_path / "guide", CPU)
+    assert record["guiding"] == guide.identity and record["sampling"]["guidance"] == 1.6
     assert read_images(strong.folder.samples / "guided", range(10)).shape == (10, 32, 32, 3)
     assert strong.folder.report.exists() and not strong.folder.evaluator.exists()
 
