@@ -62,6 +62,18 @@ def test_multistep_keeps_its_order_where_guidance_switches(schedule, noise):
     check_order(error, "multistep 3", steps=80)
 
 
+def test_a_step_is_not_corrected_across_a_jump(offset, noise):
+    """Constant pieces of velocity, one step each: Euler's method is exact, a correction would mix the pieces."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+    guided = guide(velocity, lambda x, t: 3 * velocity(x, t), 0.0, COMPOSITE, {"texture": (0.35, 1.0)})
+    x = integrate(guided, noise, offset, COMPOSITE, solver="multistep", steps=4).x
+    texture = COMPOSITE.unpack(x - noise)["texture"]
+    torch.testing.assert_close(texture, torch.full_like(texture, 0.35 + 3 * 0.65))
+
+
 def test_dopri5_reaches_its_tolerance_across_an_interval(schedule, noise):
     options = {"rtol": 1e-6, "atol": 1e-7}
     x = integrate(switched(), noise, schedule, COMPOSITE, solver="dopri5", options=options).x

@@ -49,6 +49,14 @@ def test_the_solvers_order_on_a_mixture(name, schedule, noise):
     check_order(errors(mixture(3).velocity, noise, schedule, exact, **ORDERS[name][0]), name)
 
 
+def test_a_multistep_method_corrects_its_last_step_before_a_knot(offset, noise):
+    """With v = t and one step per interval: the trapezoidal rule, but Euler's where a stream's steps end."""
+    x = integrate(lambda x, t: COMPOSITE.per_entry(t).expand_as(x), noise, offset, COMPOSITE, steps=3).x
+    moved = COMPOSITE.unpack(x - noise)
+    for name, expected in {"texture": 0.7**2 / 2 + 0.3 * 0.7, "semantic": 0.3**2 / 2 + 0.7 * 0.3}.items():
+        torch.testing.assert_close(moved[name], torch.full_like(moved[name], expected))
+
+
 def test_sde_without_noise_is_heun(schedule, noise):
     how = {"steps": 24, "seeds": range(8)}
     heun = integrate(mixture(3).velocity, noise, schedule, COMPOSITE, solver="heun", **how).x

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfd.guidance import PiecewiseVelocity, VelocityField
 from sfd.latents import CompositeLatent
 from sfd.schedule import Schedule, StreamTimes
-from sfd.solvers import SOLVERS, Solver
+from sfd.solvers import SOLVERS, History, Solver, add_integral
 from sfd.utils import rng
 from sfd.utils.config import options_record, parse
 from sfd.utils.device import to_device
@@ -92,12 +92,14 @@ def integrate(
     jumps = velocity.discontinuities if isinstance(velocity, PiecewiseVelocity) else ()
     intervals = smooth_intervals(schedule, jumps) if knots else [undivided(schedule)]
     grids = time_grids(intervals, method, steps, shift)
-    x, nfe = noise, 0
+    x, nfe, ode = noise, 0, None
     for interval, grid in zip(intervals, grids, strict=True):
-        ode = ActiveODE(velocity, x, schedule, latent, interval, seeds, nfe)
+        ode = ActiveODE(velocity, x, schedule, latent, interval, seeds, nfe, ode)
         arguments = [ode, ode.state(x), grid, ode.reporter(callback)]
         if method.stochastic:
             arguments.append(ode.churn)
+        if method.joined:
+            arguments.append(ode)
         x = ode.packed(method.solve(*arguments, **settings))
         nfe = ode.nfe
     return Result(x, nfe)
@@ -115,8 +117,11 @@ class ActiveODE:
         interval: SmoothInterval,
         seeds: Sequence[int] | None,
         nfe: int,
+        before: ActiveODE | None = None,
     ) -> None:
-        """Start from x (B, N) at the interval's start, after `nfe` function evaluations."""
+        """Start from x (B, N) at the interval's start, after `nfe` function evaluations and the interval `before`."""
+        self._jumps = velocity.discontinuities if isinstance(velocity, PiecewiseVelocity) else ()
+        self._before, self._left = before, None
         if isinstance(velocity, PiecewiseVelocity) and interval.midpoint is not None:
             velocity = velocity.on_interval(interval.active, interval.midpoint)
         self._velocity, self._x, self._schedule, self._interval = velocity, x, schedule, interval
@@ -157,6 +162,34 @@ class ActiveODE:
             spread = math.sqrt(max(0.0, (1 - t_back) ** 2 - (kept * (1 - t)) ** 2))
             parts.append(kept * x + spread * to_device(xi.to(x.dtype), x.device))
         return torch.cat(parts, dim=1)
+
+    def leave(self, start: Tensor, history: History) -> None:
+        """Keep the last step of a multistep method: see `solvers.Joint`."""
+        self._before, self._left = None, (start, history)
+
+    def correct(self, x: Tensor, u: float, f: Tensor, order: int) -> Tensor:
+        """Correct the last step of the interval before, for streams that move on: see `solvers.Joint`.
+
+        Their velocity is continuous at a knot, so f there, from before, is the same velocity at the rate before.
+        """
+        before = self._before
+        if before is None or before._left is None:
+            return x
+        start, history = before._left
+        rates, rates_before = (ode._at(u).rate.tolist() for ode in (self, before))
+        parts, values = list(self._parts(x)), self._parts(f)
+        for place, k in enumerate(self._active):
+            if k in before._active and rates[k] > 0 and not self._jumped(k, before._interval):
+                there = before._active.index(k)
+                nodes = [(node, before._parts(value)[there]) for node, value in history]
+                nodes.append((u, rates_before[k] / rates[k] * values[place]))
+                parts[place] = add_integral(before._parts(start)[there], nodes[-order:], history[-1][0], u)
+        return torch.cat(parts, dim=1)
+
+    def _jumped(self, k: int, before: SmoothInterval) -> bool:
+        """Whether the velocity of stream k is discontinuous between the interval before and this one."""
+        ends = [interval.midpoint[k] for interval in (before, self._interval) if interval.midpoint is not None]
+        return any(min(ends) < jump < max(ends) for jumps in self._jumps[k : k + 1] for jump in jumps)
 
     def reporter(self, callback: Callable[[Progress], None] | None) -> Callable[[float, Tensor], None] | None:
         """Make a solver's callback of one for `Progress`."""

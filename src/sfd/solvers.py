@@ -15,8 +15,8 @@ The contract of a solver `solve(dxdu, x, grid, callback, *, options) → x`:
     callback      called with (u, x) after each step, the last one included; or None.
 
 A multistep method keeps its history in local variables, so it restarts in every interval, as it must: f jumps between.
-A stochastic solver takes `churn(x, u, earlier)` after the callback, which leads x back from u to an earlier base time
-by the noising process.
+It takes a `Joint` after the callback, by which the next interval corrects its last step. A stochastic solver takes
+`churn(x, u, earlier)` there, which leads x back from u to an earlier base time by the noising process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -100,11 +100,22 @@ def sde(
 History = list[tuple[float, Tensor]]  # base times and values of f there, ascending
 
 
+class Joint(Protocol):
+    """Where two intervals of a multistep method meet."""
+
+    def correct(self, x: Tensor, u: float, f: Tensor, order: int) -> Tensor:
+        """Correct the last step before an interval that starts at u with x (B, M), given f (B, M) there."""
+
+    def leave(self, start: Tensor, history: History) -> None:
+        """Leave an interval's last step uncorrected: the state (B, M) that it set out from, and values of f."""
+
+
 def multistep(
     dxdu: Derivative,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
+    joint: Joint | None = None,
     *,
     order: Annotated[int, Field(ge=2, le=3)] = 3,
 ) -> Tensor:
@@ -118,10 +129,11 @@ def multistep(
     on straight paths the velocity itself is the smoother function, and the error several times smaller.
 
     The first step predicts with Euler's method and corrects with the trapezoidal rule; its error, of order 3 once per
-    interval, costs neither order. The last step is not corrected. The callback sees predictions.
+    interval, costs neither order. The last step of an interval is corrected by the first value of the next one, where
+    the velocity is continuous. The callback sees predictions.
 
     Args:
-        dxdu, x, grid, callback: see the module.
+        dxdu, x, grid, callback, joint: see the module.
         order: number of values that each polynomial goes through.
     """
     history: History = []
@@ -131,10 +143,14 @@ def multistep(
         nodes = [*history, (u, now)][-order:]
         if history:
             x = add_integral(corrected, nodes, history[-1][0], u)
+        elif joint is not None:
+            x = joint.correct(x, u, now, order)
         corrected, history = x, nodes
         x = add_integral(corrected, history, u, after)
         if callback is not None:
             callback(after, x)
+    if joint is not None:
+        joint.leave(corrected, history)
     return x
 
 
@@ -220,12 +236,13 @@ class Solver(NamedTuple):
     solve: Callable[..., Tensor]  # its keyword-only arguments are the solver's options
     adaptive: bool = False  # it chooses its own steps: a number of steps and a time shift have no effect
     stochastic: bool = False  # it takes `churn` after the callback
+    joined: bool = False  # it takes a `Joint` after the callback
 
 
 SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler),
     "heun": Solver(heun),
-    "multistep": Solver(multistep),
+    "multistep": Solver(multistep, joined=True),
     "sde": Solver(sde, stochastic=True),
     "dopri5": Solver(dopri5, adaptive=True),
 }
