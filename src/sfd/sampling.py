@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ def integrate(
     jumps = velocity.discontinuities if isinstance(velocity, PiecewiseVelocity) else ()
     intervals = smooth_intervals(schedule, jumps) if knots else [undivided(schedule)]
     grids = time_grids(intervals, method, steps, shift)
-    x, nfe, ode = noise, 0, None
+    x, nfe, ode = noise, 0, cast(ActiveODE | None, None)
     for interval, grid in zip(intervals, grids, strict=True):
         ode = ActiveODE(velocity, x, schedule, latent, interval, seeds, nfe, ode)
         arguments = [ode, ode.state(x), grid, ode.reporter(callback)]
@@ -120,8 +120,8 @@ class ActiveODE:
         before: ActiveODE | None = None,
     ) -> None:
         """Start from x (B, N) at the interval's start, after `nfe` function evaluations and the interval `before`."""
-        self._jumps = velocity.discontinuities if isinstance(velocity, PiecewiseVelocity) else ()
-        self._before, self._left = before, None
+        self._before = before
+        self._left: tuple[Tensor, History] | None = None  # the last step of a multistep method
         if isinstance(velocity, PiecewiseVelocity) and interval.midpoint is not None:
             velocity = velocity.on_interval(interval.active, interval.midpoint)
         self._velocity, self._x, self._schedule, self._interval = velocity, x, schedule, interval
@@ -175,21 +175,16 @@ class ActiveODE:
         before = self._before
         if before is None or before._left is None:
             return x
-        start, history = before._left
-        rates, rates_before = (ode._at(u).rate.tolist() for ode in (self, before))
+        (start, history), end = before._left, before._interval.end
+        rates, rates_before = self._at(u).rate.tolist(), before._at(end).rate.tolist()
         parts, values = list(self._parts(x)), self._parts(f)
         for place, k in enumerate(self._active):
-            if k in before._active and rates[k] > 0 and not self._jumped(k, before._interval):
+            if self._interval.joined[k] and rates[k] > 0:
                 there = before._active.index(k)
                 nodes = [(node, before._parts(value)[there]) for node, value in history]
-                nodes.append((u, rates_before[k] / rates[k] * values[place]))
-                parts[place] = add_integral(before._parts(start)[there], nodes[-order:], history[-1][0], u)
+                nodes.append((end, rates_before[k] / rates[k] * values[place]))
+                parts[place] = add_integral(before._parts(start)[there], nodes[-order:], history[-1][0], end)
         return torch.cat(parts, dim=1)
-
-    def _jumped(self, k: int, before: SmoothInterval) -> bool:
-        """Whether the velocity of stream k is discontinuous between the interval before and this one."""
-        ends = [interval.midpoint[k] for interval in (before, self._interval) if interval.midpoint is not None]
-        return any(min(ends) < jump < max(ends) for jumps in self._jumps[k : k + 1] for jump in jumps)
 
     def reporter(self, callback: Callable[[Progress], None] | None) -> Callable[[float, Tensor], None] | None:
         """Make a solver's callback of one for `Progress`."""
@@ -221,6 +216,7 @@ class SmoothInterval(NamedTuple):
     active: tuple[bool, ...]  # per stream: whether it moves
     midpoint: tuple[float, ...] | None  # per stream: a time off any discontinuity, halfway between those at the ends
     number: int = 0  # its place in the segment
+    joined: tuple[bool, ...] = ()  # per stream: moving, with a continuous velocity, since the interval before
 
 
 def undivided(schedule: Schedule) -> SmoothInterval:
@@ -235,7 +231,7 @@ def smooth_intervals(schedule: Schedule, jumps: Sequence[Sequence[float]] = ()) 
         schedule: its knots end segments.
         jumps: for each stream, the stream times of the velocity's discontinuities.
     """
-    found = []
+    found: list[SmoothInterval] = []
     for j, (start, end) in enumerate(schedule.segments):
         first, last = _times(schedule, j, start, end).tolist()
         # Monotone times that agree at both ends have been at rest between.
@@ -250,9 +246,21 @@ def smooth_intervals(schedule: Schedule, jumps: Sequence[Sequence[float]] = ()) 
             if _distinct(schedule, j, stops[-1], u) and _distinct(schedule, j, u, end):
                 stops.append(u)
         for number, (a, b) in enumerate(pairwise((*stops, end))):
-            midpoint = _times(schedule, j, a, b).mean(dim=0)
-            found.append(SmoothInterval(j, a, b, active, tuple(midpoint.tolist()), number))
+            midpoint = tuple(_times(schedule, j, a, b).mean(dim=0).tolist())
+            joined = _joined(found[-1], active, midpoint, jumps) if found else (False,) * len(active)
+            found.append(SmoothInterval(j, a, b, active, midpoint, number, joined))
     return found
+
+
+def _joined(
+    before: SmoothInterval, active: tuple[bool, ...], midpoint: tuple[float, ...], jumps: Sequence[Sequence[float]]
+) -> tuple[bool, ...]:
+    """Per stream: whether it moves in two neighbouring intervals with no discontinuity between their midpoints."""
+    assert before.midpoint is not None
+    smooth = [True] * len(active)
+    for k, times in enumerate(jumps):
+        smooth[k] = not any(before.midpoint[k] < t < midpoint[k] for t in times)
+    return tuple(a and b and c for a, b, c in zip(before.active, active, smooth, strict=True))
 
 
 def _times(schedule: Schedule, segment: int, *base: float) -> Tensor:

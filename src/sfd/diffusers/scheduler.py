@@ -191,9 +191,23 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
             corrected = add_integral(self._corrected, nodes, history[-1][0], now.u)
             if x is not self._predicted:
                 corrected = corrected + (x - self._predicted)
+        elif self._history:
+            corrected = self._joined(dxdu, x, now)
         self._corrected, self._history = corrected, nodes
         self._predicted = add_integral(corrected, nodes, now.start, now.end)
         return self._predicted
+
+    def _joined(self, dxdu: Tensor, x: Tensor, now: Evaluation) -> Tensor:
+        """Correct the last step of the interval before, for streams that move on; see `sfd.solvers.Joint`."""
+        before, sizes = self.evaluations[self._index - 1].interval, list(self.config["sizes"])
+        end = torch.tensor(before.end, dtype=torch.float64)
+        rates = zip(self.schedule.at(end, before.segment).rate.tolist(), self.stream_times().rate.tolist(), strict=True)
+        ratios = [a / b if joined and b > 0 else 0.0 for (a, b), joined in zip(rates, now.interval.joined, strict=True)]
+        f = torch.cat([part * ratio for part, ratio in zip(dxdu.split(sizes, 1), ratios, strict=True)], dim=1)
+        nodes = [*self._history, (before.end, f)][-self.config["solver_order"] :]
+        moved = add_integral(self._corrected, nodes, self._history[-1][0], before.end) - self._predicted
+        pairs = zip(x.split(sizes, 1), moved.split(sizes, 1), ratios, strict=True)
+        return torch.cat([part + change if ratio else part for part, change, ratio in pairs], dim=1)
 
     def __len__(self) -> int:
         return len(self.evaluations)
