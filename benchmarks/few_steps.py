@@ -5,20 +5,25 @@ Both train what they need in `--out`, from models/shapes, and resume.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from benchmarks.measure import MODEL, ROOT, Row, Setting, best_times
 from benchmarks.quality import reference
+from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
 from sfd.evaluation.reference import Reference
 from sfd.generation.model import Model, load_model
+from sfd.models.dit import LightningDiT
 from sfd.run.distill import distill, read_settings
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import load_recipe
+from sfd.training.tasks.diffusion import DiffusionTask
+from sfd.training.trainer import fit
 
 SAMPLES, AT_ONCE, TIMED = 1000, 250, 50
 TEACHER = {"steps": 24, "guidance": 2.0}
@@ -28,7 +33,7 @@ DISTILLED += ["train.ema_warmup=true", "train.precision=bf16"]
 TOKENIZERS = ("texture", "semantic", "compressor")
 HEAD = ["data.count=20000", "latents.features=false", "loss.repa=0", "transformer.guide_block=2", "loss.guide=0.25"]
 HEAD += ["train.steps=400", "train.learning_rate=5e-4", "train.warmup=50", "train.decay_from=100", "train.ema=0.99"]
-HEAD += ["train.preview_every=0", "sample.guidance_from=inside"]
+HEAD += ["train.preview_every=0", "sample.guidance_from=inside", f"train.init={MODEL}"]
 SCALES = (1.0, 1.5, 2.0, 3.0)
 CALLS = {"null_class": 2, "inside": 1, "guiding_model": 2}  # of networks, per step
 
@@ -58,10 +63,16 @@ def _ratio(seconds: dict[str, float], name: str) -> float:
 def inside(setting: Setting) -> list[Row]:
     """Guidance by the null class, by a second head, and by a less trained network (AutoGuidance), of one model.
 
-    The model was trained on for some hundred steps, for the head; the less trained network for as many from the start.
+    The model is trained on for some hundred steps, for the head; the less trained network for as many from the start.
     """
-    model, guiding = (_trained_with_head(setting, *how) for how in (("inside", MODEL), ("early", None)))
-    against, rows = reference(setting), []
+    given = [f"{part}.train=null" for part in TOKENIZERS]
+    given += [f"{part}.folder={MODEL / part}" for part in TOKENIZERS]
+    recipe = load_recipe(ROOT / "recipes" / "shapes.yaml", [*given, *HEAD])
+    pipeline, against = Pipeline(recipe, setting.out / "inside", setting.device), reference(setting)
+    pipeline.latents.make()
+    pipeline.transformer.make()
+    model, rows = pipeline.model, []
+    guiding = replace(model, transformer=_early(pipeline, model, setting.out / "early"))
     for source, calls in CALLS.items():
         for scale in SCALES if source == "null_class" else SCALES[1:]:
             for steps in (24, 12):
@@ -73,16 +84,12 @@ def inside(setting: Setting) -> list[Row]:
     return rows
 
 
-def _trained_with_head(setting: Setting, folder: str, init: Path | None) -> Model:
-    """A network with a second head, trained from given weights or from the start."""
-    given = [f"{part}.train=null" for part in TOKENIZERS]
-    given += [f"{part}.folder={MODEL / part}" for part in TOKENIZERS]
-    given += [f"train.init={init}"] if init else []
-    recipe = load_recipe(ROOT / "recipes" / "shapes.yaml", [*given, *HEAD])
-    pipeline = Pipeline(recipe, setting.out / folder, setting.device)
-    pipeline.latents.make()
-    pipeline.transformer.make()
-    return pipeline.model
+def _early(pipeline: Pipeline, model: Model, folder: Path) -> LightningDiT:
+    """A network like the model's, trained from the start for as long as the model was trained on."""
+    recipe, latents = pipeline.recipe, LatentSet(pipeline.folder.latents)
+    network, size = LightningDiT(model.transformer.config, seed=recipe.seed), recipe.train.batch_size
+    task = DiffusionTask(network, latents, model.schedule, recipe.loss, seed=recipe.seed, batch_size=size)
+    return cast(LightningDiT, fit(task, recipe.train, folder, device=pipeline.device))
 
 
 def sampled(model: Model, how: dict[str, Any], count: int, guiding: Model | None = None) -> np.ndarray:
