@@ -18,7 +18,7 @@ from sfd.latents import CompositeLatent, Stream
 from sfd.models.dit import LightningDiT
 from sfd.models.dit_config import DiTConfig
 from sfd.models.semvae import SemVAE, SemVAEConfig
-from sfd.run.estimate import KEPT_BYTES, describe, estimate, table
+from sfd.run.estimate import KEPT_BYTES, describe, estimate, missing, table
 from sfd.run.pipeline import Pipeline
 from sfd.run.recipe import Recipe, load_recipe
 from sfd.run.validate import check, planned_compressor
@@ -89,6 +89,11 @@ def test_recipes_of_the_whole_method_train_alike(name):
 def test_ablations_are_optimised_alike(name):
     ablation, given = imagenet("ablation/4-offset"), recipe(name)
     assert given.train == ablation.train and given.loss.repa in (ablation.loss.repa, 0)
+
+
+@pytest.mark.parametrize(("name", "needed"), [("xl-80", True), ("xl-80-repa", False), ("published-latents", False)])
+def test_a_semvae_is_needed_for_a_semantic_stream_that_is_encoded(name, needed):
+    assert ("weights/semvae" in missing(imagenet(name))) is needed
 
 
 def test_the_guiding_model_differs_in_network_and_training_alone():

@@ -84,7 +84,7 @@ class CompressorStage(Stage[Run]):
     def needed(self) -> bool:
         """Whether there is a semantic stream that is encoded by a compressor of this run."""
         recipe = self.run.recipe
-        return recipe.encodes_semantics and "semantic" in recipe.streams and self.settings.folder is None
+        return recipe.compresses_semantics and self.settings.folder is None
 
     def inputs(self) -> dict[str, Any]:
         """The images, and the encoder of their features."""

@@ -100,8 +100,8 @@ def missing(recipe: Recipe) -> list[str]:
     """List the folders and published weights that the recipe names and that are not on this machine."""
     encoders = [recipe.texture, recipe.semantic] if recipe.encodes_semantics else [recipe.texture]
     source = recipe.data.source if recipe.data.source != "shapes" else None
-    folders = [source, recipe.latents.published, recipe.compressor.folder]
-    folders += [encoder.folder for encoder in encoders]
+    folders = [source, recipe.latents.published, *(encoder.folder for encoder in encoders)]
+    folders += [recipe.compressor.folder] if recipe.compresses_semantics else []
     absent = [folder for folder in folders if folder is not None and not Path(folder).exists()]
     guiding = recipe.evaluation.guiding_model
     if guiding is not None and not Path(guiding).exists() and guiding not in shipped(MODEL):

@@ -48,7 +48,7 @@ class LatentsStage(Stage[Run]):
             return PublishedLatents(Path(self.published), self.texture.encoder, recipe.data.classes, self.folder)
         texture = self.texture.encoder
         semantic = self.semantic.encoder if recipe.encodes_semantics else None
-        compressor = self.compressor.compressor if "semantic" in recipe.streams else None
+        compressor = self.compressor.compressor if recipe.compresses_semantics else None
         images, device = self.images.training, self.run.device
         return LatentWriter(images, texture, semantic, compressor, self.folder, recipe.latents, device)
 

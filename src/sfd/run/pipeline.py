@@ -108,9 +108,8 @@ class Pipeline:
         check_machine(recipe, self.device)
         if recipe.texture.train is None:
             _ = self.texture.encoder
-        if recipe.encodes_semantics:
-            if recipe.semantic.train is None:
-                _ = self.semantic.encoder
-            if recipe.compressor.folder is not None:
-                load_compressor(Path(recipe.compressor.folder))
+        if recipe.encodes_semantics and recipe.semantic.train is None:
+            _ = self.semantic.encoder
+        if recipe.compresses_semantics and recipe.compressor.folder is not None:
+            load_compressor(Path(recipe.compressor.folder))
         check_models(recipe)

@@ -237,6 +237,11 @@ class Recipe(Settings):
         """Whether the run needs a semantic encoder; with published latents it does not."""
         return self.uses_semantics and self.latents.published is None
 
+    @property
+    def compresses_semantics(self) -> bool:
+        """Whether the run needs a compressor: for a semantic stream, not for REPA alone."""
+        return self.encodes_semantics and "semantic" in self.streams
+
     def sampling(self, classes: Sequence[str]) -> SamplingConfig:
         """The sampling settings of a model with these classes; without any the null class guides nothing."""
         able = bool(classes) or self.sample.guidance_from != "null_class"

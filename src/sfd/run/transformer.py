@@ -75,7 +75,7 @@ class TransformerStage(Stage[Run]):
         trained = fit(task, recipe.train, self.folder, device=self.run.device)
         if distributed.is_main_process():
             model = self._model(cast(LightningDiT, trained), schedule, recipe.train.steps)
-            if recipe.encodes_semantics and "semantic" in recipe.streams:
+            if recipe.compresses_semantics:
                 model.semantic, model.compressor = self.latents.semantic.encoder, self.latents.compressor.compressor
             model.save(self.run.folder.model)
 

@@ -201,7 +201,7 @@ def planned_encoder(settings: EncoderSettings) -> EncoderConfig:
 
 def planned_compressor(recipe: Recipe) -> Component | None:
     """Build the compressor without memory for its weights; None if there are no semantic latents."""
-    if "semantic" not in recipe.streams or recipe.latents.published is not None:
+    if not recipe.compresses_semantics:
         return None
     channels = planned_encoder(recipe.semantic).channels
     if recipe.compressor.folder is not None and Path(recipe.compressor.folder).is_dir():
