@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +92,8 @@ def integrate(
     jumps = velocity.discontinuities if isinstance(velocity, PiecewiseVelocity) else ()
     intervals = smooth_intervals(schedule, jumps) if knots else [undivided(schedule)]
     grids = time_grids(intervals, method, steps, shift)
-    x, nfe, ode = noise, 0, cast(ActiveODE | None, None)
+    x, nfe = noise, 0
+    ode: ActiveODE | None = None
     for interval, grid in zip(intervals, grids, strict=True):
         ode = ActiveODE(velocity, x, schedule, latent, interval, seeds, nfe, ode)
         arguments = [ode, ode.state(x), grid, ode.reporter(callback)]
