@@ -1,6 +1,6 @@
 """Fewer network calls at what quality: a distilled model at 8 to 1 steps, and guidance by a second head.
 
-Both train what they need in `--out`, from models/shapes, and resume.
+Both train what they need in `--out`, from models/shapes but for a guiding network, and resume.
 """
 
 from __future__ import annotations

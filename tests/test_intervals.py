@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.exact_flow import COMPOSITE, STREAMS, check_order, mixture, order
-from sfd.guidance import GuidedVelocity, guide
+from sfd.guidance import GuidedVelocity, PiecewiseVelocity, guide
 from sfd.models.toy import GaussianMixture
 from sfd.sampling import integrate, smooth_intervals, split_steps
 from sfd.schedule import Schedule, StreamTimes, build_schedule
@@ -72,6 +72,25 @@ def test_a_step_is_not_corrected_across_a_jump(offset, noise):
     x = integrate(guided, noise, offset, COMPOSITE, solver="multistep", steps=4).x
     texture = COMPOSITE.unpack(x - noise)["texture"]
     torch.testing.assert_close(texture, torch.full_like(texture, 0.35 + 3 * 0.65))
+
+
+class Coupled(PiecewiseVelocity):
+    """v = t, of which is not known that each stream's is continuous at the knots of others."""
+
+    independent = False
+    discontinuities = [(), ()]
+
+    def on_interval(self, active, midpoint):
+        return self
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return COMPOSITE.per_entry(t).expand_as(x)
+
+
+def test_a_step_is_not_corrected_where_streams_are_coupled(offset, noise):
+    x = integrate(Coupled(), noise, offset, COMPOSITE, solver="multistep", steps=3).x
+    texture = COMPOSITE.unpack(x - noise)["texture"]
+    torch.testing.assert_close(texture, torch.full_like(texture, 0.3 * 0.7))  # Euler's steps
 
 
 def test_dopri5_reaches_its_tolerance_across_an_interval(schedule, noise):

@@ -78,6 +78,8 @@ def guide(
 class PiecewiseVelocity(ABC):
     """A velocity field that jumps at known stream times; the sampler stops there."""
 
+    independent = True  # a stream's velocity jumps at its own times alone, and not where another comes to rest
+
     @property
     @abstractmethod
     def discontinuities(self) -> list[tuple[float, ...]]:

@@ -93,16 +93,17 @@ def integrate(
     intervals = smooth_intervals(schedule, jumps) if knots else [undivided(schedule)]
     grids = time_grids(intervals, method, steps, shift)
     x, nfe = noise, 0
-    ode: ActiveODE | None = None
+    before: ActiveODE | None = None  # for a multistep method, where streams are independent
+    joins = method.joined and not (isinstance(velocity, PiecewiseVelocity) and not velocity.independent)
     for interval, grid in zip(intervals, grids, strict=True):
-        ode = ActiveODE(velocity, x, schedule, latent, interval, seeds, nfe, ode)
+        ode = ActiveODE(velocity, x, schedule, latent, interval, seeds, nfe, before)
         arguments = [ode, ode.state(x), grid, ode.reporter(callback)]
         if method.stochastic:
             arguments.append(ode.churn)
         if method.joined:
             arguments.append(ode)
         x = ode.packed(method.solve(*arguments, **settings))
-        nfe = ode.nfe
+        nfe, before = ode.nfe, ode if joins else None
     return Result(x, nfe)
 
 
@@ -165,15 +166,15 @@ class ActiveODE:
         return torch.cat(parts, dim=1)
 
     def leave(self, start: Tensor, history: History) -> None:
-        """Keep the last step of a multistep method: see `solvers.Joint`."""
-        self._before, self._left = None, (start, history)
+        """Keep the last step of a multistep method: see `solvers.Seam`."""
+        self._left = start, history
 
     def correct(self, x: Tensor, u: float, f: Tensor, order: int) -> Tensor:
-        """Correct the last step of the interval before, for streams that move on: see `solvers.Joint`.
+        """Correct the last step of the interval before, for streams that move on: see `solvers.Seam`.
 
         Their velocity is continuous at a knot, so f there, from before, is the same velocity at the rate before.
         """
-        before = self._before
+        before, self._before = self._before, None
         if before is None or before._left is None:
             return x
         (start, history), end = before._left, before._interval.end

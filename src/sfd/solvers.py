@@ -15,7 +15,7 @@ The contract of a solver `solve(dxdu, x, grid, callback, *, options) → x`:
     callback      called with (u, x) after each step, the last one included; or None.
 
 A multistep method keeps its history in local variables, so it restarts in every interval, as it must: f jumps between.
-It takes a `Joint` after the callback, by which the next interval corrects its last step. A stochastic solver takes
+It takes a `Seam` after the callback, by which the next interval corrects its last step. A stochastic solver takes
 `churn(x, u, earlier)` there, which leads x back from u to an earlier base time by the noising process.
 """
 
@@ -100,14 +100,14 @@ def sde(
 History = list[tuple[float, Tensor]]  # base times and values of f there, ascending
 
 
-class Joint(Protocol):
+class Seam(Protocol):
     """Where two intervals of a multistep method meet."""
 
     def correct(self, x: Tensor, u: float, f: Tensor, order: int) -> Tensor:
-        """Correct the last step before an interval that starts at u with x (B, M), given f (B, M) there."""
+        """Give the state (B, M) at an interval's start u, x (B, M) with its last step corrected by f (B, M) there."""
 
     def leave(self, start: Tensor, history: History) -> None:
-        """Leave an interval's last step uncorrected: the state (B, M) that it set out from, and values of f."""
+        """Keep an interval's last step for the next: the state (B, M) that it set out from, and values of f (B, M)."""
 
 
 def multistep(
@@ -115,7 +115,7 @@ def multistep(
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
-    joint: Joint | None = None,
+    seam: Seam | None = None,
     *,
     order: Annotated[int, Field(ge=2, le=3)] = 3,
 ) -> Tensor:
@@ -133,7 +133,7 @@ def multistep(
     the velocity is continuous. The callback sees predictions.
 
     Args:
-        dxdu, x, grid, callback, joint: see the module.
+        dxdu, x, grid, callback, seam: see the module.
         order: number of values that each polynomial goes through.
     """
     history: History = []
@@ -143,14 +143,14 @@ def multistep(
         nodes = [*history, (u, now)][-order:]
         if history:
             x = add_integral(corrected, nodes, history[-1][0], u)
-        elif joint is not None:
-            x = joint.correct(x, u, now, order)
+        elif seam is not None:
+            x = seam.correct(x, u, now, order)
         corrected, history = x, nodes
         x = add_integral(corrected, history, u, after)
         if callback is not None:
             callback(after, x)
-    if joint is not None:
-        joint.leave(corrected, history)
+    if seam is not None:
+        seam.leave(corrected, history)
     return x
 
 
@@ -236,7 +236,7 @@ class Solver(NamedTuple):
     solve: Callable[..., Tensor]  # its keyword-only arguments are the solver's options
     adaptive: bool = False  # it chooses its own steps: a number of steps and a time shift have no effect
     stochastic: bool = False  # it takes `churn` after the callback
-    joined: bool = False  # it takes a `Joint` after the callback
+    joined: bool = False  # it takes a `Seam` after the callback
 
 
 SOLVERS: dict[str, Solver] = {

@@ -198,16 +198,17 @@ class SFDScheduler(SchedulerMixin, ConfigMixin):
         return self._predicted
 
     def _joined(self, dxdu: Tensor, x: Tensor, now: Evaluation) -> Tensor:
-        """Correct the last step of the interval before, for streams that move on; see `sfd.solvers.Joint`."""
+        """Correct the last step of the interval before in x (B, N), given dx/du there; see `sfd.solvers.Seam`."""
         before, sizes = self.evaluations[self._index - 1].interval, list(self.config["sizes"])
         end = torch.tensor(before.end, dtype=torch.float64)
-        rates = zip(self.schedule.at(end, before.segment).rate.tolist(), self.stream_times().rate.tolist(), strict=True)
-        ratios = [a / b if joined and b > 0 else 0.0 for (a, b), joined in zip(rates, now.interval.joined, strict=True)]
+        earlier, rates = self.schedule.at(end, before.segment).rate.tolist(), self.stream_times().rate.tolist()
+        chosen = [joined and rate > 0 for joined, rate in zip(now.interval.joined, rates, strict=True)]
+        ratios = [a / b if take else 0.0 for a, b, take in zip(earlier, rates, chosen, strict=True)]
         f = torch.cat([part * ratio for part, ratio in zip(dxdu.split(sizes, 1), ratios, strict=True)], dim=1)
         nodes = [*self._history, (before.end, f)][-self.config["solver_order"] :]
         moved = add_integral(self._corrected, nodes, self._history[-1][0], before.end) - self._predicted
-        pairs = zip(x.split(sizes, 1), moved.split(sizes, 1), ratios, strict=True)
-        return torch.cat([part + change if ratio else part for part, change, ratio in pairs], dim=1)
+        pairs = zip(x.split(sizes, 1), moved.split(sizes, 1), chosen, strict=True)
+        return torch.cat([part + change if take else part for part, change, take in pairs], dim=1)
 
     def __len__(self) -> int:
         return len(self.evaluations)

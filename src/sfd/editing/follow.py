@@ -83,6 +83,8 @@ class FollowingVelocity(PiecewiseVelocity):
         self._velocity, self._sizes, self._latent = velocity, latent.sizes, latent
         self._texture = latent.names.index(TEXTURE)
         scales = [plan_guidance if name == TEXTURE else 1.0 for name in latent.names]
+        # With plan guidance texture's velocity contains that of the semantics.
+        self.independent = plan_guidance == 1
         self._guided, self._guidance = plan_guidance != 1, latent.per_entry(torch.tensor(scales)).to(noise)
         self._paths = [paths.get(name) for name in latent.names]
         starts = noise.split(latent.sizes, dim=1)
