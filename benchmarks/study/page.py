@@ -270,9 +270,10 @@ def write(folder: Path, name: str, images: int, steps: int) -> Path:
     python -m benchmarks.study {name}
 
 Each arm is a network of the same size that saw the same {images * steps:,} images, in the same order. Values are means
-over seeds with 95 % intervals that cover the draw of the samples and the spread over seeds: what is left once each arm
-and each seed has its mean, since all arms share a seed's noise. An ordering is checked on the seeds that both arms
-have; it holds if the intervals do not overlap. {bounds(folder)}
+over seeds with 95 % intervals that cover the draw of the samples and the spread over seeds: what effects of arms and of
+seeds leave unexplained, since all arms share a seed's noise (where all arms have one seed: the draw alone). They do not
+cover that the best of a few scales of guidance was chosen. An ordering is checked on the seeds that both arms have;
+it holds if the intervals do not overlap. {bounds(folder)}
 
 ![distance by offset, fronts and convergence]({picture.name})
 

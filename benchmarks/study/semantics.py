@@ -40,7 +40,8 @@ def chosen(latents: LatentSet, labels: Sequence[int]) -> np.ndarray:
     known, wanted = latents.labels.numpy(), np.asarray(labels)
     found = [np.flatnonzero(known == label)[: (wanted == label).sum()] for label in np.unique(wanted)]
     if sum(map(len, found)) < len(labels):
-        raise SFDError("a class has too few training images for as many samples; lower evaluation.samples_per_class")
+        fewest = min(map(len, found))
+        raise SFDError(f"a class has {fewest} training images, too few; lower evaluation.samples_per_class to that")
     return np.concatenate(found)
 
 
