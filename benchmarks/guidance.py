@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.few_steps import CALLS, TIMED, sampled
 from benchmarks.measure import best_times
+from benchmarks.probe import probed
 from benchmarks.report import table
-from benchmarks.study.probe import probed
 from benchmarks.study.work import SHOWN
 from sfd.evaluation.evaluate import Metrics, evaluate, read_metrics
 from sfd.evaluation.reference import Reference

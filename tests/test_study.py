@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import MODEL
+from benchmarks.probe import Probe
 from benchmarks.study import __main__ as study
 from benchmarks.study import semantics
 from benchmarks.study.arms import BASES, arms
 from benchmarks.study.page import Results, Value, reached, verdict
-from benchmarks.study.probe import Probe
 from benchmarks.study.semantics import on_semantics
 from benchmarks.study.work import FEW, REAL, SCALES, WEAK
 from sfd.data.folder import FolderSource

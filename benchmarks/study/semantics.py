@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.probe import Linear
 from benchmarks.study import command
 from benchmarks.study.arms import Arm
-from benchmarks.study.probe import Linear
 from benchmarks.study.work import FROM_WEAK, SHOWN, WEAK, Study
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate

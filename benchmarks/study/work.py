@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.probe import probed
 from benchmarks.study.arms import Arm, Base
-from benchmarks.study.probe import probed
 from sfd.data.images import to_tensor, to_uint8
 from sfd.data.shards import LatentSet
 from sfd.evaluation.evaluate import evaluate
