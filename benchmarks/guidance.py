@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Interrupted:
         sys.exit("stopped; the same command resumes")
     except SFDError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from sfd.training.schedule_path import (
     move_costs,
     shortest_path,
 )
-from sfd.training.tasks.joint_schedule import SPEED, JointModel, JointTask, learned_increments
+from sfd.training.tasks.joint_schedule import SPEED, JointModel, JointTask
 from tiny import write_recipe
 
 
@@ -236,7 +236,7 @@ class EachAlone(JointGaussian):
 
 def test_a_joint_schedule_is_the_table_of_its_increments():
     model = joint(JointGaussian(), 0.0).model
-    increments = dict(zip(STREAMS, learned_increments(model), strict=True))
+    increments = dict(zip(STREAMS, model.increments().tolist(), strict=True))
     schedule = build_schedule({"name": "learned", "increments": increments}, STREAMS)
     u = torch.rand(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for mine, its in zip(model.at(u), schedule.at(u), strict=True):

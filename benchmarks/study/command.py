@@ -12,14 +12,16 @@ from benchmarks.study.work import Study
 from sfd.utils.device import choose_device
 from sfd.utils.errors import Interrupted, SFDError, unknown
 
-Work = Callable[[Study, list[Arm], int, str], None]
-"""What is done with a study, the chosen arms, the number of seeds and the data set's name."""
 
-
-def run(name: str, description: str | None, work: Work, arguments: list[str] | None) -> None:
-    """Read the arguments and do the work; errors of use and interruptions end with a sentence."""
+def run(
+    program: str,
+    description: str | None,
+    work: Callable[[Study, list[Arm], int, str], None],
+    arguments: list[str] | None,
+) -> None:
+    """Read the arguments and work on a study: arms, number of seeds, data set; errors end with a sentence."""
     parser = argparse.ArgumentParser(
-        f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", choices=BASES)
     parser.add_argument("changes", nargs="*", metavar="FIELD=VALUE")
@@ -31,17 +33,13 @@ def run(name: str, description: str | None, work: Work, arguments: list[str] | N
     base = BASES[given.data]
     try:
         study = Study(base, given.changes, given.out / given.data, choose_device(given.device))
-        work(study, chosen(arms(base), given.arms), given.seeds, given.data)
+        by_name = {arm.name: arm for arm in arms(base)}
+        names = given.arms.split(",") if given.arms else list(by_name)
+        for name in names:
+            if name not in by_name:
+                raise unknown("arm", name, by_name)
+        work(study, [by_name[name] for name in names], given.seeds, given.data)
     except Interrupted:
         sys.exit("stopped; the same command resumes")
     except SFDError as error:
-        sys.exit(f"error: {error}")
-
-
-def chosen(listed: list[Arm], names: str | None) -> list[Arm]:
-    """The arms that are named, or all."""
-    by_name = {arm.name: arm for arm in listed}
-    for name in names.split(",") if names else ():
-        if name not in by_name:
-            raise unknown("arm", name, by_name)
-    return [by_name[name] for name in names.split(",")] if names else listed
+        parser.exit(2, f"error: {error}\n")

@@ -29,7 +29,6 @@ COMPARED = {
 COMPARED |= {f"unguided {name}": (name, "guidance-1") for name in ("precision", "recall")}
 COMPARED |= {f"autoguided {name} at {WEAK[0]:g}": (metric, f"weak-{WEAK[0]:g}") for metric, name in CONVERGED.items()}
 COMPARED |= {f"distance in {few} steps": ("frechet_distance", f"in-{few}-steps") for few in FEW}
-LIMITS = "python -m benchmarks.study.semantics"
 CLAIMS = (
     ("repa", "texture", "REPA is better than texture alone"),
     ("offset-0", "repa", "a semantic stream, synchronous, is better than REPA alone"),
@@ -169,11 +168,10 @@ def summary(checked: list[dict[str, Any]]) -> str:
     """Say what holds and what does not, and in which metrics: a list with one item per verdict."""
     items = []
     for found in ("holds", "the reverse holds", "not separated"):
-        said = []
-        for row in checked:
-            metrics = [name for name, text in row.items() if str(text).startswith(f"{found}:")]
-            if metrics:
-                said.append(f"{row['claim']} ({', '.join(metrics)})")
+        by_claim = {
+            row["claim"]: [n for n, text in row.items() if str(text).startswith(f"{found}:")] for row in checked
+        }
+        said = [f"{claim} ({', '.join(metrics)})" for claim, metrics in by_claim.items() if metrics]
         if said:
             items.append(f"- **{found[0].upper()}{found[1:]}**: {'; '.join(said)}.")
     return "\n".join(items) if items else "Nothing to compare yet."
@@ -262,7 +260,8 @@ def write(folder: Path, name: str, images: int, steps: int) -> Path:
     checked, measured, limited = claims(results), rows(results, images, steps), limits(folder)
     found = {"claims": checked, "arms": measured, "semantics": limited, "samples": results.means()}
     files.write_json(numbers, found | {"images a step": images, "steps": steps})
-    what_limits = f"\n## What limits an arm\n\n    {LIMITS} {name}\n\n{table(limited)}\n" if limited else ""
+    command = f"python -m benchmarks.study.semantics {name}"
+    what_limits = f"\n## What limits an arm\n\n    {command}\n\n{table(limited)}\n" if limited else ""
     text = f"""# Study: {name}
 
 {summary(checked)}

@@ -12,7 +12,6 @@ their noise, as in training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,11 @@ from benchmarks.study import command
 from benchmarks.study.arms import Arm
 from benchmarks.study.work import FROM_WEAK, SHOWN, WEAK, Study
 from sfd.data.shards import LatentSet
+from sfd.editing.follow import Follow, follow
 from sfd.evaluation.evaluate import evaluate
 from sfd.generation.config import SamplingConfig
 from sfd.generation.model import Model
-from sfd.guidance import VelocityField
-from sfd.latents import SEMANTIC, CompositeLatent
+from sfd.latents import SEMANTIC
 from sfd.sampling import initial_noise, integrate
 from sfd.utils import files
 from sfd.utils.errors import SFDError
@@ -60,18 +59,10 @@ def on_semantics(
     for first in range(0, len(labels), size):
         part = slice(first, first + size)
         noise = initial_noise(seeds[part], composite).to(model.device)
-        target = given[part].to(model.device).flatten(1) - noise.split(composite.sizes, 1)[composite.index(SEMANTIC)]
         velocity = model.velocity_field(torch.tensor(labels[part], device=model.device), config)
-        straight = partial(_replaced, velocity, target, composite)
-        found.append(integrate(straight, noise, model.schedule, composite, **config.integration).x)
+        velocity = follow(velocity, noise, composite, {SEMANTIC: Follow(given[part].to(model.device))})
+        found.append(integrate(velocity, noise, model.schedule, composite, **config.integration).x)
     return torch.cat(found)
-
-
-def _replaced(velocity: VelocityField, target: Tensor, composite: CompositeLatent, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity (B, N) of x (B, N) at the times t (K,), its semantic part replaced by the target (B, C·g²)."""
-    parts = list(velocity(x, t).split(composite.sizes, 1))
-    parts[composite.index(SEMANTIC)] = target
-    return torch.cat(parts, 1)
 
 
 def class_accuracy(latents: LatentSet, generated: Tensor, labels: Sequence[int]) -> dict[str, float]:

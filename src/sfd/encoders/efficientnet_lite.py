@@ -83,12 +83,7 @@ build = EfficientNetLiteEncoder
 
 
 def planned(source: str, given: Mapping[str, Any]) -> Config:
-    """Learn the configuration without the weights.
-
-    Args:
-        source: a variant (lite0, lite1, lite2), or the file of its published weights.
-        given: fields of `Config`.
-    """
+    """Learn the configuration from fields of `Config` and a source: a variant, or the file of its published weights."""
     config = parse(Config, {"variant": _variant(source, given), **given}, source)
     if source in VARIANTS and config.variant != source:
         raise SFDError(f"the recipe's config says variant = {config.variant!r}, but `pretrained` is {source}; give one")

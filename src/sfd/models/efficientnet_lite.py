@@ -120,12 +120,7 @@ class EfficientNetLite(nn.Module):
 
 
 def folded(published: Mapping[str, Tensor], network: EfficientNetLite) -> dict[str, Tensor]:
-    """Take a network's tensors from a published state dictionary, with batch norms folded into the convolutions.
-
-    Args:
-        published: names as in the package efficientnet-lite-pytorch.
-        network: with as many stages as are wanted.
-    """
+    """Take a network's tensors from a state dictionary of the package efficientnet-lite-pytorch, batch norms folded."""
     state = {}
     for name, convolution, norm in _names(network):
         scale = published[f"{norm}.weight"] / (published[f"{norm}.running_var"] + EPSILON).sqrt()

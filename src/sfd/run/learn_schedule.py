@@ -23,7 +23,7 @@ from sfd.schedule import Schedule, build_schedule
 from sfd.training.config import TrainSettings
 from sfd.training.schedule_path import as_schedule, loss_along, measure_errors, shortest_path
 from sfd.training.tasks.diffusion import DiffusionTask, LossSettings
-from sfd.training.tasks.joint_schedule import JointModel, JointTask, learned_increments
+from sfd.training.tasks.joint_schedule import JointModel, JointTask
 from sfd.training.trainer import fit
 from sfd.utils import distributed, files
 from sfd.utils.config import Settings, parse
@@ -79,7 +79,8 @@ class ProbeStage(Stage[Run]):
         if joint:
             model = JointModel(network, len(recipe.streams), self.settings.grid)
             both = JointTask(model, task(train.batch_size), self.settings.kinetic)
-            self._write_result(learned_increments(fit(both, train, self.folder, device=self.run.device)))
+            trained = cast(JointModel, fit(both, train, self.folder, device=self.run.device))
+            self._write_result(trained.increments().detach().double().cpu().tolist())
             return
         probe = cast(LightningDiT, fit(task(train.batch_size), train, self.folder, device=self.run.device))
         if distributed.is_main_process():

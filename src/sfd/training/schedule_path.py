@@ -47,10 +47,9 @@ def measure_errors(
 
     Args:
         model: network of two streams that was trained at independent times.
-        composite: the streams.
+        composite, batch_size: the streams; images at once.
         batch: data x1 and noise x0 (B, N), labels (B,).
         grid: G, intervals of each stream's time.
-        batch_size: images at once.
 
     Returns:
         Mean squares per entry, float64 (2, G + 1, G + 1); [k, i, j] is e_k(i / G, j / G).
@@ -70,12 +69,9 @@ def measure_errors(
 
 
 def move_costs(errors: np.ndarray, move: tuple[int, int]) -> np.ndarray:
-    """Integrate Σ_k e_k dτ_k along one move from every grid point that it does not lead out of the square from.
+    """Integrate Σ_k e_k dτ_k along one move (a, b) from every grid point where it fits: (G + 1 − a, G + 1 − b).
 
     Trapezoids between the grid lines that the move crosses; e is linear between grid points.
-
-    Returns:
-        (G + 1 − a, G + 1 − b) for a move (a, b).
     """
     grid, parts = errors.shape[1] - 1, max(move)
     along = sum(errors[k] * move[k] / grid for k in (0, 1))

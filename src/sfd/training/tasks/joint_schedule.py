@@ -11,7 +11,7 @@ is given, so it does not fall by spending less base time where a stream is hard.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,3 @@ class JointTask:
         flow_loss = (rates.detach() * means(error)).sum(1).mean()
         energy = means(moved).sum(1).mean()
         return {"loss": flow_loss + self.kinetic * energy, "velocity": flow_loss, "kinetic": energy}
-
-
-def learned_increments(model: nn.Module) -> list[list[float]]:
-    """The increments of a trained model, (K, P)."""
-    return cast(list[list[float]], cast(Any, model).increments().detach().double().cpu().tolist())
