@@ -1,8 +1,4 @@
-"""What the study compares: a base recipe for each data set, and arms that change a few of its fields.
-
-All arms of a data set see the same images in the same order, with networks of one size and the same draws. The most
-telling arms come first.
-"""
+"""What the study compares: a base recipe for each data set, and arms that change a few of its fields."""
 
 from __future__ import annotations
 

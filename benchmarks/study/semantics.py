@@ -66,10 +66,7 @@ def on_semantics(
 
 
 def class_accuracy(latents: LatentSet, generated: Tensor, labels: Sequence[int]) -> dict[str, float]:
-    """Share of semantics whose class a linear probe reads rightly: generated ones (B, C, g, g), and as many real ones.
-
-    The probe is trained on the semantics of other images.
-    """
+    """Share of generated and of real semantics (B, C, g, g) with their class, by a linear probe of others."""
     numbers = chosen(latents, labels)
     others = np.setdiff1d(np.arange(len(latents)), numbers)
     known, labels_known = semantic_latents(latents, others), latents.labels[torch.from_numpy(others)]

