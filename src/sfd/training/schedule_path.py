@@ -47,7 +47,7 @@ def measure_errors(
 
     Args:
         model: network of two streams that was trained at independent times.
-        composite, batch_size: the streams; images at once.
+        composite, batch_size: the streams, and how many images at once.
         batch: data x1 and noise x0 (B, N), labels (B,).
         grid: G, intervals of each stream's time.
 
